@@ -1,0 +1,91 @@
+"""The one error family and its table: code -> HTTP status -> text.
+
+Every error a user can meet carries a stable ``code`` (machine readable), a ``message`` (what happened, one line)
+and a ``hint`` (what to do next). The table is the contract: a code that is not in it cannot be raised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorRow:
+    """One row of the error table."""
+
+    status: int
+    """HTTP status the gateway answers with (RFC 9110)."""
+    title: str
+    """What the code means, in a few words; never changes for a code."""
+    hint: str
+    """The default advice; an error may carry a better one."""
+
+
+ERRORS: Mapping[str, ErrorRow] = MappingProxyType(
+    {
+        "internal": ErrorRow(500, "Internal error", "This is a bug: please report it with the log."),
+        "invalid_profile": ErrorRow(400, "Invalid profile", "Correct the profile file; the schema is in the docs."),
+        "unknown_profile": ErrorRow(404, "Unknown profile", "`jupyter sandbox install --list` shows the profiles."),
+        "invalid_request": ErrorRow(400, "Invalid request", "Correct the named value and try again."),
+        "unknown_sandbox": ErrorRow(404, "Unknown sandbox", "`jupyter sandbox ps` lists the sandboxes."),
+        "ambiguous_id": ErrorRow(409, "Ambiguous id", "Give more characters of the id."),
+        "illegal_transition": ErrorRow(409, "Not possible in this state", "`jupyter sandbox ps` shows the state."),
+        "runtime_missing": ErrorRow(503, "Runtime missing", "Run `jupyter sandbox setup`."),
+        "runtime_too_old": ErrorRow(503, "Runtime too old", "Run `jupyter sandbox setup` to get the pinned one."),
+        "runtime_failed": ErrorRow(500, "Runtime failed", "`jupyter sandbox doctor` tells what works on this machine."),
+        "unsupported": ErrorRow(501, "Not supported here", "`jupyter sandbox doctor` tells what works and why not."),
+        "limit_unsupported": ErrorRow(
+            501, "Limit cannot be enforced here", "Run as root, get a delegated cgroup, or leave the limit out."
+        ),
+        "image_failed": ErrorRow(500, "Image could not be built", "`jupyter sandbox image build` shows the details."),
+        "image_source": ErrorRow(400, "Unusable image source", "Name a Python interpreter or a root directory."),
+        "store_failed": ErrorRow(500, "Store failed", "Check that the data directory can be written."),
+        "store_too_new": ErrorRow(500, "Store is newer than this program", "Upgrade sandbox_gateway."),
+        "data_directory": ErrorRow(500, "Unusable data directory", "Point SANDBOX_GATEWAY_HOME at a local, writable folder."),
+        "disk_full": ErrorRow(507, "Disk full", "Free some space: `jupyter sandbox image rm`, or move SANDBOX_GATEWAY_HOME."),
+        "owned_elsewhere": ErrorRow(409, "Owned by another process", "Ask that process, or stop it first."),
+        "owner_unreachable": ErrorRow(503, "The owner does not answer", "Try again, or end the process that `ps` names."),
+        "setup_failed": ErrorRow(500, "Set-up failed", "`jupyter sandbox doctor` tells what is missing."),
+        "link_failed": ErrorRow(502, "The sandbox does not speak", "Look at `jupyter sandbox logs`; then remove it."),
+        "kernel_failed": ErrorRow(502, "The kernel could not start", "Look at `jupyter sandbox logs`."),
+        "timeout": ErrorRow(504, "Timed out", "The machine may be busy: try again."),
+    }
+)
+
+
+class SandboxGatewayError(Exception):
+    """Base of all errors that users see.
+
+    ``code`` is a key of :data:`ERRORS`; ``hint`` defaults to the row's own.
+    """
+
+    def __init__(self, code: str, message: str, hint: str | None = None) -> None:
+        if code not in ERRORS:
+            raise ValueError(f"unknown error code {code!r}")
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.hint = hint if hint is not None else ERRORS[code].hint
+
+    @property
+    def status(self) -> int:
+        """The HTTP status of this error's row."""
+        return ERRORS[self.code].status
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
+    def as_dict(self) -> dict[str, Any]:
+        """The error as JSON: ``code``, ``message``, ``hint``."""
+        return {"code": self.code, "message": self.message, "hint": self.hint}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SandboxGatewayError:
+        """Rebuild an error that crossed a process boundary; an unknown code becomes ``internal``."""
+        code = data.get("code")
+        known = code if isinstance(code, str) and code in ERRORS else "internal"
+        hint = data.get("hint")
+        return cls(known, str(data.get("message", "unknown error")), hint if isinstance(hint, str) else None)

@@ -1,0 +1,1 @@
+"""What the host machine offers: paths, set-up of runsc, doctor, cgroups, namespaces."""

@@ -1,0 +1,1 @@
+"""What makes sandboxes: one module per runtime behind the protocol of ``base``."""

@@ -1,0 +1,137 @@
+"""The contract of a runtime (DESIGN section 5).
+
+A runtime makes places with a root filesystem, limits and a network policy, whose PID 1 is our agent and whose link
+is a pair of byte streams. It knows nothing of Jupyter. Optional abilities are protocols of their own, reported by
+:meth:`Runtime.probe` with a reason when they are absent; callers ask the report, never ``isinstance``.
+
+The contract suite in :mod:`sandbox_gateway.testing.contract` runs against every runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from sandbox_gateway.model import Death, SandboxSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Capability:
+    """One thing a runtime can or cannot do here."""
+
+    name: str
+    """``run``, ``limits.memory``, ``limits.cpu``, ``limits.processes``, ``limits.disk``, ``pause``, ``snapshots``, ``gpu``..."""
+    available: bool
+    reason: str = ""
+    """Why not, or in which way only (``soft: the owner watches and kills``)."""
+    hint: str = ""
+    """What the user can do about it."""
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeReport:
+    """What :meth:`Runtime.probe` found."""
+
+    runtime: str
+    isolated: bool
+    """False for ``fake``: shown wherever the runtime shows."""
+    version: str = ""
+    """For people only; never parsed."""
+    capabilities: tuple[Capability, ...] = ()
+
+    def get(self, name: str) -> Capability:
+        """The capability called ``name``; an unknown one is absent."""
+        for capability in self.capabilities:
+            if capability.name == name:
+                return capability
+        return Capability(name, False, "this runtime does not know it")
+
+
+@dataclass(frozen=True, slots=True)
+class Handle:
+    """What is needed to find a sandbox again from another process. Plain JSON values only."""
+
+    id: str
+    runtime: str
+    directory: Path
+    """The sandbox's private runtime directory; the runtime may keep files of its own in it."""
+    step: str = ""
+    """Name of the creation step that is about to be taken."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Resource use of one sandbox, all its host processes counted."""
+
+    memory: int | None = None
+    """Bytes now."""
+    memory_limit: int | None = None
+    cpu_seconds: float | None = None
+    """Processor time since the start."""
+    processes: int | None = None
+    """Host threads or processes, as the runtime counts them."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkFds:
+    """The host's ends of the link, non-blocking, owned by the caller who closes both."""
+
+    read_fd: int
+    """What PID 1 writes to its standard output."""
+    write_fd: int
+    """What PID 1 reads from its standard input."""
+
+
+class Runtime(Protocol):
+    """Makes, finds and removes sandboxes."""
+
+    name: str
+    isolated: bool
+
+    async def probe(self) -> RuntimeReport:
+        """Try what this machine, user and binary can do. Never raises for something that is merely absent."""
+        ...
+
+    def create(self, spec: SandboxSpec, directory: Path) -> AsyncIterator[Handle]:
+        """Make the sandbox step by step, without starting PID 1.
+
+        Each yielded handle describes *the step about to be taken*; the caller records it and then asks for the next
+        one. After a crash at any point :meth:`destroy` with the last recorded handle leaves nothing behind.
+        The last handle is the finished one (step ``"created"``). ``directory`` exists, is private and empty but for
+        files whose names begin with ``owner``.
+        """
+        ...
+
+    async def start(self, handle: Handle) -> Handle:
+        """Start PID 1 (the agent) and return the handle with what is now known (process ids)."""
+        ...
+
+    async def attach(self, handle: Handle) -> LinkFds:
+        """Open the host's ends of the link; works again after any earlier process that had them was killed."""
+        ...
+
+    async def wait(self, handle: Handle) -> Death:
+        """Return when the sandbox as a whole has ended, with the reason as far as the runtime knows it."""
+        ...
+
+    async def alive(self, handle: Handle) -> bool:
+        """Whether PID 1 of the sandbox still runs."""
+        ...
+
+    async def list(self) -> list[str]:
+        """Ids of all sandboxes of this installation that this runtime knows, half-made ones included."""
+        ...
+
+    async def stats(self, handle: Handle) -> Stats:
+        """Resource use now; fields that cannot be had are None."""
+        ...
+
+    async def destroy(self, handle: Handle) -> None:
+        """End and remove everything of the sandbox (processes, mounts, cgroups, files it made in ``directory``).
+
+        Idempotent; works for a handle of any step.
+        """
+        ...
