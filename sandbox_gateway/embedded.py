@@ -1,0 +1,132 @@
+"""One sandboxed kernel for an application that speaks ZMQ: sandbox, channels and bridge under one id.
+
+Everything here runs on the background loop (:mod:`sandbox_gateway.background`). The bridge's endpoints stay the same
+across restarts and across the death of a sandbox.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sandbox_gateway import request as requests
+from sandbox_gateway.background import background_loop
+from sandbox_gateway.channels import KernelChannels
+from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.host.paths import Paths, discover
+from sandbox_gateway.images.service import Progress
+from sandbox_gateway.lifecycle import Lifecycle
+from sandbox_gateway.live import LiveSandbox
+from sandbox_gateway.model import Death, DeathKind, KernelSpec, OnOwnerExit
+from sandbox_gateway.profiles import Profile, load_profiles
+from sandbox_gateway.request import CreateRequest
+from sandbox_gateway.zmq_bridge import ZmqBridge
+
+_lifecycles: dict[Paths, Lifecycle] = {}
+
+
+def lifecycle() -> Lifecycle:
+    """This process's lifecycle for the current environment's paths; made on first use, closed at exit."""
+    paths = discover()
+    if paths not in _lifecycles:
+        made = Lifecycle(paths)
+        _lifecycles[paths] = made
+
+        async def close() -> None:
+            _lifecycles.pop(paths, None)
+            await made.close()
+
+        background_loop().on_shutdown(close)
+    return _lifecycles[paths]
+
+
+class SandboxedKernel:
+    """A kernel under one id: launch, restart in place, signal, stop, close."""
+
+    def __init__(self, kernel_id: str, profile: str, *, key: bytes) -> None:
+        self.id = requests.checked_id(kernel_id)
+        self._profile_name = profile
+        self._key = key
+        self._sandbox: LiveSandbox | None = None
+        self._channels: KernelChannels | None = None
+        self._bridge: ZmqBridge | None = None
+        self._request: CreateRequest | None = None
+
+    async def launch(
+        self,
+        kernel: KernelSpec,
+        *,
+        directory: Path,
+        client_environment: Mapping[str, str],
+        name: str,
+        progress: Callable[[str], None],
+    ) -> Any:
+        """Start the kernel, or boot it again in the sandbox it has; returns jupyter_client's connection info."""
+        owner = lifecycle()
+        profile = load_profiles(owner.paths).get(self._profile_name)
+        wanted = CreateRequest(self.id, profile, kernel, self._key, directory, client_environment, name)
+        if self._bridge is None:
+            self._open_bridge(owner, wanted)
+        assert self._channels is not None and self._bridge is not None
+        sandbox = self._sandbox
+        if sandbox is not None and sandbox.death is None:
+            image = await owner.images.resolve(profile.image, editable=profile.editable)
+            await sandbox.reboot(requests.kernel(wanted, image))
+        else:
+            lost = sandbox.death if sandbox is not None else None
+            try:
+                self._sandbox = await owner.create(wanted, self._channels, lambda step: progress(_progress_text(step)))
+            except BaseException:
+                if sandbox is None:
+                    self._close_bridge()
+                raise
+            if lost is not None:
+                self._channels.notice(f"[sandbox] A new sandbox was made ({lost.describe()}); earlier files are lost\n")
+        self._bridge.publish_endpoints()
+        return self._bridge.connection_info
+
+    def _open_bridge(self, owner: Lifecycle, wanted: CreateRequest) -> None:
+        directory = owner.paths.sandbox(self.id)
+        directory.mkdir(mode=0o700, exist_ok=True)
+        self._channels = KernelChannels(self._key, missing_file_hint=requests.missing_file_hint(wanted))
+        self._bridge = ZmqBridge(directory, self._key, self._channels.request)
+        self._channels.subscribe(self._bridge.deliver)
+
+    def _close_bridge(self) -> None:
+        bridge, self._bridge = self._bridge, None
+        if bridge is not None:
+            bridge.close()
+            with contextlib.suppress(OSError):
+                os.rmdir(bridge.directory)
+
+    def poll(self) -> int | None:
+        """None while the kernel lives, else its return code. Thread-safe: it only reads."""
+        return self._sandbox.poll() if self._sandbox is not None else 0
+
+    async def wait(self) -> int:
+        """Return when the kernel has ended."""
+        return await self._sandbox.wait_kernel() if self._sandbox is not None else 0
+
+    async def signal(self, number: int) -> None:
+        """Send a signal to the kernel's process group inside."""
+        if self._sandbox is not None:
+            await self._sandbox.signal(number)
+
+    async def stop(self, grace: float) -> None:
+        """End the kernel's processes; the sandbox stays for a restart."""
+        if self._sandbox is not None and self._sandbox.poll() is None:
+            await self._sandbox.stop_kernel(grace)
+
+    async def close(self) -> None:
+        """End the sandbox and the endpoints; nothing of this kernel is left."""
+        if self._sandbox is not None:
+            await self._sandbox.destroy(Death(DeathKind.STOPPED, "shut down by its application"))
+        self._close_bridge()
+
+
+def _progress_text(step: Progress) -> str:
+    return step.message

@@ -1,0 +1,316 @@
+"""Creating, finding and removing sandboxes: the one place that drives runtimes, store and ownership together.
+
+A crash at any point leaks nothing for longer than until the next start: each step is recorded before it is taken
+(DESIGN 4.7), and :meth:`Lifecycle.sweep` removes what an owner that is gone has left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sandbox_gateway import request as requests
+from sandbox_gateway.channels import KernelChannels
+from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.host.machine import boot_id
+from sandbox_gateway.host.paths import Paths
+from sandbox_gateway.images.service import ImageService, Progress
+from sandbox_gateway.live import LiveSandbox
+from sandbox_gateway.model import LIVE, Death, DeathKind, Limits, OnOwnerExit, SandboxRecord, State
+from sandbox_gateway.owner import NoOwner, OwnerLock, OwnerServer, ask, holder
+from sandbox_gateway.request import CreateRequest
+from sandbox_gateway.runtimes.base import Handle, Runtime, RuntimeReport
+from sandbox_gateway.runtimes.registry import make_runtime
+from sandbox_gateway.store import Store
+
+log = logging.getLogger(__name__)
+
+OnProgress = Callable[[Progress], None]
+KEPT_TOMBSTONES = 100
+"""Records of ended sandboxes kept for `ps --all`, newest first."""
+
+
+class Lifecycle:
+    """All sandboxes of one installation as this process sees them. Use it on one event loop."""
+
+    def __init__(
+        self,
+        paths: Paths,
+        *,
+        runtimes: Callable[[str, Paths], Runtime] = make_runtime,
+        images: ImageService | None = None,
+    ) -> None:
+        self.paths = paths.ensure()
+        self.store = Store(paths.database)
+        self.images = images or ImageService(paths)
+        self.live: dict[str, LiveSandbox] = {}
+        self._make_runtime = runtimes
+        self._runtimes: dict[str, tuple[Runtime, RuntimeReport]] = {}
+        self._probing = asyncio.Lock()
+        self._server: OwnerServer | None = None
+        self._starting = asyncio.Lock()
+
+    # Creating
+
+    async def create(
+        self, wanted: CreateRequest, channels: KernelChannels, progress: OnProgress | None = None
+    ) -> LiveSandbox:
+        """Make a sandbox and boot its kernel; on any failure nothing is left and the reason is raised."""
+        requests.checked_id(wanted.id)
+        await self._serve()
+        runtime, report = await self.runtime(wanted.profile.runtime)
+        notes = _enforceable(report, wanted.profile.limits)
+        image = await self.images.resolve(wanted.profile.image, editable=wanted.profile.editable, progress=progress)
+        who = requests.identity(wanted, root=os.geteuid() == 0)
+        spec = requests.compose(wanted, image, who, private=(self.paths.home, self.paths.runtime), empty=self._empty())
+        now = time.time()
+        record = SandboxRecord(
+            id=wanted.id,
+            state=State.CREATING,
+            profile=wanted.profile.name,
+            runtime=wanted.profile.runtime,
+            created=now,
+            changed=now,
+            boot_id=boot_id(),
+            layers=tuple(layer.digest for layer in (*image.layers, image.agent) if layer and layer.digest),
+            on_owner_exit=wanted.profile.on_owner_exit,
+            grace=wanted.profile.grace,
+            owner_pid=os.getpid(),
+            notes=notes,
+            name=wanted.name,
+        )
+        lock = self._claim(wanted.id)
+        try:
+            await asyncio.to_thread(self.store.put, record)
+        except BaseException:
+            self._drop(lock)
+            raise
+        sandbox = LiveSandbox(
+            spec,
+            record,
+            who,
+            runtime=runtime,
+            store=self.store,
+            lock=lock,
+            channels=channels,
+            key=wanted.key,
+            on_end=lambda ended: self._ended(ended, lock),
+        )
+        self.live[wanted.id] = sandbox
+        try:
+            await sandbox.create()
+            await sandbox.boot(requests.kernel(wanted, image))
+        except BaseException as error:
+            await asyncio.shield(self._undo(sandbox, error))
+            raise
+        return sandbox
+
+    async def _undo(self, sandbox: LiveSandbox, error: BaseException) -> None:
+        log.info("creating %s failed (%s); removing what was made", sandbox.id, error)
+        try:
+            await sandbox.destroy(Death(DeathKind.FAILED, str(error)))
+        finally:
+            with contextlib.suppress(SandboxGatewayError):
+                await asyncio.to_thread(self.store.delete, sandbox.id)
+
+    async def runtime(self, name: str) -> tuple[Runtime, RuntimeReport]:
+        """The runtime called ``name`` and what it can do here; raises with a hint when it cannot run at all."""
+        async with self._probing:
+            if name not in self._runtimes:
+                runtime = self._make_runtime(name, self.paths)
+                report = await runtime.probe()
+                run = report.get("run")
+                if not run.available:
+                    code = "runtime_too_old" if "too old" in run.reason else "runtime_missing"
+                    raise SandboxGatewayError(code, f"the {name} runtime cannot run here: {run.reason}", run.hint or None)
+                self._runtimes[name] = (runtime, report)
+            return self._runtimes[name]
+
+    def _claim(self, sandbox_id: str) -> OwnerLock:
+        directory = self.paths.sandbox(sandbox_id)
+        try:
+            directory.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise SandboxGatewayError("data_directory", f"cannot create {directory}: {error.strerror}") from error
+        lock = OwnerLock(directory)
+        if not lock.try_acquire():
+            raise SandboxGatewayError("owned_elsewhere", f"sandbox {sandbox_id} belongs to process {holder(directory)}")
+        return lock
+
+    def _empty(self) -> Path:
+        empty = self.paths.runtime / "empty"
+        empty.mkdir(mode=0o555, exist_ok=True)
+        return empty
+
+    def _ended(self, sandbox: LiveSandbox, lock: OwnerLock) -> None:
+        self.live.pop(sandbox.id, None)
+        self._drop(lock)
+
+    def _drop(self, lock: OwnerLock) -> None:
+        lock.release()
+        # The bridge's sockets may still be in use (a restart keeps them); its owner removes the rest of the directory.
+        _remove_if_unused(lock.directory)
+
+    # The owner's socket (DESIGN 4.8)
+
+    async def _serve(self) -> None:
+        async with self._starting:
+            if self._server is None:
+                server = OwnerServer(self.paths, self._answer)
+                await server.start()
+                self._server = server
+                await self.sweep()
+
+    async def _answer(self, op: str, sandbox_id: str, params: Mapping[str, Any]) -> dict[str, Any]:
+        sandbox = self.live.get(sandbox_id)
+        if sandbox is None:
+            raise SandboxGatewayError("unknown_sandbox", f"this process does not own sandbox {sandbox_id}")
+        if op == "stop":
+            await sandbox.destroy(Death(DeathKind.STOPPED, str(params.get("reason") or "stopped by `jupyter sandbox stop`")))
+            return {"state": str(sandbox.record.state)}
+        if op == "log":
+            return {"log": (await sandbox.log()).decode(errors="replace")}
+        if op == "stats":
+            stats = await sandbox.stats()
+            return {"memory": stats.memory, "cpu_seconds": stats.cpu_seconds, "processes": stats.processes}
+        raise SandboxGatewayError("invalid_request", f"unknown request {op!r}")
+
+    async def close(self) -> None:
+        """End what this process owns, by each sandbox's ``on_owner_exit``; then stop answering."""
+        for sandbox in tuple(self.live.values()):
+            if sandbox.record.on_owner_exit is OnOwnerExit.TERMINATE:
+                with contextlib.suppress(Exception):
+                    await sandbox.destroy(Death(DeathKind.OWNER_GONE, "its application ended"))
+        if self._server is not None:
+            await self._server.stop()
+            self._server = None
+        self.store.close()
+
+    # What others left
+
+    async def stop(self, sandbox_id: str) -> SandboxRecord:
+        """End a sandbox whoever owns it: ask the owner, or take the lock where there is none."""
+        record = await asyncio.to_thread(self.store.get, sandbox_id)
+        if record.state not in LIVE:
+            return record
+        try:
+            await ask(self.paths, record.id, "stop", timeout=60.0)
+        except NoOwner:
+            await self._destroy_unowned(record, Death(DeathKind.STOPPED, "stopped by `jupyter sandbox stop`"))
+        return await asyncio.to_thread(self.store.get, sandbox_id)
+
+    async def remove(self, sandbox_id: str) -> None:
+        """End a sandbox and forget it."""
+        await self.stop(sandbox_id)
+        await asyncio.to_thread(self.store.delete, sandbox_id)
+
+    async def sweep(self) -> list[str]:
+        """Remove what owners that are gone have left; returns the ids of sandboxes that were ended.
+
+        A sandbox whose ``on_owner_exit`` is not ``terminate``, or whose grace time still runs, is left alone.
+        """
+        swept = []
+        for record in await asyncio.to_thread(self.store.list):
+            if record.state in LIVE and record.id not in self.live:
+                death = await self._due(record)
+                if death is not None and await self._destroy_unowned(record, death):
+                    swept.append(record.id)
+        await self._remove_strays()
+        await asyncio.to_thread(self._trim_tombstones)
+        return swept
+
+    async def _due(self, record: SandboxRecord) -> Death | None:
+        if record.boot_id != boot_id():
+            return Death(DeathKind.MACHINE_RESTARTED)
+        directory = self.paths.sandbox(record.id)
+        if holder(directory) is not None:
+            return None
+        if record.state in {State.CREATING, State.TERMINATING}:
+            return Death(DeathKind.OWNER_GONE, "its owner ended half-way")
+        handle = _handle(record)
+        runtime = self._make_runtime(record.runtime, self.paths)
+        if handle is None or not await runtime.alive(handle):
+            return Death(DeathKind.OWNER_GONE)
+        return None
+
+    async def _destroy_unowned(self, record: SandboxRecord, death: Death) -> bool:
+        directory = self.paths.sandbox(record.id)
+        with contextlib.suppress(FileExistsError):
+            directory.mkdir(mode=0o700)
+        lock = OwnerLock(directory)
+        if not lock.try_acquire():
+            return False
+        try:
+            handle = _handle(record)
+            if handle is not None:
+                await self._make_runtime(record.runtime, self.paths).destroy(handle)
+            crashed_creating = record.state is State.CREATING
+            if crashed_creating:
+                await asyncio.to_thread(self.store.delete, record.id)
+            else:
+                if record.state is not State.TERMINATING:
+                    target = State.FAILED if death.kind is DeathKind.MACHINE_RESTARTED else State.TERMINATING
+                    record = record.moved(target, time.time(), death=death, owner_pid=None)
+                if record.state is State.TERMINATING:
+                    record = record.moved(State.TERMINATED, time.time(), owner_pid=None)
+                await asyncio.to_thread(self.store.put, record)
+        finally:
+            lock.release()
+        shutil.rmtree(directory, ignore_errors=True)
+        return True
+
+    async def _remove_strays(self) -> None:
+        """Sandboxes that a runtime knows and the store does not: their record was lost or never written."""
+        known = {record.id for record in await asyncio.to_thread(self.store.list)}
+        for runtime, _ in tuple(self._runtimes.values()):
+            for sandbox_id in await runtime.list():
+                directory = self.paths.sandbox(sandbox_id)
+                if sandbox_id in known or sandbox_id in self.live or holder(directory) is not None:
+                    continue
+                log.warning("removing sandbox %s, which has no record", sandbox_id)
+                await runtime.destroy(Handle(sandbox_id, runtime.name, directory))
+                shutil.rmtree(directory, ignore_errors=True)
+
+    def _trim_tombstones(self) -> None:
+        ended = [record for record in self.store.list() if record.state in {State.TERMINATED, State.FAILED}]
+        ended.sort(key=lambda record: record.changed, reverse=True)
+        for record in ended[KEPT_TOMBSTONES:]:
+            self.store.delete(record.id)
+
+
+def _enforceable(report: RuntimeReport, limits: Limits) -> tuple[str, ...]:
+    """Refuse limits that cannot be enforced here; return notes on those that are only soft."""
+    notes = []
+    for name in ("cpu", "memory", "disk", "processes"):
+        if getattr(limits, name) is None:
+            continue
+        capability = report.get(f"limits.{name}")
+        if not capability.available:
+            raise SandboxGatewayError(
+                "limit_unsupported", f"the {name} limit cannot be enforced here: {capability.reason}", capability.hint or None
+            )
+        if capability.reason:
+            notes.append(f"{name}: {capability.reason}")
+    return tuple(notes)
+
+
+def _handle(record: SandboxRecord) -> Handle | None:
+    if not record.handle:
+        return None
+    data = dict(record.handle)
+    return Handle(data["id"], data["runtime"], Path(data["directory"]), data.get("step", ""), data.get("data", {}))
+
+
+def _remove_if_unused(directory: Path) -> None:
+    with contextlib.suppress(OSError):
+        for name in os.listdir(directory):
+            if name.startswith("owner"):
+                (directory / name).unlink(missing_ok=True)
+        directory.rmdir()

@@ -1,0 +1,354 @@
+"""One sandbox that this process owns: its link, its kernel, its end.
+
+Everything here runs on one event loop (DESIGN 4.15). A sandbox ends in one of two ways: it is destroyed on request,
+or it dies and the reason is recorded; in both its processes, mounts, cgroups and files are removed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sandbox_gateway.channels import KernelChannels
+from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.link.host import Link
+from sandbox_gateway.model import Death, DeathKind, KernelSpec, SandboxRecord, SandboxSpec, State
+from sandbox_gateway.owner import OwnerLock
+from sandbox_gateway.request import Identity
+from sandbox_gateway.runtimes.base import Handle, Runtime, Stats
+from sandbox_gateway.store import Store
+
+log = logging.getLogger(__name__)
+
+ATTACH_TIMEOUT = 30.0
+"""Seconds for PID 1 to answer the first attach; a cold start on a busy machine takes a few."""
+HEARTBEAT = 5.0
+"""Seconds between two signs of life to the agent."""
+SILENCE = 60.0
+"""Seconds without an answer after which a sandbox counts as dead."""
+
+
+@dataclass(frozen=True, slots=True)
+class KernelExit:
+    """How the kernel process ended."""
+
+    code: int | None
+    signal: int | None
+    stderr_tail: str
+    expected: bool
+
+    @property
+    def returncode(self) -> int:
+        """As :attr:`subprocess.Popen.returncode`: negative for a signal."""
+        if self.signal:
+            return -self.signal
+        return self.code if self.code is not None else 1
+
+    def describe(self) -> str:
+        """One line for people."""
+        if self.signal:
+            with contextlib.suppress(ValueError):
+                return f"the kernel was ended by {signal.Signals(self.signal).name}"
+            return f"the kernel was ended by signal {self.signal}"
+        return f"the kernel exited with code {self.code}"
+
+
+class LiveSandbox:
+    """Drives one running sandbox; made by :class:`~sandbox_gateway.lifecycle.Lifecycle`."""
+
+    def __init__(
+        self,
+        spec: SandboxSpec,
+        record: SandboxRecord,
+        who: Identity,
+        *,
+        runtime: Runtime,
+        store: Store,
+        lock: OwnerLock,
+        channels: KernelChannels,
+        key: bytes,
+        on_end: Callable[[LiveSandbox], None],
+    ) -> None:
+        self.spec = spec
+        self.record = record
+        self.channels = channels
+        self.death: Death | None = None
+        self.kernel_exit: KernelExit | None = None
+        self.ended = asyncio.Event()
+        self._kernel_gone = asyncio.Event()
+        self._who = who
+        self._runtime = runtime
+        self._store = store
+        self._lock = lock
+        self._key = key
+        self._on_end = on_end
+        self._handle: Handle | None = None
+        self._link: Link | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._ending = False
+        self._serial = asyncio.Lock()
+
+    @property
+    def id(self) -> str:
+        """The sandbox's id, which is the kernel's."""
+        return self.record.id
+
+    @property
+    def link(self) -> Link:
+        """The link; raises ``link_failed`` before the first attach and after the end."""
+        if self._link is None:
+            raise SandboxGatewayError("link_failed", f"sandbox {self.id} is not running")
+        return self._link
+
+    # Creation, driven by Lifecycle.create
+
+    async def create(self) -> None:
+        """Take the runtime's steps, each recorded before it is taken, and attach to the agent."""
+        directory = self._lock.directory
+        async for handle in self._runtime.create(self.spec, directory):
+            self._handle = handle
+            await self._save(step=handle.step, handle=_handle_json(handle))
+        assert self._handle is not None
+        await self._save(step="start")
+        self._handle = await self._runtime.start(self._handle)
+        await self._save(step="attach", handle=_handle_json(self._handle))
+        await self._attach()
+
+    async def _attach(self) -> None:
+        assert self._handle is not None
+        handle = self._handle
+        fds = await self._runtime.attach(handle)
+        link = Link(
+            fds.read_fd,
+            fds.write_fd,
+            on_message=self.channels.received,
+            on_gap=self.channels.dropped,
+            on_event=self._event,
+            on_lost=self._lost,
+        )
+        self._link = link
+        death = asyncio.ensure_future(self._runtime.wait(handle))
+        attached = asyncio.ensure_future(link.attach(owner=str(self._lock.pid), timeout=ATTACH_TIMEOUT))
+        try:
+            await asyncio.wait({death, attached}, return_when=asyncio.FIRST_COMPLETED)
+            if not attached.done():
+                reason = death.result()
+                raise SandboxGatewayError("runtime_failed", f"the sandbox ended while starting: {reason.describe()}")
+            attached.result()
+            await link.call("policy", on_owner_exit=str(self.record.on_owner_exit), grace=self.record.grace)
+        except BaseException:
+            death.cancel()
+            attached.cancel()
+            raise
+        self._tasks = [asyncio.create_task(self._watch(death)), asyncio.create_task(self._heartbeat())]
+
+    # The kernel inside
+
+    async def boot(self, kernel: KernelSpec) -> None:
+        """Start the kernel process; returns when it is spawned. Raises ``kernel_failed`` when it cannot be."""
+        self.kernel_exit = None
+        self._kernel_gone.clear()
+        await self.link.call("start_kernel", **self._kernel_parameters(kernel))
+        self.channels.connect(self.link)
+        await self._move(State.RUNNING)
+
+    async def reboot(self, kernel: KernelSpec) -> None:
+        """Restart in place (DESIGN, Restart): end every process of the kernel's uid, keep the files, boot again."""
+        async with self._serial:
+            await self._move(State.RESTARTING)
+            self.channels.disconnect()
+            await self.link.call("restart_kernel", timeout=30.0, **self._kernel_parameters(kernel))
+            self.kernel_exit = None
+            self._kernel_gone.clear()
+            self.channels.connect(self.link)
+            await self._move(State.RUNNING)
+
+    def _kernel_parameters(self, kernel: KernelSpec) -> dict[str, Any]:
+        return {
+            "argv": list(kernel.argv),
+            "env": dict(kernel.environment),
+            "cwd": kernel.cwd,
+            "uid": self._who.uid,
+            "gid": self._who.gid,
+            "interrupt_mode": kernel.interrupt_mode,
+            "key": self._key.decode("ascii"),
+            "rlimits": {},
+            "fast_iopub": is_ipykernel(kernel.argv),
+        }
+
+    async def signal(self, number: int) -> None:
+        """Send a signal to the kernel's process group; a kernel that is gone takes none."""
+        if self.kernel_exit is None and self.death is None:
+            await self.link.call("signal", signum=number)
+
+    async def interrupt(self) -> None:
+        """Interrupt what runs, in the kernelspec's own way."""
+        await self.link.call("interrupt")
+
+    async def stop_kernel(self, grace: float) -> None:
+        """SIGTERM, ``grace`` seconds, SIGKILL; the sandbox stays."""
+        if self.kernel_exit is None and self.death is None:
+            await self.link.call("stop_kernel", timeout=grace + 30.0, grace=grace)
+
+    def poll(self) -> int | None:
+        """None while the kernel lives, else its return code (negative: a signal)."""
+        if self.kernel_exit is not None:
+            return self.kernel_exit.returncode
+        if self.death is not None:
+            return self.death.exit_code if self.death.exit_code is not None else -signal.SIGKILL
+        return None
+
+    async def wait_kernel(self) -> int:
+        """Return when the kernel or the whole sandbox has ended."""
+        while (code := self.poll()) is None:
+            await self._kernel_gone.wait()
+        return code
+
+    async def stats(self) -> Stats:
+        """Resource use of the sandbox now."""
+        return await self._runtime.stats(self._handle) if self._handle is not None else Stats()
+
+    async def log(self) -> bytes:
+        """What the kernel wrote to its raw stdout and stderr, up to the agent's bound."""
+        stream = await self.link.open_stream("log", {"follow": False})
+        try:
+            chunks = []
+            while chunk := await stream.read():
+                chunks.append(bytes(chunk))
+            return b"".join(chunks)
+        finally:
+            await stream.close()
+
+    # The end
+
+    async def destroy(self, death: Death) -> None:
+        """End and remove everything; idempotent. ``death`` is recorded unless there is an earlier reason."""
+        async with self._serial:
+            if self._ending:
+                return
+            self._ending = True
+            await self._finish(death, State.TERMINATED)
+
+    async def _finish(self, death: Death, final: State) -> None:
+        first = self.death is None
+        self.death = self.death or death
+        if first:
+            with contextlib.suppress(SandboxGatewayError):
+                await self._move(State.TERMINATING if final is State.TERMINATED else State.FAILED, death=self.death)
+        self.channels.disconnect()
+        current = asyncio.current_task()
+        for task in self._tasks:
+            if task is not current:
+                task.cancel()
+        link, self._link = self._link, None
+        if link is not None:
+            with contextlib.suppress(Exception):
+                await link.close(detach=False)
+        try:
+            if self._handle is not None:
+                await self._runtime.destroy(self._handle)
+        finally:
+            self._kernel_gone.set()
+            self.ended.set()
+            if final is State.TERMINATED:
+                with contextlib.suppress(SandboxGatewayError):
+                    await self._move(State.TERMINATED, owner_pid=None)
+            else:
+                await self._save(owner_pid=None)
+            self._on_end(self)
+
+    async def _watch(self, death: asyncio.Future[Death]) -> None:
+        reason = await death
+        async with self._serial:
+            if self._ending:
+                return
+            self._ending = True
+            reason = self._explained(reason)
+            log.warning("sandbox %s died: %s", self.id, reason.describe())
+            self.channels.kernel_died(f"\n[sandbox] The kernel died: {reason.describe()}\n")
+            await self._finish(reason, State.FAILED)
+
+    def _explained(self, death: Death) -> Death:
+        if death.kind is DeathKind.OUT_OF_MEMORY and not death.detail and self.spec.limits.memory:
+            size = self.spec.limits.memory / 2**20
+            return replace(death, detail=f"out of memory at {size:.0f} MiB; its files are lost")
+        return death
+
+    async def _heartbeat(self) -> None:
+        last = time.monotonic()
+        while True:
+            await asyncio.sleep(HEARTBEAT)
+            try:
+                await self.link.ping(HEARTBEAT)
+                last = time.monotonic()
+            except (TimeoutError, SandboxGatewayError):
+                if time.monotonic() - last > SILENCE:
+                    self._lost(TimeoutError(f"no sign of life for {SILENCE:.0f} seconds"))
+                    return
+
+    def _lost(self, error: Exception) -> None:
+        """The link is beyond repair: a sandbox that does not speak is ended."""
+        log.error("sandbox %s: link lost: %s", self.id, error)
+        death = Death(DeathKind.AGENT_DIED, f"the sandbox stopped speaking: {error}")
+
+        async def end() -> None:
+            async with self._serial:
+                if not self._ending:
+                    self._ending = True
+                    self.channels.kernel_died(f"\n[sandbox] The kernel died: {death.describe()}\n")
+                    await self._finish(death, State.FAILED)
+
+        self._tasks.append(asyncio.ensure_future(end()))
+
+    def _event(self, event: Mapping[str, Any]) -> None:
+        if event.get("event") != "kernel_exit":
+            return
+        gone = _kernel_exit(event)
+        if gone is None:
+            log.warning("sandbox %s: a malformed kernel_exit event was dropped", self.id)
+            return
+        self.kernel_exit = gone
+        self._kernel_gone.set()
+        if not gone.expected and not self._ending:
+            tail = f"\n{gone.stderr_tail.rstrip()}" if gone.stderr_tail.strip() else ""
+            log.warning("sandbox %s: %s%s", self.id, gone.describe(), tail)
+            self.channels.notice(f"\n[sandbox] {gone.describe()}{tail}\n")
+
+    # The record
+
+    async def _move(self, state: State, **changes: Any) -> None:
+        if state is not self.record.state:
+            self.record = self.record.moved(state, time.time(), **changes)
+            await asyncio.to_thread(self._store.put, self.record)
+
+    async def _save(self, **changes: Any) -> None:
+        self.record = replace(self.record, **changes)
+        await asyncio.to_thread(self._store.put, self.record)
+
+
+def is_ipykernel(argv: tuple[str, ...]) -> bool:
+    """Whether the command starts IPython's kernel, which our own application can stand in for."""
+    return len(argv) >= 3 and argv[1] == "-m" and argv[2] in {"ipykernel_launcher", "ipykernel"}
+
+
+def _kernel_exit(event: Mapping[str, Any]) -> KernelExit | None:
+    code, number, tail = event.get("code"), event.get("signal"), event.get("stderr_tail", "")
+    if not isinstance(code, int | None) or not isinstance(number, int | None) or not isinstance(tail, str):
+        return None
+    return KernelExit(code, number, tail[-4000:], bool(event.get("expected")))
+
+
+def _handle_json(handle: Handle) -> dict[str, Any]:
+    return {
+        "id": handle.id,
+        "runtime": handle.runtime,
+        "directory": str(handle.directory),
+        "step": handle.step,
+        "data": dict(handle.data),
+    }

@@ -1,0 +1,170 @@
+"""From what is asked for to what a runtime is given: pure composition of a :class:`SandboxSpec`."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.model import Image, KernelSpec, Mount, SandboxSpec, WorkspaceMode
+from sandbox_gateway.profiles import Profile
+
+HOME_INSIDE = "/home/jovyan"
+WORKSPACE_INSIDE = "/home/jovyan/work"
+DEFAULT_UID = 1000
+AGENT_UID = 64999
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\Z")
+_BASE_ENVIRONMENT = {"HOME": HOME_INSIDE, "USER": "jovyan", "LANG": "C.UTF-8", "TERM": "xterm-color", "SHELL": "/bin/bash"}
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+
+@dataclass(frozen=True, slots=True)
+class CreateRequest:
+    """What a caller wants: one kernel under one id."""
+
+    id: str
+    profile: Profile
+    kernel: KernelSpec
+    key: bytes
+    """The HMAC key that clients and kernel sign messages with."""
+    directory: Path | None = None
+    """The notebook's directory on the host; mounted only when the profile says so."""
+    client_environment: Mapping[str, str] = field(default_factory=dict)
+    """What the caller's environment offers; filtered by the profile's allow-list."""
+    name: str = ""
+    """A label for people."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who the kernel is inside."""
+
+    uid: int
+    gid: int
+    agent_uid: int
+
+
+def checked_id(value: str) -> str:
+    """``value`` when it can name a sandbox; it becomes part of paths, cgroup names and container ids."""
+    if not _ID.match(value):
+        raise SandboxGatewayError(
+            "invalid_request", f"{value!r} cannot be a sandbox's id", "Use letters, digits, '-' and '_', at most 64."
+        )
+    return value
+
+
+def identity(request: CreateRequest, *, root: bool) -> Identity:
+    """The kernel's uid and gid inside: those that own the workspace there (GVISOR.md, Hardening).
+
+    As root the workspace shows its real owner inside; as an ordinary user it shows as owned by guest uid 0, since
+    only that one is mapped. PID 1 gets another uid in any case.
+    """
+    uid = gid = DEFAULT_UID
+    if _workspace(request) is not None:
+        if root:
+            found = _workspace_stat(request)
+            uid, gid = found.st_uid, found.st_gid
+        else:
+            uid = gid = 0
+    return Identity(uid, gid, AGENT_UID if uid != AGENT_UID else AGENT_UID - 1)
+
+
+def compose(request: CreateRequest, image: Image, who: Identity, *, private: tuple[Path, ...], empty: Path) -> SandboxSpec:
+    """The specification for ``request``.
+
+    ``private`` are host directories that must never show inside, even when a mounted directory contains them: the
+    directory ``empty`` is laid over them.
+    """
+    profile = request.profile
+    mounts = list(profile.mounts)
+    workspace = _workspace(request)
+    if workspace is not None:
+        readonly = profile.workspace is WorkspaceMode.RO
+        mounts.append(Mount(str(workspace), WORKSPACE_INSIDE, readonly))
+    for mount in profile.mounts:
+        if not os.path.exists(mount.source):
+            raise SandboxGatewayError(
+                "invalid_profile", f"profile {profile.name}: {mount.source} does not exist", "Create it, or leave the mount out."
+            )
+    for mount in tuple(mounts):
+        mounts.extend(_masks(mount, private, empty))
+    layers = image.layers
+    if profile.packages_writable:
+        layers = tuple(replace(layer, writable=layer.kind == "erofs") for layer in layers)
+    return SandboxSpec(
+        id=checked_id(request.id),
+        profile=profile.name,
+        runtime=profile.runtime,
+        image=replace(image, layers=layers),
+        limits=profile.limits,
+        mounts=tuple(mounts),
+        hostname="sandbox",
+        kernel_uid=who.uid,
+        agent_uid=who.agent_uid,
+    )
+
+
+def kernel(request: CreateRequest, image: Image) -> KernelSpec:
+    """The kernel to run inside: the command in the image's terms, and an environment made from nothing."""
+    profile = request.profile
+    environment = {**_BASE_ENVIRONMENT, **image.environment}
+    if profile.limits.cpu is not None:
+        threads = str(max(1, int(profile.limits.cpu)))
+        environment.update(dict.fromkeys(_THREAD_VARIABLES, threads))
+    environment.update(request.kernel.environment)
+    environment.update(profile.environment)
+    environment.update({k: v for k, v in request.client_environment.items() if profile.allows(k)})
+    environment["SANDBOX_ID"] = request.id
+    argv = list(profile.argv or request.kernel.argv)
+    if image.interpreter is not None and argv and _is_bare_python(argv[0]):
+        argv[0] = image.interpreter
+    cwd = WORKSPACE_INSIDE if _workspace(request) is not None else HOME_INSIDE
+    return replace(request.kernel, argv=tuple(argv), environment=environment, cwd=cwd)
+
+
+def missing_file_hint(request: CreateRequest) -> str:
+    """What to say once when a file is missing in a kernel without a workspace; empty when there is one."""
+    if request.profile.workspace is not WorkspaceMode.NONE:
+        return ""
+    return (
+        "[sandbox] This kernel does not see the notebook's folder: it starts in an empty home. "
+        "Pick 'Python 3 (gVisor, this folder)' to open the folder to it.\n"
+    )
+
+
+def _workspace(request: CreateRequest) -> Path | None:
+    if request.profile.workspace is WorkspaceMode.NONE:
+        return None
+    if request.directory is None:
+        raise SandboxGatewayError("invalid_request", "this profile opens the notebook's folder, and none was named")
+    return request.directory
+
+
+def _workspace_stat(request: CreateRequest) -> os.stat_result:
+    assert request.directory is not None
+    try:
+        return request.directory.stat()
+    except OSError as error:
+        raise SandboxGatewayError("invalid_request", f"the folder {request.directory} cannot be opened: {error.strerror}") from error
+
+
+def _masks(mount: Mount, private: tuple[Path, ...], empty: Path) -> list[Mount]:
+    found = []
+    source = os.path.realpath(mount.source)
+    for path in private:
+        inside = os.path.realpath(path)
+        if os.path.commonpath([inside, source]) == inside:
+            raise SandboxGatewayError(
+                "invalid_request", f"{mount.source} lies in sandbox_gateway's own data and cannot be opened to a kernel",
+                "Move the notebook to another folder.",
+            )
+        if os.path.commonpath([inside, source]) == source and os.path.isdir(inside):
+            found.append(Mount(str(empty), os.path.join(mount.destination, os.path.relpath(inside, source)), True))
+    return found
+
+
+def _is_bare_python(command: str) -> bool:
+    return re.fullmatch(r"python(3(\.\d+)?)?", command) is not None
