@@ -1,0 +1,64 @@
+# Everything a developer does. `make setup` needs Python >= 3.11 and brings the rest; each target does only what is not done yet.
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS := lab,test,lint,docs,bench
+NOTEBOOKS ?= .
+TESTS ?=
+STAMP := $(VENV)/.installed
+
+# Never the user's own environment: the product freezes the one it runs in, and that is to be .venv.
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+
+.PHONY: help setup run test lint docs bench clean
+
+help: ## say what there is
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## everything needed: system packages, .venv, runsc, the kernelspecs
+	@$(BIN)/jupyter sandbox setup
+	@$(BIN)/jupyter sandbox install --sys-prefix
+
+$(STAMP): pyproject.toml sandbox_gateway/__init__.py tools/system_packages.sh
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "setup: $(PYTHON) is missing or older than Python 3.11; name a newer one: make setup PYTHON=python3.12" >&2; exit 1; }
+	@sh tools/system_packages.sh "$$(command -v $(PYTHON))"
+	@test -x $(BIN)/python && $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "setup: making $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
+	@echo "setup: installing sandbox_gateway and its tools into $(VENV) (a minute or two the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
+	@touch $@
+
+run: setup ## JupyterLab with the sandboxed kernels; NOTEBOOKS=folder names another folder
+	@echo "run: JupyterLab on a free port; choose \"Python 3 (gVisor)\" in the launcher, end with Ctrl-C"
+	@exec $(BIN)/jupyter lab --no-browser --ServerApp.port=8888 --ServerApp.port_retries=100 \
+	  $$(test "$$(id -u)" -ne 0 || echo --allow-root) --ServerApp.root_dir="$(NOTEBOOKS)"
+
+test: setup lint docs ## linters, docs and the tests; TESTS=tests/wire for some only
+	@echo "test: pytest $(TESTS)"
+	@JUPYTER_PLATFORM_DIRS=1 $(BIN)/python -m pytest $(TESTS)
+
+lint: $(STAMP) ## ruff, mypy --strict, the layers
+	@echo "lint: ruff"
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet . || { echo "lint: run .venv/bin/ruff format ." >&2; exit 1; }
+	@echo "lint: mypy"
+	@$(BIN)/mypy --no-error-summary
+	@echo "lint: layers"
+	@$(BIN)/lint-imports > $(VENV)/lint-imports.log 2>&1 || { cat $(VENV)/lint-imports.log >&2; exit 1; }
+
+docs: $(STAMP) ## the manual, in docs/_build/html; a warning is an error
+	@echo "docs: sphinx-build"
+	@$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
+bench: setup ## measure against the plain ipykernel; figures and picture in docs/
+	@$(BIN)/python -m bench
+
+clean: ## remove what make made here (not the product's data directory)
+	@echo "clean: $(VENV), caches and built docs"
+	@rm -rf $(VENV) docs/_build build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
