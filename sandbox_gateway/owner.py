@@ -1,0 +1,459 @@
+"""One owner at a time: the lock in a sandbox's runtime directory, and the socket on which its holder answers.
+
+The lock is an open file description lock (``F_OFD_SETLK``) on ``<runtime>/<id>/owner.lock``: it ends with its holder
+however that dies, is not disturbed when somebody else opens the file, and, unlike ``flock``, can be asked for without
+being taken. The file's text tells who holds it: ``{"pid": ..., "socket": ...}``.
+
+Each owning process answers on one socket, ``<runtime>/owners/<pid>-<tag>.sock`` (mode 0600, the peer's uid checked),
+for all of its sandboxes (DESIGN 4.8). One connection carries one request, as lines of JSON::
+
+    -> {"op": "stop", "id": "<sandbox>", "params": {...}}
+    <- {"progress": {...}}                  any number of these
+    <- {"ok": {...}}  or  {"error": {"code": ..., "message": ..., "hint": ...}}
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import errno
+import fcntl
+import json
+import logging
+import os
+import secrets
+import socket
+import struct
+import time
+import weakref
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.host.paths import Paths
+
+log = logging.getLogger(__name__)
+
+LOCK_NAME: Final = "owner.lock"
+OWNERS: Final = "owners"
+MAX_REQUEST: Final = 1 << 20
+"""Bytes of one request line."""
+MAX_ANSWER: Final = 8 << 20
+"""Bytes of one line that an owner answers."""
+_REQUEST_TIMEOUT = 10.0
+_FLOCK = struct.Struct("hhqqi4x")
+_PEERCRED = struct.Struct("3i")
+
+Handler = Callable[[str, str, Mapping[str, Any]], Awaitable[Mapping[str, Any]]]
+"""Carries out ``(op, sandbox id, params)``; may raise :class:`SandboxGatewayError` and :func:`report_progress`."""
+
+
+class NoOwner(SandboxGatewayError):
+    """Nobody owns the sandbox: take the lock and adopt it."""
+
+    def __init__(self, sandbox_id: str) -> None:
+        super().__init__("owner_unreachable", f"no process owns sandbox {sandbox_id}")
+
+
+# The lock
+
+_held: weakref.WeakSet[OwnerLock] = weakref.WeakSet()
+_tag = secrets.token_hex(4)
+
+
+def default_socket(runtime: Path) -> Path:
+    """Where this process answers unless it says otherwise. The tag tells apart equal pids of two pid namespaces."""
+    return runtime / OWNERS / f"{os.getpid()}-{_tag}.sock"
+
+
+class OwnerLock:
+    """The right to drive one sandbox.
+
+    ``directory`` is the sandbox's runtime directory, made if it is missing (mode 0700). ``server`` is the socket that
+    answers for this owner (default: :func:`default_socket` of the directory's parent).
+    """
+
+    def __init__(self, directory: Path, server: Path | None = None) -> None:
+        self.directory = directory
+        self._server = server if server is not None else default_socket(directory.parent)
+        self._fd: int | None = None
+
+    @property
+    def pid(self) -> int:
+        """Of the process that holds it or would: this one."""
+        return os.getpid()
+
+    @property
+    def held(self) -> bool:
+        """Whether this object holds the lock."""
+        return self._fd is not None
+
+    def acquire(self) -> None:
+        """Take the lock; raises ``owned_elsewhere`` naming the holder, or ``data_directory``."""
+        if not self.try_acquire():
+            pid = holder(self.directory)
+            who = f"process {pid}" if pid else "another process"
+            raise SandboxGatewayError("owned_elsewhere", f"sandbox {self.directory.name} is owned by {who}")
+
+    def try_acquire(self) -> bool:
+        """Take the lock if it is free; True when it is held now. Raises ``data_directory`` when it cannot be made."""
+        if self._fd is not None:
+            return True
+        try:
+            fd = _open_locked(self.directory)
+        except OSError as error:
+            raise SandboxGatewayError("data_directory", f"cannot lock {self.directory}: {error.strerror}") from error
+        if fd is None:
+            return False
+        self._fd = fd
+        _held.add(self)
+        text = json.dumps({"pid": os.getpid(), "socket": str(self._server)}).encode() + b"\n"
+        os.pwrite(fd, text, 0)
+        os.ftruncate(fd, len(text))
+        return True
+
+    def release(self, *, remove: bool = False) -> None:
+        """Give the lock up; harmless when it is not held.
+
+        ``remove`` takes the lock file away first, and the directory too if nothing else is in it.
+        """
+        fd, self._fd = self._fd, None
+        if fd is None:
+            return
+        _held.discard(self)
+        try:
+            if remove:
+                with contextlib.suppress(OSError):
+                    os.unlink(self.directory / LOCK_NAME)
+                    os.rmdir(self.directory)
+            else:
+                os.ftruncate(fd, 0)
+            # Said in words, not left to close(): a child between its fork and exec still has a copy for a moment.
+            _lock(fd, fcntl.F_UNLCK)
+        finally:
+            os.close(fd)
+
+    def __enter__(self) -> OwnerLock:
+        self.acquire()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.release()
+
+
+def holder(directory: Path) -> int | None:
+    """The pid of the process that owns the sandbox of this runtime directory right now; None when nobody does.
+
+    0 means that somebody does who has not yet written who he is.
+    """
+    found = _holder(directory)
+    return None if found is None else found[0]
+
+
+def _holder(directory: Path) -> tuple[int, Path | None] | None:
+    try:
+        fd = os.open(directory / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        query = _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
+        if _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, query))[0] == fcntl.F_UNLCK:
+            return None
+        text = os.pread(fd, 4096, 0)
+    finally:
+        os.close(fd)
+    try:
+        data = json.loads(text)
+        return int(data["pid"]), Path(data["socket"])
+    except (ValueError, KeyError, TypeError):
+        return 0, None
+
+
+def _open_locked(directory: Path) -> int | None:
+    # A holder that removes the directory may do so between any two of these steps: begin again then.
+    for _ in range(100):
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = directory / LOCK_NAME
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except FileNotFoundError:
+            continue
+        try:
+            if not _lock(fd, fcntl.F_WRLCK):
+                os.close(fd)
+                return None
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False)):
+                    return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+    raise OSError(errno.EBUSY, "it is made and removed again and again")
+
+
+def _lock(fd: int, kind: int) -> bool:
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        raise
+    return True
+
+
+def _after_fork() -> None:
+    """A forked child owns nothing; its copies of the descriptors would keep the locks alive after the parent's death."""
+    global _tag
+    _tag = secrets.token_hex(4)
+    for lock in tuple(_held):
+        fd, lock._fd = lock._fd, None
+        if fd is not None:
+            os.close(fd)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+# The owner's side of the socket
+
+_asker: contextvars.ContextVar[_Asker | None] = contextvars.ContextVar("sandbox_gateway_asker", default=None)
+
+
+def report_progress(progress: Mapping[str, Any]) -> bool:
+    """From within a handler: tell the asker how far it is. False when nobody listens (any more)."""
+    asker = _asker.get()
+    return asker is not None and asker.send({"progress": dict(progress)})
+
+
+class _Asker:
+    def __init__(self, writer: asyncio.StreamWriter) -> None:
+        self._writer = writer
+
+    def send(self, message: Mapping[str, Any]) -> bool:
+        transport = self._writer.transport
+        # An asker that does not read is not waited for: what it asked for is done all the same.
+        if transport.is_closing() or transport.get_write_buffer_size() > 2 * MAX_ANSWER:
+            return False
+        line = _line(message)
+        if len(line) > MAX_ANSWER:
+            line = _line(
+                {"error": SandboxGatewayError("internal", f"an answer of {len(line)} bytes is too long").as_dict()}
+            )
+        self._writer.write(line)
+        return True
+
+
+class OwnerServer:
+    """Answers for the sandboxes that this process owns.
+
+    A request is carried out to its end even when the asker goes away.
+    """
+
+    def __init__(self, paths: Paths, handler: Handler, *, socket_path: Path | None = None) -> None:
+        self.path = socket_path if socket_path is not None else default_socket(paths.runtime)
+        self._handler = handler
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Listen on :attr:`path`, on the running loop. Raises ``data_directory`` when that cannot be."""
+        directory = self.path.parent
+        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        fresh = self.path.with_suffix(".new")
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            sweep(directory)
+            with contextlib.suppress(FileNotFoundError):
+                fresh.unlink()
+            listening.bind(os.fspath(fresh))
+            os.chmod(fresh, 0o600)
+            listening.listen(64)
+            # Under its own name only when it answers: whoever finds a name that refuses knows that its owner is dead.
+            os.rename(fresh, self.path)
+        except OSError as error:
+            listening.close()
+            raise SandboxGatewayError("data_directory", f"cannot listen on {self.path}: {error}") from error
+        listening.setblocking(False)
+        self._server = await asyncio.start_unix_server(self._connected, sock=listening, limit=MAX_REQUEST)
+
+    async def stop(self) -> None:
+        """Stop listening, cancel what is under way, and leave no file."""
+        server, self._server = self._server, None
+        if server is None:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            self.path.unlink()
+        server.close()
+        current = asyncio.current_task()
+        tasks = [task for task in self._tasks if task is not current]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        with contextlib.suppress(OSError):
+            self.path.parent.rmdir()
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            uid = _peer_uid(writer.get_extra_info("socket"))
+            if uid not in (os.geteuid(), 0):
+                log.warning("uid %d was refused on the owner's socket", uid)
+                return
+            await self._serve(reader, writer)
+        except (OSError, TimeoutError, asyncio.CancelledError):
+            # CancelledError is stop() at work; Python before 3.12 would log it as an unhandled error of the server's.
+            pass
+        finally:
+            self._tasks.discard(task)
+            writer.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asker = _Asker(writer)
+        _asker.set(asker)
+        try:
+            async with asyncio.timeout(_REQUEST_TIMEOUT):
+                line = await reader.readline()
+            if not line:
+                return
+            op, sandbox_id, params = _parse_request(line)
+            answer: dict[str, Any] = {"ok": dict(await self._handler(op, sandbox_id, params))}
+        except SandboxGatewayError as error:
+            answer = {"error": error.as_dict()}
+        except ValueError as error:
+            answer = {"error": SandboxGatewayError("invalid_request", f"not a request: {error}").as_dict()}
+        except asyncio.CancelledError:
+            asker.send({"error": SandboxGatewayError("owner_unreachable", "the owner is ending").as_dict()})
+            raise
+        except (OSError, TimeoutError):
+            raise
+        except Exception as error:
+            log.exception("a request to the owner failed")
+            answer = {"error": SandboxGatewayError("internal", f"{type(error).__name__}: {error}").as_dict()}
+        asker.send(answer)
+        await writer.drain()
+
+
+def sweep(directory: Path) -> None:
+    """Remove the sockets that dead owners left in ``<runtime>/owners``."""
+    for path in directory.glob("*.sock"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):
+            probe.setblocking(False)
+            if probe.connect_ex(os.fspath(path)) == errno.ECONNREFUSED:
+                path.unlink()
+    for path in directory.glob("*.new"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > 60.0:
+                path.unlink()
+
+
+def _peer_uid(connected: Any) -> int:
+    credentials = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size)
+    uid: int = _PEERCRED.unpack(credentials)[1]
+    return uid
+
+
+def _line(message: Mapping[str, Any]) -> bytes:
+    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+
+
+def _parse_request(line: bytes) -> tuple[str, str, Mapping[str, Any]]:
+    request = json.loads(line)
+    if not isinstance(request, dict):
+        raise ValueError("an object is expected")
+    op, sandbox_id, params = request.get("op"), request.get("id"), request.get("params", {})
+    if not (isinstance(op, str) and isinstance(sandbox_id, str) and isinstance(params, dict)):
+        raise ValueError("op and id are texts, params is an object")
+    return op, sandbox_id, params
+
+
+# The asker's side
+
+_APPEARANCE = 2.0
+"""Seconds that an owner may take between taking a lock and answering on its socket."""
+
+
+async def ask(
+    paths: Paths,
+    sandbox_id: str,
+    op: str,
+    timeout: float = 30.0,
+    *,
+    on_progress: Callable[[Mapping[str, Any]], None] | None = None,
+    **params: Any,
+) -> dict[str, Any]:
+    """Ask the owner of a sandbox to do something; returns what its handler did.
+
+    ``timeout`` is in seconds without a word from the owner. Raises :class:`NoOwner` when nobody owns the sandbox (also
+    when the owner dies over it), ``owner_unreachable`` when the owner does not answer, or the owner's own error.
+    """
+    directory = paths.sandbox(sandbox_id)
+    pid, connected = await _reach(directory)
+    reader, writer = await asyncio.open_unix_connection(sock=connected, limit=MAX_ANSWER)
+    try:
+        writer.write(_line({"op": op, "id": sandbox_id, "params": params}))
+        while True:
+            async with asyncio.timeout(timeout):
+                line = await reader.readline()
+            if not line.endswith(b"\n"):
+                raise ConnectionResetError("the connection was closed")
+            answer = json.loads(line)
+            if "ok" in answer:
+                return dict(answer["ok"])
+            if "error" in answer:
+                raise SandboxGatewayError.from_dict(answer["error"])
+            if on_progress is not None and isinstance(answer.get("progress"), dict):
+                on_progress(answer["progress"])
+    except TimeoutError as error:
+        raise SandboxGatewayError("owner_unreachable", f"process {pid} did not answer in {timeout:g} s") from error
+    except OSError as error:
+        if await _gone(directory):
+            raise NoOwner(sandbox_id) from error
+        raise SandboxGatewayError("owner_unreachable", f"process {pid} hung up: {error}") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise SandboxGatewayError("owner_unreachable", f"process {pid} answered nonsense: {error}") from error
+    finally:
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+
+async def _reach(directory: Path) -> tuple[int, socket.socket]:
+    deadline = time.monotonic() + _APPEARANCE
+    while True:
+        found = _holder(directory)
+        if found is None:
+            raise NoOwner(directory.name)
+        pid, path = found
+        problem: object = "it has not said where it answers"
+        if path is not None:
+            connecting = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                connecting.setblocking(False)
+                await asyncio.get_running_loop().sock_connect(connecting, os.fspath(path))
+                if _peer_uid(connecting) not in (os.geteuid(), 0):
+                    raise PermissionError(errno.EPERM, "somebody else answers in its place")
+                return pid, connecting
+            except OSError as error:
+                connecting.close()
+                problem = error
+            except BaseException:
+                connecting.close()
+                raise
+        if time.monotonic() > deadline:
+            raise SandboxGatewayError("owner_unreachable", f"process {pid} does not answer: {problem}")
+        await asyncio.sleep(0.05)
+
+
+async def _gone(directory: Path) -> bool:
+    # A dying process's descriptors are closed one after the other: its connection may end before its locks do.
+    for _ in range(10):
+        if holder(directory) is None:
+            return True
+        await asyncio.sleep(0.05)
+    return False

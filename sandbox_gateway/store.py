@@ -1,0 +1,342 @@
+"""What exists: the index of all sandboxes of one installation, in SQLite (DESIGN 4.7).
+
+Any thread of any process of this user may use the store at the same time. Each method is one transaction, and what
+it wrote survives the death of the process at any later point (WAL with ``synchronous=NORMAL``: a power cut may lose the
+last transactions, but then the sandboxes they spoke of are gone with the machine's memory, and the boot id tells so).
+
+The store is the index; the truth about who owns a sandbox is the lock (:mod:`sandbox_gateway.owner`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sqlite3
+import stat
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.model import Death, OnOwnerExit, SandboxRecord, State
+
+BUSY_TIMEOUT: Final = 10.0
+"""Seconds to wait for another process's transaction before ``store_failed``."""
+
+MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
+    (
+        """CREATE TABLE sandboxes (
+            id TEXT PRIMARY KEY,
+            state TEXT NOT NULL,
+            profile TEXT NOT NULL,
+            runtime TEXT NOT NULL,
+            created REAL NOT NULL,
+            changed REAL NOT NULL,
+            boot_id TEXT NOT NULL,
+            step TEXT NOT NULL,
+            handle TEXT NOT NULL,
+            layers TEXT NOT NULL,
+            on_owner_exit TEXT NOT NULL,
+            grace REAL NOT NULL,
+            owner_pid INTEGER,
+            death TEXT,
+            notes TEXT NOT NULL,
+            name TEXT NOT NULL
+        ) STRICT, WITHOUT ROWID""",
+        "CREATE INDEX sandboxes_by_state ON sandboxes (state)",
+    ),
+)
+"""Statements that lead from version ``n`` (the index) to ``n + 1``. Append only: old ones are in users' files."""
+
+_COLUMNS = (
+    "id", "state", "profile", "runtime", "created", "changed", "boot_id", "step", "handle", "layers",
+    "on_owner_exit", "grace", "owner_pid", "death", "notes", "name",
+)  # fmt: skip
+_SELECT = f"SELECT {', '.join(_COLUMNS)} FROM sandboxes"
+_UPSERT = f"INSERT OR REPLACE INTO sandboxes ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"
+_WITHOUT_LAYERS = frozenset({State.TERMINATED, State.EXPIRED})
+
+
+class Store:
+    """The sandboxes of one installation.
+
+    Opened by :meth:`open`, or by the first use. All methods raise ``store_failed``, ``disk_full``, ``data_directory``
+    or ``store_too_new``; besides those only what their own text names. Fork-safe: a child opens anew.
+    """
+
+    def __init__(self, database: Path) -> None:
+        self._database = database
+        self._connection: sqlite3.Connection | None = None
+        self._lock = threading.RLock()
+        self._pid = os.getpid()
+        self._inherited: list[sqlite3.Connection] = []
+
+    @property
+    def database(self) -> Path:
+        """The file; SQLite keeps ``-wal`` and ``-shm`` files beside it while it is open."""
+        return self._database
+
+    def open(self) -> Store:
+        """Open the file, make it if it is missing, and bring its schema up to date. Returns the store itself."""
+        with self._open_connection():
+            return self
+
+    def close(self) -> None:
+        """Close the file; the next use opens it again."""
+        self._leave_parent_behind()
+        with self._lock, self._mapped():
+            connection, self._connection = self._connection, None
+            if connection is not None:
+                connection.close()
+
+    def __enter__(self) -> Store:
+        return self.open()
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def put(self, record: SandboxRecord) -> None:
+        """Write ``record``, whatever was there under its id before."""
+        with self._transaction() as connection:
+            connection.execute(_UPSERT, _to_row(record))
+
+    def get(self, sandbox_id: str) -> SandboxRecord:
+        """The record of exactly this id; raises ``unknown_sandbox``."""
+        with self._open_connection() as connection:
+            return _read(connection, sandbox_id)
+
+    def find(self, prefix: str) -> SandboxRecord:
+        """The record whose id is ``prefix``, or the only one whose id begins so.
+
+        Raises ``unknown_sandbox``, or ``ambiguous_id`` with some of the candidates.
+        """
+        with self._open_connection() as connection:
+            rows = connection.execute(
+                f"{_SELECT} WHERE substr(id, 1, ?) = ? ORDER BY id <> ?, id LIMIT 6", (len(prefix), prefix, prefix)
+            ).fetchall()
+        if not rows or not prefix:
+            raise _unknown(prefix)
+        if len(rows) > 1 and rows[0][0] != prefix:
+            shown = ", ".join(row[0] for row in rows[:5]) + (", ..." if len(rows) > 5 else "")
+            raise SandboxGatewayError("ambiguous_id", f"{prefix!r} could be any of {shown}")
+        return _from_row(rows[0])
+
+    def list(self, states: frozenset[State] | None = None) -> tuple[SandboxRecord, ...]:
+        """All records, or those in ``states``, oldest first."""
+        names = tuple(str(state) for state in (State if states is None else states))
+        with self._open_connection() as connection:
+            rows = connection.execute(
+                f"{_SELECT} WHERE state IN ({', '.join('?' * len(names))}) ORDER BY created, id", names
+            ).fetchall()
+        return tuple(_from_row(row) for row in rows)
+
+    def delete(self, sandbox_id: str) -> bool:
+        """Forget a sandbox; False when there was none."""
+        with self._transaction() as connection:
+            return connection.execute("DELETE FROM sandboxes WHERE id = ?", (sandbox_id,)).rowcount > 0
+
+    def update(self, sandbox_id: str, **changes: Any) -> SandboxRecord:
+        """Change fields other than the state, atomically against other processes; returns the new record.
+
+        Raises ``unknown_sandbox``.
+        """
+        if not changes.keys().isdisjoint({"id", "state"}):
+            raise ValueError("an id never changes, and a state changes by transition()")
+        with self._transaction() as connection:
+            record = replace(_read(connection, sandbox_id), **changes)
+            connection.execute(_UPSERT, _to_row(record))
+        return record
+
+    def transition(self, sandbox_id: str, state: State, now: float, **changes: Any) -> SandboxRecord:
+        """Move to ``state`` at ``now`` (seconds since the epoch), checked against the state that the store has now.
+
+        Of two processes that make conflicting moves, one gets ``illegal_transition``. Raises ``unknown_sandbox``.
+        """
+        with self._transaction() as connection:
+            record = _read(connection, sandbox_id).moved(state, now, **changes)
+            connection.execute(_UPSERT, _to_row(record))
+        return record
+
+    def referenced_layers(self) -> frozenset[str]:
+        """Digests of layers that garbage collection must keep: those of all but terminated and expired sandboxes."""
+        return frozenset(
+            digest for record in self.list() if record.state not in _WITHOUT_LAYERS for digest in record.layers
+        )
+
+    # Connections and transactions
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._open_connection() as connection, _immediate(connection):
+            yield connection
+
+    @contextlib.contextmanager
+    def _open_connection(self) -> Iterator[sqlite3.Connection]:
+        self._leave_parent_behind()
+        with self._lock, self._mapped():
+            if self._connection is None:
+                self._connection = self._connect()
+            yield self._connection
+
+    def _leave_parent_behind(self) -> None:
+        if self._pid != os.getpid():
+            # A connection must not cross a fork, and closing the parent's here could drop its write-ahead log.
+            if self._connection is not None:
+                self._inherited.append(self._connection)
+            self._connection, self._lock, self._pid = None, threading.RLock(), os.getpid()
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            self._database, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False, cached_statements=32
+        )
+        try:
+            _check_version(connection)
+            # Mode by path, never by a descriptor: closing one would drop this process's POSIX locks on the file.
+            if stat.S_IMODE(os.stat(self._database).st_mode) & 0o077:
+                os.chmod(self._database, 0o600)
+            _persistently(connection, "PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = NORMAL")
+            _migrate(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    @contextlib.contextmanager
+    def _mapped(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise self._explained(error) from error
+        except OSError as error:
+            raise SandboxGatewayError("data_directory", f"cannot use {self._database}: {error.strerror}") from error
+
+    def _explained(self, error: sqlite3.Error) -> SandboxGatewayError:
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+        name = self._database
+        if code == sqlite3.SQLITE_FULL or (code == sqlite3.SQLITE_IOERR and _is_full(name.parent)):
+            return SandboxGatewayError("disk_full", f"no space left to write {name}")
+        if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
+            return SandboxGatewayError("data_directory", f"cannot write {name}: {error}")
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            return SandboxGatewayError(
+                "store_failed", f"{name} was locked by another process for {BUSY_TIMEOUT:.0f} s", "Try again."
+            )
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            return SandboxGatewayError(
+                "store_failed",
+                f"{name} is damaged: {error}",
+                "Stop all kernels and move the file away; the next start makes a new one.",
+            )
+        return SandboxGatewayError("store_failed", f"{name}: {error}")
+
+
+@contextlib.contextmanager
+def _immediate(connection: sqlite3.Connection) -> Iterator[None]:
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        # SQLite may have rolled back by itself already (a full disk).
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
+def _persistently(connection: sqlite3.Connection, statement: str) -> None:
+    # Turning WAL on needs the file alone and does not call the busy handler: concurrent first openers retry here.
+    deadline = time.monotonic() + BUSY_TIMEOUT
+    while True:
+        try:
+            connection.execute(statement).fetchall()
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
+def _check_version(connection: sqlite3.Connection) -> int:
+    version: int = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version > len(MIGRATIONS):
+        raise SandboxGatewayError(
+            "store_too_new", f"the store has schema {version}, and this program knows {len(MIGRATIONS)} at most"
+        )
+    return version
+
+
+def _migrate(connection: sqlite3.Connection) -> None:
+    if _check_version(connection) == len(MIGRATIONS):
+        return
+    with _immediate(connection):
+        # Read again under the write lock: another process may have migrated meanwhile.
+        version = _check_version(connection)
+        for statements in MIGRATIONS[version:]:
+            for statement in statements:
+                connection.execute(statement)
+        connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+
+
+def _is_full(directory: Path) -> bool:
+    try:
+        return shutil.disk_usage(directory).free < 1 << 20
+    except OSError:
+        return False
+
+
+def _unknown(sandbox_id: str) -> SandboxGatewayError:
+    return SandboxGatewayError("unknown_sandbox", f"there is no sandbox {sandbox_id!r}")
+
+
+def _read(connection: sqlite3.Connection, sandbox_id: str) -> SandboxRecord:
+    row = connection.execute(f"{_SELECT} WHERE id = ?", (sandbox_id,)).fetchone()
+    if row is None:
+        raise _unknown(sandbox_id)
+    return _from_row(row)
+
+
+def _to_row(record: SandboxRecord) -> tuple[Any, ...]:
+    return (
+        record.id,
+        str(record.state),
+        record.profile,
+        record.runtime,
+        record.created,
+        record.changed,
+        record.boot_id,
+        record.step,
+        json.dumps(dict(record.handle)),
+        json.dumps(record.layers),
+        str(record.on_owner_exit),
+        record.grace,
+        record.owner_pid,
+        None if record.death is None else json.dumps(record.death.as_dict()),
+        json.dumps(record.notes),
+        record.name,
+    )
+
+
+def _from_row(row: Sequence[Any]) -> SandboxRecord:
+    data = dict(zip(_COLUMNS, row, strict=True))
+    try:
+        return SandboxRecord(
+            **{
+                **data,
+                "state": State(data["state"]),
+                "handle": json.loads(data["handle"]),
+                "layers": tuple(json.loads(data["layers"])),
+                "on_owner_exit": OnOwnerExit(data["on_owner_exit"]),
+                "death": None if data["death"] is None else Death.from_dict(json.loads(data["death"])),
+                "notes": tuple(json.loads(data["notes"])),
+            }
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise SandboxGatewayError(
+            "store_failed", f"the record of sandbox {data['id']} is damaged: {error}", "`jupyter sandbox rm` it."
+        ) from error
