@@ -1,0 +1,263 @@
+"""Getting the pinned runsc into the product's own data directory, and finding it again (DESIGN 4.13).
+
+``<home>/bin/<sha256>/runsc`` holds a binary under its hash, ``<home>/bin/runsc.json`` names the current one. An older
+one stays, since snapshots name the runsc they were made with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.host.paths import Paths
+from sandbox_gateway.host.runsc_sources import (
+    PIN,
+    Report,
+    WayClosed,
+    from_file,
+    from_release,
+    from_source,
+    remove_tree,
+)
+
+MANIFEST = "runsc.json"
+SCHEMA = 1
+_STAGING = ".staging-"
+
+
+@dataclass(frozen=True, slots=True)
+class RunscInstall:
+    """One installed runsc."""
+
+    path: Path
+    sha256: str
+    origin: str
+    """Where it came from, for people: ``release ...``, ``built with Go ...``, ``file ...``."""
+    pin: str
+    """The pinned generation it was installed for."""
+    files: Mapping[str, str]
+    """SHA-256 of each installed file, by its path beside (and including) ``runsc``."""
+    fresh: bool = False
+    """Whether this call installed it."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The installation as JSON."""
+        return {
+            "path": str(self.path),
+            "sha256": self.sha256,
+            "origin": self.origin,
+            "pin": self.pin,
+            "fresh": self.fresh,
+        }
+
+
+def find_runsc(paths: Paths, environment: Mapping[str, str] | None = None) -> Path | None:
+    """The runsc to use: the one that ``SANDBOX_GATEWAY_RUNSC`` names (a path, or a word looked up on ``PATH``), else
+    the installed one; None where there is neither. Raises ``runtime_missing`` when the named one is not there.
+
+    Cheap: nothing is hashed or run.
+    """
+    env = os.environ if environment is None else environment
+    named = env.get("SANDBOX_GATEWAY_RUNSC")
+    if named:
+        found = shutil.which(os.path.expanduser(named), path=env.get("PATH", os.defpath))
+        if found is None:
+            raise SandboxGatewayError(
+                "runtime_missing",
+                f"SANDBOX_GATEWAY_RUNSC names {named}, which is not an executable file",
+                "Correct the variable, or unset it to use the runsc of `jupyter sandbox setup`.",
+            )
+        return Path(found).absolute()
+    install = installed(paths)
+    return install.path if install else None
+
+
+def installed(paths: Paths) -> RunscInstall | None:
+    """The current installation as the manifest names it, or None; nothing is hashed."""
+    try:
+        data = json.loads((paths.bin / MANIFEST).read_bytes())
+        if data["schema"] != SCHEMA:
+            return None
+        sha256, origin, pin = str(data["sha256"]), str(data["origin"]), str(data["pin"])
+        files = {str(name): str(digest) for name, digest in data["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    path = paths.bin / sha256 / "runsc"
+    if len(sha256) != 64 or not sha256.isalnum() or not os.access(path, os.X_OK):
+        return None
+    return RunscInstall(path=path, sha256=sha256, origin=origin, pin=pin, files=files)
+
+
+def verify(install: RunscInstall) -> str:
+    """Compare every installed file with its recorded hash; empty when all is well, else what is wrong."""
+    folder = install.path.parent
+    if install.files.get("runsc") != install.sha256:
+        return "its manifest does not match its name"
+    for name, wanted in install.files.items():
+        try:
+            found = _sha256(folder / name)
+        except OSError as error:
+            return f"{folder / name} cannot be read: {error.strerror}"
+        if found != wanted:
+            return f"{folder / name} is not what was installed"
+    return ""
+
+
+def ensure_runsc(
+    paths: Paths,
+    *,
+    source: Path | None = None,
+    progress: Report | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> RunscInstall:
+    """Install the pinned runsc unless it is there and whole; ``source`` is a file to take instead (offline).
+
+    In order: what is installed; the file; gVisor's release; a build through the Go module proxy. One process at a
+    time works, the others wait for it. Raises ``setup_failed`` (naming every way that was tried), ``disk_full`` or
+    ``data_directory``; whatever happens, nothing half-made is left behind.
+    """
+    report: Report = progress or (lambda line: None)
+    env = dict(os.environ if environment is None else environment)
+    paths.ensure()
+    try:
+        paths.bin.mkdir(mode=0o700, exist_ok=True)
+        with _locked(paths.bin, report) as lock:
+            current = installed(paths)
+            if source is None and current is not None and current.pin == PIN:
+                trouble = verify(current)
+                if not trouble:
+                    return current
+                report(f"the installed runsc is damaged: {trouble}; getting it again")
+            return _install(paths, source, env, report, lock)
+    except OSError as error:
+        raise _storage_error(paths.home, error) from error
+
+
+def _install(paths: Paths, source: Path | None, env: Mapping[str, str], report: Report, lock: int) -> RunscInstall:
+    # We hold the lock: what is staged belongs to a process that was killed.
+    _sweep(paths.bin)
+    staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=paths.bin))
+    try:
+        origin = from_file(source, staging, report) if source is not None else _first_way(staging, env, report, lock)
+        _check_runs(staging / "runsc")
+        files = {str(file.relative_to(staging)): _sha256(file) for file in sorted(staging.rglob("*")) if file.is_file()}
+        sha256 = files["runsc"]
+        final = paths.bin / sha256
+        if final.is_dir():
+            remove_tree(final)  # damaged, or without the sidecars that this one brings
+        for file in files:
+            with (staging / file).open("rb") as handle:
+                os.fsync(handle.fileno())
+        manifest = paths.bin / f"{_STAGING}{MANIFEST}"
+        _write(manifest, {"schema": SCHEMA, "sha256": sha256, "origin": origin, "pin": PIN, "files": files})
+        staging.rename(final)
+        manifest.rename(paths.bin / MANIFEST)
+    finally:
+        _sweep(paths.bin)
+    report(f"installed runsc {sha256[:12]} ({origin})")
+    return RunscInstall(final / "runsc", sha256, origin, PIN, files, fresh=True)
+
+
+def _first_way(staging: Path, env: Mapping[str, str], report: Report, lock: int) -> str:
+    closed: list[str] = []
+    ways: tuple[Callable[[], str], ...] = (
+        lambda: from_release(staging, env, report),
+        lambda: from_source(staging, env, report, keep=(lock,)),
+    )
+    for way in ways:
+        try:
+            return way()
+        except WayClosed as why:
+            closed.append(str(why))
+            report(str(why))
+    raise SandboxGatewayError(
+        "setup_failed",
+        "runsc could not be had: " + "; ".join(closed),
+        "Give a runsc from another machine: `jupyter sandbox setup --file /path/to/runsc`.",
+    )
+
+
+def _check_runs(binary: Path) -> None:
+    """A file that is no runsc for this machine is refused before it is installed. Features are the runtime's probe."""
+    binary.chmod(0o755)
+    try:
+        answer = subprocess.run(
+            [str(binary), "--version"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=60,
+            check=False,
+        )
+        said = answer.stdout if answer.returncode == 0 else ""
+    except (OSError, subprocess.TimeoutExpired) as error:
+        if isinstance(error, OSError) and error.errno == errno.EACCES:
+            raise SandboxGatewayError(
+                "data_directory",
+                f"programs in {binary.parent.parent} cannot be run (a noexec mount?)",
+            ) from error
+        said = ""
+    if not said.startswith("runsc version"):
+        raise SandboxGatewayError(
+            "setup_failed", "the file is not a runsc that runs on this machine", "Give a Linux runsc of this processor."
+        )
+
+
+def _write(path: Path, data: Mapping[str, Any]) -> None:
+    with path.open("w") as file:
+        json.dump(data, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sweep(folder: Path) -> None:
+    for stale in folder.glob(_STAGING + "*"):
+        if stale.is_dir():
+            remove_tree(stale)
+        else:
+            stale.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, report: Report) -> Iterator[int]:
+    """Hold the folder's lock. A build inherits the descriptor, so that the lock outlives us as long as it runs."""
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report("waiting for another set-up to finish")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock
+    finally:
+        os.close(lock)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _storage_error(home: Path, error: OSError) -> SandboxGatewayError:
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return SandboxGatewayError(
+            "disk_full",
+            f"no space left in {home}",
+            "Free 2 GB for the build (100 MB stay), or move SANDBOX_GATEWAY_HOME.",
+        )
+    if error.errno in {errno.EROFS, errno.EACCES, errno.EPERM}:
+        return SandboxGatewayError("data_directory", f"{home} cannot be written: {error.strerror}")
+    return SandboxGatewayError("setup_failed", f"set-up in {home} failed: {error}")
