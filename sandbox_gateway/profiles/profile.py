@@ -1,0 +1,125 @@
+"""The values: :class:`Profile`, and the two that are built in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import Any
+
+from sandbox_gateway.model import Limits, Mount, OnOwnerExit, WorkspaceMode
+
+HOME = "/home/jovyan"
+"""The kernel's home inside."""
+WORKSPACE = f"{HOME}/work"
+"""Where the notebook's folder is seen inside."""
+DEFAULT_GRACE = 30.0
+"""Seconds."""
+DEFAULT_PROFILE = "python3-gvisor"
+RESERVED_VARIABLES = frozenset({"SANDBOX_ID", "JPY_PARENT_PID"})
+"""Never taken from a profile or a client: ours, and one that makes ipykernel exit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """Seconds without activity until each tier; None means never (DESIGN 4.11)."""
+
+    pause: float | None = None
+    suspend: float | None = None
+    expire: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """One offer, checked; what a new sandbox is made from."""
+
+    name: str
+    display_name: str = ""
+    """What Jupyter's launcher shows; never empty in a loaded profile."""
+    description: str = ""
+    """One line for people."""
+    language: str = "python"
+    runtime: str = "gvisor"
+    """``gvisor``, or ``fake`` (not isolated)."""
+    image: str = "host"
+    """``host``, ``host:/path/to/python`` or ``directory:/path``."""
+    editable: bool = False
+    """Whether editable installs are taken into the image."""
+    packages_writable: bool = True
+    """Whether the environment takes writes inside (in memory)."""
+    workspace: WorkspaceMode = WorkspaceMode.NONE
+    limits: Limits = field(default_factory=Limits)
+    required_limits: frozenset[str] = frozenset()
+    """Names of the limits that the file asks for. One of these that cannot be enforced is an error; a default one is
+    a note in the sandbox's record."""
+    environment: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    client_environment: tuple[str, ...] = ("TZ",)
+    """Names, or beginnings with a ``*``, of variables a client may hand in; see :meth:`allows`."""
+    mounts: tuple[Mount, ...] = ()
+    idle: Idle = field(default_factory=Idle)
+    max_busy: float | None = None
+    """Seconds a single request may run; None means any time."""
+    max_lifetime: float | None = None
+    """Seconds a sandbox may live; None means for ever."""
+    on_owner_exit: OnOwnerExit = OnOwnerExit.TERMINATE
+    grace: float = DEFAULT_GRACE
+    """Seconds without an owner before ``on_owner_exit`` applies."""
+    argv: tuple[str, ...] | None = None
+    """The kernel's command inside, where a first word ``python`` or ``python3`` is the image's interpreter;
+    None means the kernelspec's own (ipykernel)."""
+    interrupt_mode: str = "signal"
+    source: str = "built-in"
+    """``built-in``, or the path of the file that names it."""
+
+    def allows(self, variable: str) -> bool:
+        """Whether a client may set ``variable`` for the kernel (an allow-list; everything else stays outside)."""
+        if variable in RESERVED_VARIABLES:
+            return False
+        return any(
+            variable.startswith(entry[:-1]) if entry.endswith("*") else variable == entry
+            for entry in self.client_environment
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form, for people and tools; sizes in bytes, times in seconds."""
+        data: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
+        mounts = [
+            {"source": mount.source, "destination": mount.destination, "mode": "ro" if mount.readonly else "rw"}
+            for mount in self.mounts
+        ]
+        return {
+            **data,
+            "workspace": str(self.workspace),
+            "on_owner_exit": str(self.on_owner_exit),
+            "limits": {item.name: getattr(self.limits, item.name) for item in fields(Limits)},
+            "required_limits": sorted(self.required_limits),
+            "environment": dict(self.environment),
+            "client_environment": list(self.client_environment),
+            "mounts": mounts,
+            "idle": {item.name: getattr(self.idle, item.name) for item in fields(Idle)},
+            "argv": None if self.argv is None else list(self.argv),
+        }
+
+
+BUILT_IN: Mapping[str, Profile] = MappingProxyType(
+    {
+        profile.name: profile
+        for profile in (
+            Profile(
+                name=DEFAULT_PROFILE,
+                display_name="Python 3 (gVisor)",
+                description="Python in a sandbox without network and without any view of this machine's files.",
+            ),
+            Profile(
+                name="python3-gvisor-files",
+                display_name="Python 3 (gVisor, this folder)",
+                description=(
+                    "Python in a sandbox without network that sees the notebook's folder: any cell can read, change "
+                    "and delete the files of that folder and of the folders in it, and nothing else of this machine."
+                ),
+                workspace=WorkspaceMode.RW,
+            ),
+        )
+    }
+)
+"""Their limits are those of :func:`sandbox_gateway.profiles.load_profiles`, which knows the machine."""
