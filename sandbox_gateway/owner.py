@@ -205,7 +205,7 @@ def _lock(fd: int, kind: int) -> bool:
 
 
 def _after_fork() -> None:
-    """A forked child owns nothing; its copies of the descriptors would keep the locks alive after the parent's death."""
+    """A forked child owns nothing; its copies of the descriptors would keep the locks after the parent's death."""
     global _tag
     _tag = secrets.token_hex(4)
     for lock in tuple(_held):
