@@ -13,6 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from acceptance import FILES_KERNEL, KERNEL, PLAIN, Product, kernel
+
 from analysis import BIG, LINES, NOTEBOOK, build, normalised
 from runners import RUNNERS, jupyter_execute
 
@@ -62,9 +63,11 @@ def _files_notebook() -> nbformat.NotebookNode:
         "import os, pandas as pd\nframe = pd.read_csv('sales.csv')\nframe",
         "frame.assign(total=frame.units * frame.price).to_csv('out/totals.csv', index=False)",
         "print(sorted(os.listdir('.')), open('out/totals.csv').read())",
-        "with open('log.txt', 'a') as file:\n    file.write('ran\\n')\nos.rename('old.txt', 'new.txt')\nos.remove('gone.txt')",
+        "with open('log.txt', 'a') as file:\n    file.write('ran\\n')",
+        "os.rename('old.txt', 'new.txt')\nos.remove('gone.txt')",
     ]
-    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code, id=f"c{n}") for n, code in enumerate(cells)])
+    made = [nbformat.v4.new_code_cell(code, id=f"c{number}") for number, code in enumerate(cells)]
+    return nbformat.v4.new_notebook(cells=made)
 
 
 def test_a_notebook_reads_and_writes_the_files_beside_it(product: Product, tmp_path: Path) -> None:

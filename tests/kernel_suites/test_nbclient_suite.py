@@ -1,0 +1,118 @@
+"""nbclient's own test suite passes with our provisioner as the default one, as it does with the local one.
+
+The suite is not copied into this repository: it is taken from nbclient's source package by pip when the test runs, in
+the version that is installed here, and runs twice in processes of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+import tarfile
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+from acceptance import KERNEL, PLAIN, Product
+
+DIFFERENCES: dict[str, str] = {}
+"""Tests that pass with the local provisioner only, each with its reason; ``compatibility.md`` lists the same."""
+
+SUITE_NEEDS = ("flaky", "testpath", "xmltodict", "ipywidgets")
+"""What the suite imports beyond our own test requirements."""
+
+COMPATIBILITY = Path(__file__).resolve().parents[2] / "docs" / "reference" / "compatibility.md"
+
+
+def _pip(*arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        pytest.skip(f"pip cannot get nbclient's test suite: {last}")
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The unpacked source of nbclient, with what its tests need in ``needs``."""
+    folder = tmp_path_factory.mktemp("nbclient")
+    version = importlib.metadata.version("nbclient")
+    _pip("download", "--no-deps", "--no-binary", "nbclient", "-d", str(folder), f"nbclient=={version}")
+    _pip("install", "--no-deps", "--target", str(folder / "needs"), *SUITE_NEEDS)
+    with tarfile.open(folder / f"nbclient-{version}.tar.gz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder / f"nbclient-{version}"
+
+
+def _run(suite: Path, report: Path, **variables: str) -> dict[str, str]:
+    """Run the suite; test name -> ``passed``, ``skipped`` or the failure's first lines."""
+    needs = str(suite.parent / "needs")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    options = ["-o", "addopts=", "-o", "filterwarnings=", "-o", "asyncio_default_fixture_loop_scope=function"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, f"--junitxml={report}", "tests"],
+        cwd=suite,
+        env={**os.environ, "PATH": path, "PYTHONPATH": needs, "IPYTHONDIR": str(suite.parent / "ipython"), **variables},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert report.exists(), done.stdout[-3000:] + done.stderr[-3000:]
+    outcome: dict[str, str] = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        name = f"{case.get('classname', '').split('.')[-1]}::{case.get('name')}"
+        outcome[name] = "passed"
+        for child in case:
+            if child.tag == "skipped":
+                outcome[name] = f"skipped: {child.get('message')}"
+            elif child.tag in ("failure", "error"):
+                outcome[name] = (child.text or child.get("message") or "failed")[-1500:]
+    return outcome
+
+
+PROFILE = """
+[profiles.python3-gvisor]
+environment = {{ PYTHONPATH = "{needs}" }}
+mounts = [{{ source = "{needs}", destination = "{needs}", readonly = true }}]
+"""
+"""The default profile with what the suite's notebooks import (ipywidgets), and nothing more."""
+
+
+@pytest.mark.timeout(1800)
+def test_the_same_tests_pass_as_with_the_local_provisioner(suite: Path, product: Product, tmp_path: Path) -> None:
+    variables = {}
+    if KERNEL != PLAIN:
+        profiles = product.home / "profiles.toml"
+        before = profiles.read_text()
+        profiles.write_text(before + PROFILE.format(needs=suite.parent / "needs"))
+        variables["JUPYTER_DEFAULT_PROVISIONER_NAME"] = "sandbox"
+    plain = _run(suite, tmp_path / "plain.xml")
+    try:
+        tested = _run(suite, tmp_path / "tested.xml", **variables)
+    finally:
+        if KERNEL != PLAIN:
+            profiles.write_text(before)
+    passed = {name for name, text in plain.items() if text == "passed"}
+    assert len(passed) > 100, {name: text for name, text in plain.items() if text != "passed"}
+    worse = {name: tested.get(name, "not run") for name in passed if tested.get(name) != "passed"}
+    unexpected = {name: text for name, text in worse.items() if name not in DIFFERENCES}
+    assert not unexpected, "pass with the local provisioner only:\n" + "\n\n".join(
+        f"{name}:\n{text}" for name, text in unexpected.items()
+    )
+    if KERNEL != PLAIN:
+        assert set(DIFFERENCES) <= set(worse), f"no difference any more: {set(DIFFERENCES) - set(worse)}"
+
+
+def test_each_difference_is_documented_with_its_reason() -> None:
+    text = COMPATIBILITY.read_text()
+    for name, reason in DIFFERENCES.items():
+        assert name in text
+        assert reason in text
