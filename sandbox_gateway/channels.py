@@ -86,7 +86,9 @@ class KernelChannels:
 
     def dropped(self, channel: int, count: int, size: int) -> None:
         """Say in the stream that the agent left something out at its bound."""
-        self.notice(f"[sandbox] {count} messages of output ({size} bytes) were left out: they came faster than they were read\n")
+        self.notice(
+            f"[sandbox] {count} messages of output ({size} bytes) were left out: they came faster than they were read\n"
+        )
 
     def notice(self, text: str) -> None:
         """Write a line to the kernel's stderr stream, under the request that ran last."""

@@ -6,7 +6,6 @@ across restarts and across the death of a sandbox.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 from collections.abc import Callable, Mapping
@@ -16,13 +15,12 @@ from typing import Any
 from sandbox_gateway import request as requests
 from sandbox_gateway.background import background_loop
 from sandbox_gateway.channels import KernelChannels
-from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host.paths import Paths, discover
 from sandbox_gateway.images.service import Progress
 from sandbox_gateway.lifecycle import Lifecycle
 from sandbox_gateway.live import LiveSandbox
-from sandbox_gateway.model import Death, DeathKind, KernelSpec, OnOwnerExit
-from sandbox_gateway.profiles import Profile, load_profiles
+from sandbox_gateway.model import Death, DeathKind, KernelSpec
+from sandbox_gateway.profiles import load_profiles
 from sandbox_gateway.request import CreateRequest
 from sandbox_gateway.zmq_bridge import ZmqBridge
 

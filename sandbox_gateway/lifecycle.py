@@ -13,6 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from sandbox_gateway.images.service import ImageService, Progress
 from sandbox_gateway.live import LiveSandbox
 from sandbox_gateway.model import LIVE, Death, DeathKind, Limits, OnOwnerExit, SandboxRecord, State
 from sandbox_gateway.owner import NoOwner, OwnerLock, OwnerServer, ask, holder
+from sandbox_gateway.profiles import Profile
 from sandbox_gateway.request import CreateRequest
 from sandbox_gateway.runtimes.base import Handle, Runtime, RuntimeReport
 from sandbox_gateway.runtimes.registry import make_runtime
@@ -66,10 +68,12 @@ class Lifecycle:
         requests.checked_id(wanted.id)
         await self._serve()
         runtime, report = await self.runtime(wanted.profile.runtime)
-        notes = _enforceable(report, wanted.profile.limits)
+        notes, limits = _enforceable(report, wanted.profile)
         image = await self.images.resolve(wanted.profile.image, editable=wanted.profile.editable, progress=progress)
         who = requests.identity(wanted, root=os.geteuid() == 0)
-        spec = requests.compose(wanted, image, who, private=(self.paths.home, self.paths.runtime), empty=self._empty())
+        spec = requests.compose(
+            wanted, image, who, limits, private=(self.paths.home, self.paths.runtime), empty=self._empty()
+        )
         now = time.time()
         record = SandboxRecord(
             id=wanted.id,
@@ -129,7 +133,9 @@ class Lifecycle:
                 run = report.get("run")
                 if not run.available:
                     code = "runtime_too_old" if "too old" in run.reason else "runtime_missing"
-                    raise SandboxGatewayError(code, f"the {name} runtime cannot run here: {run.reason}", run.hint or None)
+                    raise SandboxGatewayError(
+                        code, f"the {name} runtime cannot run here: {run.reason}", run.hint or None
+                    )
                 self._runtimes[name] = (runtime, report)
             return self._runtimes[name]
 
@@ -154,9 +160,8 @@ class Lifecycle:
         self._drop(lock)
 
     def _drop(self, lock: OwnerLock) -> None:
-        lock.release()
-        # The bridge's sockets may still be in use (a restart keeps them); its owner removes the rest of the directory.
-        _remove_if_unused(lock.directory)
+        # The bridge's sockets may still be in use (a restart keeps them): then the directory stays until they close.
+        lock.release(remove=True)
 
     # The owner's socket (DESIGN 4.8)
 
@@ -173,7 +178,9 @@ class Lifecycle:
         if sandbox is None:
             raise SandboxGatewayError("unknown_sandbox", f"this process does not own sandbox {sandbox_id}")
         if op == "stop":
-            await sandbox.destroy(Death(DeathKind.STOPPED, str(params.get("reason") or "stopped by `jupyter sandbox stop`")))
+            await sandbox.destroy(
+                Death(DeathKind.STOPPED, str(params.get("reason") or "stopped by `jupyter sandbox stop`"))
+            )
             return {"state": str(sandbox.record.state)}
         if op == "log":
             return {"log": (await sandbox.log()).decode(errors="replace")}
@@ -262,8 +269,8 @@ class Lifecycle:
                     record = record.moved(State.TERMINATED, time.time(), owner_pid=None)
                 await asyncio.to_thread(self.store.put, record)
         finally:
+            shutil.rmtree(directory, ignore_errors=True)
             lock.release()
-        shutil.rmtree(directory, ignore_errors=True)
         return True
 
     async def _remove_strays(self) -> None:
@@ -285,20 +292,28 @@ class Lifecycle:
             self.store.delete(record.id)
 
 
-def _enforceable(report: RuntimeReport, limits: Limits) -> tuple[str, ...]:
-    """Refuse limits that cannot be enforced here; return notes on those that are only soft."""
-    notes = []
+def _enforceable(report: RuntimeReport, profile: Profile) -> tuple[tuple[str, ...], Limits]:
+    """The limits that hold here and notes on those that do not, or only softly.
+
+    A limit that the profile file asks for and that cannot be enforced is an error (DESIGN 4.14).
+    """
+    notes: list[str] = []
+    absent: dict[str, None] = {}
     for name in ("cpu", "memory", "disk", "processes"):
-        if getattr(limits, name) is None:
+        if getattr(profile.limits, name) is None:
             continue
         capability = report.get(f"limits.{name}")
         if not capability.available:
-            raise SandboxGatewayError(
-                "limit_unsupported", f"the {name} limit cannot be enforced here: {capability.reason}", capability.hint or None
-            )
+            if name in profile.required_limits:
+                raise SandboxGatewayError(
+                    "limit_unsupported",
+                    f"profile {profile.name}: the {name} limit cannot be enforced here: {capability.reason}",
+                    capability.hint or None,
+                )
+            absent[name] = None
         if capability.reason:
-            notes.append(f"{name}: {capability.reason}")
-    return tuple(notes)
+            notes.append(f"{name} limit: {capability.reason}")
+    return tuple(notes), replace(profile.limits, **absent)
 
 
 def _handle(record: SandboxRecord) -> Handle | None:
@@ -306,11 +321,3 @@ def _handle(record: SandboxRecord) -> Handle | None:
         return None
     data = dict(record.handle)
     return Handle(data["id"], data["runtime"], Path(data["directory"]), data.get("step", ""), data.get("data", {}))
-
-
-def _remove_if_unused(directory: Path) -> None:
-    with contextlib.suppress(OSError):
-        for name in os.listdir(directory):
-            if name.startswith("owner"):
-                (directory / name).unlink(missing_ok=True)
-        directory.rmdir()

@@ -11,7 +11,7 @@ import hmac
 import json
 import uuid
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any, Final
 
 DELIMITER: Final = b"<IDS|MSG>"
@@ -32,7 +32,13 @@ def sign(key: bytes, parts: Sequence[Buffer]) -> bytes:
 
 
 def build(
-    key: bytes, msg_type: str, content: Mapping[str, Any], *, topic: bytes = b"", parent: Buffer = EMPTY, session: str = ""
+    key: bytes,
+    msg_type: str,
+    content: Mapping[str, Any],
+    *,
+    topic: bytes = b"",
+    parent: Buffer = EMPTY,
+    session: str = "",
 ) -> list[Buffer]:
     """One signed message; ``parent`` is the raw JSON of the parent's header."""
     header = {
@@ -40,7 +46,7 @@ def build(
         "msg_type": msg_type,
         "username": "sandbox_gateway",
         "session": session,
-        "date": datetime.now(timezone.utc).isoformat(),
+        "date": datetime.now(UTC).isoformat(),
         "version": PROTOCOL_VERSION,
     }
     body: list[Buffer] = [_dumps(header), parent, EMPTY, _dumps(content)]

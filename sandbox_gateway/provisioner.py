@@ -58,8 +58,12 @@ class SandboxProvisioner(KernelProvisionerBase):
             interrupt_mode=self.kernel_spec.interrupt_mode,
         )
         return await super().pre_launch(
-            cmd=list(spec.argv), env={}, sandbox_spec=spec, sandbox_key=key or secrets.token_hex(32).encode(),
-            sandbox_environment=offered, **kwargs,
+            cmd=list(spec.argv),
+            env={},
+            sandbox_spec=spec,
+            sandbox_key=key or secrets.token_hex(32).encode(),
+            sandbox_environment=offered,
+            **kwargs,
         )
 
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> KernelConnectionInfo:

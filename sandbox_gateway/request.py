@@ -9,15 +9,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sandbox_gateway.errors import SandboxGatewayError
-from sandbox_gateway.model import Image, KernelSpec, Mount, SandboxSpec, WorkspaceMode
-from sandbox_gateway.profiles import Profile
+from sandbox_gateway.model import Image, KernelSpec, Limits, Mount, SandboxSpec, WorkspaceMode
+from sandbox_gateway.profiles import HOME, WORKSPACE, Profile
 
-HOME_INSIDE = "/home/jovyan"
-WORKSPACE_INSIDE = "/home/jovyan/work"
 DEFAULT_UID = 1000
 AGENT_UID = 64999
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\Z")
-_BASE_ENVIRONMENT = {"HOME": HOME_INSIDE, "USER": "jovyan", "LANG": "C.UTF-8", "TERM": "xterm-color", "SHELL": "/bin/bash"}
+_BASE_ENVIRONMENT = {"HOME": HOME, "USER": "jovyan", "LANG": "C.UTF-8", "TERM": "xterm-color", "SHELL": "/bin/bash"}
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
@@ -72,7 +70,9 @@ def identity(request: CreateRequest, *, root: bool) -> Identity:
     return Identity(uid, gid, AGENT_UID if uid != AGENT_UID else AGENT_UID - 1)
 
 
-def compose(request: CreateRequest, image: Image, who: Identity, *, private: tuple[Path, ...], empty: Path) -> SandboxSpec:
+def compose(
+    request: CreateRequest, image: Image, who: Identity, limits: Limits, *, private: tuple[Path, ...], empty: Path
+) -> SandboxSpec:
     """The specification for ``request``.
 
     ``private`` are host directories that must never show inside, even when a mounted directory contains them: the
@@ -83,11 +83,13 @@ def compose(request: CreateRequest, image: Image, who: Identity, *, private: tup
     workspace = _workspace(request)
     if workspace is not None:
         readonly = profile.workspace is WorkspaceMode.RO
-        mounts.append(Mount(str(workspace), WORKSPACE_INSIDE, readonly))
+        mounts.append(Mount(str(workspace), WORKSPACE, readonly))
     for mount in profile.mounts:
         if not os.path.exists(mount.source):
             raise SandboxGatewayError(
-                "invalid_profile", f"profile {profile.name}: {mount.source} does not exist", "Create it, or leave the mount out."
+                "invalid_profile",
+                f"profile {profile.name}: {mount.source} does not exist",
+                "Create it, or leave the mount out.",
             )
     for mount in tuple(mounts):
         mounts.extend(_masks(mount, private, empty))
@@ -99,7 +101,7 @@ def compose(request: CreateRequest, image: Image, who: Identity, *, private: tup
         profile=profile.name,
         runtime=profile.runtime,
         image=replace(image, layers=layers),
-        limits=profile.limits,
+        limits=limits,
         mounts=tuple(mounts),
         hostname="sandbox",
         kernel_uid=who.uid,
@@ -121,7 +123,7 @@ def kernel(request: CreateRequest, image: Image) -> KernelSpec:
     argv = list(profile.argv or request.kernel.argv)
     if image.interpreter is not None and argv and _is_bare_python(argv[0]):
         argv[0] = image.interpreter
-    cwd = WORKSPACE_INSIDE if _workspace(request) is not None else HOME_INSIDE
+    cwd = WORKSPACE if _workspace(request) is not None else HOME
     return replace(request.kernel, argv=tuple(argv), environment=environment, cwd=cwd)
 
 
@@ -148,7 +150,9 @@ def _workspace_stat(request: CreateRequest) -> os.stat_result:
     try:
         return request.directory.stat()
     except OSError as error:
-        raise SandboxGatewayError("invalid_request", f"the folder {request.directory} cannot be opened: {error.strerror}") from error
+        raise SandboxGatewayError(
+            "invalid_request", f"the folder {request.directory} cannot be opened: {error.strerror}"
+        ) from error
 
 
 def _masks(mount: Mount, private: tuple[Path, ...], empty: Path) -> list[Mount]:
@@ -158,7 +162,8 @@ def _masks(mount: Mount, private: tuple[Path, ...], empty: Path) -> list[Mount]:
         inside = os.path.realpath(path)
         if os.path.commonpath([inside, source]) == inside:
             raise SandboxGatewayError(
-                "invalid_request", f"{mount.source} lies in sandbox_gateway's own data and cannot be opened to a kernel",
+                "invalid_request",
+                f"{mount.source} lies in sandbox_gateway's own data and cannot be opened to a kernel",
                 "Move the notebook to another folder.",
             )
         if os.path.commonpath([inside, source]) == source and os.path.isdir(inside):
