@@ -174,7 +174,9 @@ def _holder(directory: Path) -> tuple[int, Path | None] | None:
 def _open_locked(directory: Path) -> int | None:
     # A holder that removes the directory may do so between any two of these steps: begin again then.
     for _ in range(100):
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Not exist_ok: it looks again at what was there, which may be gone by then.
+        with contextlib.suppress(FileExistsError):
+            directory.mkdir(mode=0o700, parents=True)
         path = directory / LOCK_NAME
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -363,7 +365,10 @@ def _line(message: Mapping[str, Any]) -> bytes:
 
 
 def _parse_request(line: bytes) -> tuple[str, str, Mapping[str, Any]]:
-    request = json.loads(line)
+    try:
+        request = json.loads(line)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
     if not isinstance(request, dict):
         raise ValueError("an object is expected")
     op, sandbox_id, params = request.get("op"), request.get("id"), request.get("params", {})
