@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jupyter_client.connect import KernelConnectionInfo
-from jupyter_client.provisioning import KernelProvisionerBase
+from jupyter_client.provisioning.provisioner_base import KernelProvisionerBase
 from traitlets import Unicode
 
 from sandbox_gateway.background import background_loop
@@ -68,13 +68,12 @@ class SandboxProvisioner(KernelProvisionerBase):
 
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> KernelConnectionInfo:
         """Called by ``KernelManager.launch_kernel``, for starts and restarts alike."""
-        cwd = kwargs.get("cwd")
         if self._kernel is None:
             self._kernel = SandboxedKernel(str(self.kernel_id), str(self.profile), key=kwargs["sandbox_key"])
         info = await background_loop().call(
             self._kernel.launch(
                 kwargs["sandbox_spec"],
-                directory=Path(cwd).absolute() if cwd else Path.cwd(),
+                directory=_folder(kwargs.get("cwd")),
                 client_environment=kwargs["sandbox_environment"],
                 name=str(kwargs["sandbox_environment"].get("JPY_SESSION_NAME", "")),
                 progress=lambda text: self.log.info("%s", text),
@@ -125,3 +124,8 @@ class SandboxProvisioner(KernelProvisionerBase):
         info: dict[str, Any] = await super().get_provisioner_info()
         info["profile"] = self.profile
         return info
+
+
+def _folder(cwd: str | None) -> Path:
+    """The notebook's directory: what the application names, else its own working directory."""
+    return Path(cwd).absolute() if cwd else Path.cwd()
