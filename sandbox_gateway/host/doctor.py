@@ -288,7 +288,7 @@ def check_gpu(driver: str) -> Check:
 
 
 def filesystem_of(path: Path, mountinfo: str) -> str:
-    """Type of the filesystem that holds ``path`` (or will), by the text of ``/proc/self/mountinfo``; empty if unknown."""
+    """Type of the filesystem that holds ``path`` (or will), by ``/proc/self/mountinfo``'s text; empty if unknown."""
     target = os.path.realpath(path)
     best, kind = -1, ""
     for line in mountinfo.splitlines():

