@@ -97,10 +97,10 @@ def _runsc() -> Path | None:
 PROFILES = """
 [profiles.tight]
 display_name = "Tight limits"
-memory = "640M"
-processes = 200
+memory = "512MiB"
+disk = "128MiB"
+processes = 100
 cpu = 1.0
-disk = "128M"
 """
 """The profile that the exhaustion tests use: small limits, so that an attack ends soon."""
 
@@ -182,6 +182,7 @@ class Client:
                 checked = now
                 if not self.alive():
                     result.status = "dead"
+                    self._last_words(message, result)
                     break
             if answer is not None and client.stdin_channel.is_alive():
                 try:
@@ -205,6 +206,22 @@ class Client:
                     result.status = reply["content"]["status"]
         result.seconds = time.monotonic() - begun
         return result
+
+    def _last_words(self, message: str, result: Result) -> None:
+        """Take in what was said around the kernel's death: its last output and the reason."""
+        while True:
+            try:
+                found = self.client.get_iopub_msg(timeout=1.0)
+            except Empty:
+                return
+            if found["parent_header"].get("msg_id") in (message, None):
+                _take(found, result)
+
+    def value(self, code: str, timeout: float = 60.0) -> Any:
+        """Run ``code``, which has to print one JSON value, and return that value."""
+        result = self.run(code, timeout)
+        assert result.status == "ok", f"{result.status}: {result.text[-3000:]}"
+        return json.loads(result.stdout)
 
 
 def _take(message: Mapping[str, Any], result: Result) -> bool:
@@ -241,6 +258,23 @@ def kernel(name: str, **options: Any) -> Iterator[Client]:
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
+
+
+@contextmanager
+def profile_kernelspec(product: Product, profile: str) -> Iterator[str]:
+    """A kernelspec of any profile while the block runs; gives its name."""
+    root = product.home.parent / "own"
+    folder = root / "kernels" / f"own-{profile}"
+    folder.mkdir(parents=True, exist_ok=True)
+    spec = {
+        "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+        "display_name": profile,
+        "language": "python",
+        "metadata": {"kernel_provisioner": {"provisioner_name": "sandbox", "config": {"profile": profile}}},
+    }
+    (folder / "kernel.json").write_text(json.dumps(spec))
+    with environment(JUPYTER_PATH=os.pathsep.join([str(root), os.environ.get("JUPYTER_PATH", "")])):
+        yield folder.name
 
 
 class Bystander:

@@ -81,7 +81,7 @@ def _run(suite: Path, report: Path, **variables: str) -> dict[str, str]:
 PROFILE = """
 [profiles.python3-gvisor]
 environment = {{ PYTHONPATH = "{needs}" }}
-mounts = [{{ source = "{needs}", destination = "{needs}", readonly = true }}]
+mounts = [{{ source = "{needs}", destination = "{needs}", mode = "ro" }}]
 """
 """The default profile with what the suite's notebooks import (ipywidgets), and nothing more."""
 
