@@ -1,0 +1,179 @@
+"""The launcher: a program of its own that starts a sandbox and then stays as its reaper. Standard library only.
+
+runsc leaves the sandbox's processes to whoever adopts orphans. Where that is slow to reap, ``runsc delete`` waits for
+seconds; and an embedding application must not be made a subreaper for our sake. So this program becomes the subreaper,
+runs ``runsc create``, reports, ignores SIGCHLD (which makes the kernel reap for it, sigaction(2)) and turns itself by
+``exec`` into something tiny that ends soon after the sandbox: both settings survive an exec.
+
+It is run as ``python -I -S launch.py``, reads one JSON object on stdin and writes one on stdout::
+
+    {"argv": [...], "environment": {...}, "marker": "NAME=value", "pid_file": path|null, "stdin": fifo, "stdout": fifo,
+     "stderr": fifo, "pipe_size": bytes, "join": [cgroup.procs...], "cores": [n...]|null, "user_namespace": bool,
+     "holder": [argv with {pid}]|null}
+    -> {"holder": [pid, start], "process": [pid, start]} | {"error": str}
+
+With a ``pid_file`` the command is waited for and the file names the process to hold; without one the command itself
+is that process (the fake runtime). The start time beside each pid is field 22 of ``/proc/<pid>/stat``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import os
+import select
+import signal
+import sys
+from typing import Any, NoReturn
+
+_CLONE_NEWNS = 0x00020000
+_CLONE_NEWUSER = 0x10000000
+_PR_SET_CHILD_SUBREAPER = 36
+_F_SETPIPE_SZ = 1031
+
+
+def enter_user_namespace() -> None:
+    """Become uid 0 of a new user namespace with a mount namespace, in which only our own uid and gid are mapped.
+
+    What ``unshare -Ur -m`` does; raises OSError where the machine does not allow it. Needs a single thread.
+    """
+    uid, gid = os.geteuid(), os.getegid()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNS) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"unshare: {os.strerror(number)}")
+    for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write(text)
+
+
+def become_subreaper() -> None:
+    """Adopt the orphans among our descendants (prctl(2))."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"PR_SET_CHILD_SUBREAPER: {os.strerror(number)}")
+
+
+def _reference(pid: int) -> list[int]:
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        return [pid, int(file.read().rpartition(b")")[2].split()[19])]
+
+
+def _open_fifos(request: dict[str, Any]) -> list[int]:
+    fds = []
+    for name in ("stdin", "stdout", "stderr"):
+        # Read-write: opening never waits for the other side, and no side's death is an end of file for the other.
+        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_NONBLOCK if name == "stderr" else 0)
+        fd = os.open(request[name], flags)
+        if name != "stderr":
+            try:
+                fcntl.fcntl(fd, _F_SETPIPE_SZ, request["pipe_size"])
+            except OSError:
+                pass  # beyond this user's allowance: the default size works, more slowly
+        fds.append(fd)
+    return fds
+
+
+def _prepare(request: dict[str, Any]) -> None:
+    for path in request["join"]:
+        with open(path, "w") as file:
+            file.write("0")
+    if request["cores"]:
+        os.sched_setaffinity(0, request["cores"])
+    if request["user_namespace"]:
+        enter_user_namespace()
+    become_subreaper()
+
+
+def _launch(request: dict[str, Any]) -> tuple[int, list[int]]:
+    """Start the command; return the pid to hold and the descriptors of the FIFOs."""
+    fds = _open_fifos(request)
+    _prepare(request)
+    argv = request["argv"]
+    pid = os.posix_spawn(
+        argv[0],
+        argv,
+        request["environment"],
+        file_actions=[(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(fds)],
+        setsigdef=[signal.SIGPIPE, signal.SIGINT],
+    )
+    if request["pid_file"] is None:
+        return pid, fds
+    _, status = os.waitpid(pid, 0)
+    if status != 0:
+        raise RuntimeError(_said(fds[2]) or f"exit status {os.waitstatus_to_exitcode(status)}")
+    with open(request["pid_file"]) as file:
+        return int(file.read()), fds
+
+
+def _said(fd: int) -> str:
+    """What the command wrote to its standard error, the last lines of it."""
+    data = b""
+    try:
+        while chunk := os.read(fd, 1 << 16):
+            data += chunk
+    except BlockingIOError:
+        pass
+    return data.decode("utf-8", "replace").strip()[-2000:]
+
+
+def _report(answer: dict[str, Any]) -> None:
+    try:
+        os.write(1, json.dumps(answer).encode() + b"\n")
+    except OSError:
+        pass  # the one who asked is gone; whoever sweeps finds us by our environment
+
+
+def _hold(request: dict[str, Any], process: list[int], fds: list[int]) -> NoReturn:
+    """Stay as the reaper until the process is gone."""
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    # Kept open so that the last words of the sandbox can be read after its end.
+    os.dup2(fds[2], 2)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
+    if request["holder"]:
+        argv = [word.replace("{pid}", str(process[0])) for word in request["holder"]]
+        environment = dict([request["marker"].split("=", 1)])
+        try:
+            os.execve(argv[0], argv, environment)
+        except OSError:
+            pass  # no such program after all: stay as we are
+    for fd in fds:
+        os.close(fd)
+    try:
+        if _reference(process[0]) == process:
+            select.select([os.pidfd_open(process[0])], [], [])
+    except OSError:
+        pass
+    os._exit(0)
+
+
+def main() -> None:
+    """Read the request, launch in a child that nobody need wait for, and answer."""
+    if len(sys.argv) > 1:
+        # ``launch.py command...``: run the command in a user namespace in our place.
+        enter_user_namespace()
+        os.execv(sys.argv[1], sys.argv[1:])
+    request = json.load(sys.stdin)
+    if os.fork():
+        os._exit(0)
+    try:
+        pid, fds = _launch(request)
+        process = _reference(pid)
+        _report({"holder": _reference(os.getpid()), "process": process})
+    except (OSError, RuntimeError, ValueError) as error:
+        _report({"error": str(error)})
+        os._exit(1)
+    _hold(request, process, fds)
+
+
+if __name__ == "__main__":
+    main()

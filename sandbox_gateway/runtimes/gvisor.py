@@ -1,0 +1,290 @@
+"""The gVisor runtime: one runsc container per sandbox, detached, its init's standard streams on named pipes.
+
+Everything of a sandbox is in three places that a later process can look through without any record: its runtime
+directory (pipes and bundle), ``<runtime>/runsc`` (runsc's state files) and our control group parent. Its processes are
+known by what the launcher recorded, by the group, and by an environment variable or runsc's own arguments.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import zlib
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.host import cgroups, processes
+from sandbox_gateway.host.cgroups import CgroupTree
+from sandbox_gateway.host.paths import Paths
+from sandbox_gateway.host.processes import ProcessRef
+from sandbox_gateway.model import Death, DeathKind, SandboxSpec
+from sandbox_gateway.runtimes import gvisor_bundle, gvisor_probe, launcher
+from sandbox_gateway.runtimes.base import Handle, LinkFds, RuntimeReport, Stats
+from sandbox_gateway.runtimes.memory import MemoryWatch, sandbox_memory
+from sandbox_gateway.runtimes.runsc import Runsc
+
+_KILL_TIMEOUT = 10.0
+BUNDLE = "bundle"
+
+
+class GvisorRuntime:
+    """Sandboxes by runsc, as root or as an ordinary user (then inside a user namespace)."""
+
+    name = "gvisor"
+    isolated = True
+
+    def __init__(
+        self,
+        paths: Paths,
+        binary: Path | None = None,
+        *,
+        argv: Sequence[str] | None = None,
+        cgroup_tree: CgroupTree | None = None,
+    ) -> None:
+        """``binary`` is the runsc to use, None where there is none (:meth:`probe` then says so).
+
+        ``argv`` is what PID 1 runs, the agent of the image's agent layer by default.
+        """
+        self.paths = paths
+        self.binary = binary
+        self.cgroup_parent = f"sandbox_gateway-{hashlib.sha256(os.fsencode(paths.runtime)).hexdigest()[:10]}"
+        self._argv = tuple(argv) if argv is not None else None
+        self._tree = cgroup_tree
+        self._rootless = os.geteuid() != 0
+        self._ending: set[str] = set()
+
+    @property
+    def tree(self) -> CgroupTree:
+        """Where control groups can be made; found once."""
+        if self._tree is None:
+            self._tree = cgroups.discover()
+        return self._tree
+
+    async def probe(self) -> RuntimeReport:
+        """Try what this binary, kernel and user can do; nothing merely absent raises."""
+        return await gvisor_probe.probe(self.paths, self.binary, self.tree)
+
+    # Creation
+
+    async def create(self, spec: SandboxSpec, directory: Path) -> AsyncIterator[Handle]:
+        """Make pipes and bundle, the control group, and the container, each announced before it is made.
+
+        Raises ``runtime_missing``, ``runtime_failed`` with runsc's reason, ``limit_unsupported``, ``disk_full``.
+        """
+        runsc = self._runsc()
+        tree = self.tree
+        grouped = tree.usable
+        flags = gvisor_bundle.flags(spec)
+        if self._rootless or not grouped:
+            flags.append("--ignore-cgroups")
+        data: dict[str, Any] = {"flags": flags, "grouped": grouped, "memory_limit": spec.limits.memory}
+        if spec.limits.memory is not None and not (grouped and "memory" in tree.controllers):
+            data["soft_memory"] = spec.limits.memory
+        handle = Handle(spec.id, self.name, directory, "files", data)
+        yield handle
+        group = tree.path(self.cgroup_parent, spec.id) if grouped and not self._rootless else None
+        await asyncio.to_thread(self._make_files, spec, directory, group)
+        if grouped:
+            yield replace(handle, step="cgroup")
+            await asyncio.to_thread(tree.create, self.cgroup_parent, spec.id, spec.limits)
+        yield replace(handle, step="container")
+        pid_file = directory / BUNDLE / "pid"
+        command = ("create", f"--bundle={directory / BUNDLE}", f"--pid-file={pid_file}", spec.id)
+        launched = await launcher.launch(
+            runsc.argv(flags, *command),
+            directory,
+            pid_file=pid_file,
+            join=tree.join_files(self.cgroup_parent, spec.id) if grouped else (),
+            cores=_cores(spec) if not (grouped and "cpu" in tree.controllers) else None,
+            user_namespace=self._rootless,
+        )
+        data = {**data, "holder": launched.holder.as_json(), "sandbox": launched.process.as_json()}
+        yield replace(handle, step="created", data=data)
+
+    def _make_files(self, spec: SandboxSpec, directory: Path, group: str | None) -> None:
+        bundle = directory / BUNDLE
+        try:
+            self.paths.runsc_root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (bundle / "rootfs").mkdir(mode=0o755, parents=True)
+            launcher.Fifos.inside(directory).make()
+            config = gvisor_bundle.config(spec, self._init(), empty_root=str(bundle / "rootfs"), cgroups_path=group)
+            with open(os.open(bundle / "config.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                json.dump(config, file)
+        except OSError as error:
+            raise SandboxGatewayError("data_directory", f"cannot write in {directory}: {error.strerror}") from error
+
+    def _init(self) -> tuple[str, ...]:
+        if self._argv is not None:
+            return self._argv
+        from sandbox_gateway.images.agent_layer import AGENT_ARGV
+
+        return tuple(AGENT_ARGV)
+
+    async def start(self, handle: Handle) -> Handle:
+        """Start PID 1. Raises ``runtime_failed`` with runsc's reason."""
+        await self._runsc().call(handle.data["flags"], "start", handle.id)
+        return replace(handle, step="started")
+
+    # Life
+
+    async def attach(self, handle: Handle) -> LinkFds:
+        """Open the host's ends of the link; raises ``link_failed`` when the pipes are gone."""
+        return open_link(handle)
+
+    async def wait(self, handle: Handle) -> Death:
+        """Return when the sandbox has ended. While it is awaited, a soft memory limit is watched."""
+        sandbox = ProcessRef.from_json(handle.data.get("sandbox"))
+        if sandbox is None:
+            return Death(DeathKind.FAILED, f"the sandbox was never finished (step {handle.step})")
+        before = self._oom_kills(handle)
+        over = False
+        # Held open so that what init says last is not lost with its last writer.
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):
+                fd = os.open(launcher.Fifos.inside(handle.directory).stderr, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                stack.callback(os.close, fd)
+            limit = handle.data.get("soft_memory")
+            if isinstance(limit, int):
+                over = await MemoryWatch(sandbox, limit).run()
+            else:
+                await processes.wait_exit(sandbox)
+            said = await asyncio.to_thread(launcher.last_words, handle.directory)
+        if handle.id in self._ending:
+            return Death(DeathKind.STOPPED, stderr_tail=said)
+        if over or self._oom_kills(handle) > before:
+            return Death(DeathKind.OUT_OF_MEMORY, stderr_tail=said)
+        return Death(DeathKind.AGENT_DIED, stderr_tail=said)
+
+    def _oom_kills(self, handle: Handle) -> int:
+        return self.tree.usage(self.cgroup_parent, handle.id).oom_kills if handle.data.get("grouped") else 0
+
+    async def alive(self, handle: Handle) -> bool:
+        """Whether the sandbox's process runs: from the end of its creation to the end of its PID 1."""
+        sandbox = ProcessRef.from_json(handle.data.get("sandbox"))
+        return sandbox is not None and sandbox.alive()
+
+    async def list(self) -> list[str]:
+        """Ids found in the runtime directory, runsc's state and the control group parent."""
+        return [*await asyncio.to_thread(self._list)]
+
+    def _list(self) -> Sequence[str]:
+        found = set(self.tree.names(self.cgroup_parent))
+        with contextlib.suppress(OSError):
+            found.update(path.parent.name for path in self.paths.runtime.glob(f"*/{BUNDLE}"))
+        with contextlib.suppress(OSError):
+            found.update(path.name.partition("_sandbox:")[0] for path in self.paths.runsc_root.glob("*_sandbox:*"))
+        return sorted(found)
+
+    async def stats(self, handle: Handle) -> Stats:
+        """From the control group where there is one, else summed over the sandbox's processes."""
+        return await asyncio.to_thread(self._stats, handle)
+
+    def _stats(self, handle: Handle) -> Stats:
+        limit = _limit_of(handle)
+        sandbox = ProcessRef.from_json(handle.data.get("sandbox"))
+        holder = ProcessRef.from_json(handle.data.get("holder"))
+        group = cgroups.CgroupUsage()
+        if handle.data.get("grouped"):
+            group = self.tree.usage(self.cgroup_parent, handle.id)
+        memory, cpu, count = group.memory, group.cpu_seconds, group.processes
+        if None in (memory, cpu, count) and sandbox is not None and sandbox.alive():
+            roots = [ref.pid for ref in (holder, sandbox) if ref is not None and ref.alive()]
+            used = processes.usage(processes.descendants(roots))
+            exact = sandbox_memory(sandbox)
+            memory = memory if memory is not None else exact if exact is not None else used.memory
+            cpu = cpu if cpu is not None else used.cpu_seconds
+            count = count if count is not None else used.threads
+        return Stats(memory, limit, cpu, count)
+
+    # The end
+
+    async def destroy(self, handle: Handle) -> None:
+        """End and remove everything of the sandbox, whatever step its creation reached. Idempotent.
+
+        Raises ``runtime_failed`` when a process or a control group will not go.
+        """
+        self._ending.add(handle.id)
+        known = False
+        if self.binary is not None and self._state_files(handle.id):
+            with contextlib.suppress(SandboxGatewayError):  # what it leaves is removed by hand below
+                await self._runsc().call(handle.data.get("flags", ()), "delete", "--force", handle.id)
+                known = "holder" in handle.data
+        # Not cancelled half-way: a thread goes on anyway.
+        await asyncio.shield(asyncio.to_thread(self._remove, handle, known))
+
+    def _remove(self, handle: Handle, known: bool) -> None:
+        refs = [ProcessRef.from_json(handle.data.get(name)) for name in ("sandbox", "holder")]
+        if not known:
+            refs += processes.find(lambda argv, environment: self._is_ours(handle, argv, environment))
+        refs += self.tree.processes(self.cgroup_parent, handle.id)
+        holder = ProcessRef.from_json(handle.data.get("holder"))
+        rest = [ref for ref in refs if ref is not None and ref != holder]
+        # The holder last: it reaps the others.
+        left = processes.kill_all(dict.fromkeys(rest), _KILL_TIMEOUT)
+        if holder is not None:
+            left += processes.kill_all([holder], _KILL_TIMEOUT)
+        if left:
+            pids = ", ".join(str(ref.pid) for ref in left)
+            raise SandboxGatewayError("runtime_failed", f"processes of sandbox {handle.id} will not end: {pids}")
+        for path in self._state_files(handle.id):
+            path.unlink(missing_ok=True)
+        self.tree.remove(self.cgroup_parent, handle.id)
+        shutil.rmtree(handle.directory / BUNDLE, ignore_errors=True)
+        launcher.Fifos.inside(handle.directory).remove()
+
+    def _is_ours(self, handle: Handle, argv: Sequence[str], environment: Sequence[str]) -> bool:
+        if f"{launcher.MARKER}={handle.directory}" in environment:
+            return True
+        bundle = str(handle.directory / BUNDLE)
+        ours = {handle.id, bundle, f"--bundle={bundle}"}
+        return f"--root={self.paths.runsc_root}" in argv and not ours.isdisjoint(argv)
+
+    def _state_files(self, sandbox_id: str) -> Sequence[Path]:
+        root = self.paths.runsc_root
+        with contextlib.suppress(OSError):
+            names = (f"{sandbox_id}_sandbox:", f"runsc-{sandbox_id}.sock")
+            return [path for path in root.iterdir() if path.name.startswith(names)]
+        return []
+
+    def _runsc(self) -> Runsc:
+        if self.binary is None:
+            raise SandboxGatewayError("runtime_missing", "there is no runsc")
+        return Runsc(self.binary, self.paths.runsc_root)
+
+
+def open_link(handle: Handle) -> LinkFds:
+    """The host's ends of the pipes in a sandbox's directory, read-write so that no side's end is an end of file."""
+    fifos = launcher.Fifos.inside(handle.directory)
+    flags = os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        read_fd = os.open(fifos.stdout, flags)
+        try:
+            return LinkFds(read_fd, os.open(fifos.stdin, flags))
+        except OSError:
+            os.close(read_fd)
+            raise
+    except OSError as error:
+        raise SandboxGatewayError("link_failed", f"sandbox {handle.id} has no link: {error.strerror}") from error
+
+
+def _cores(spec: SandboxSpec) -> list[int] | None:
+    """Cores to bind to where processor time cannot be limited otherwise, spread over the machine by the id."""
+    if spec.limits.cpu is None:
+        return None
+    available = sorted(os.sched_getaffinity(0))
+    count = min(max(math.ceil(spec.limits.cpu), 1), len(available))
+    first = zlib.crc32(spec.id.encode()) % len(available)
+    return sorted((available * 2)[first : first + count])
+
+
+def _limit_of(handle: Handle) -> int | None:
+    limit = handle.data.get("memory_limit")
+    return limit if isinstance(limit, int) else None

@@ -1,0 +1,149 @@
+"""Starting a sandbox through :mod:`sandbox_gateway.host.launch`, a process that outlives us and reaps for it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.host.namespaces import launch_program
+from sandbox_gateway.host.processes import ProcessRef
+from sandbox_gateway.runtimes import runsc
+
+MARKER = "SANDBOX_GATEWAY_DIRECTORY"
+"""Environment variable by which a process of a sandbox is known, whatever was recorded of it."""
+
+PIPE_SIZE = 1 << 20
+"""Bytes that each direction of the link can hold while nobody reads."""
+
+_HOLDER_INTERVAL = 20
+"""Seconds between the holder's looks whether its sandbox still lives; destroy() does not wait for them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fifos:
+    """The named pipes of one sandbox: its init's standard streams."""
+
+    stdin: Path
+    stdout: Path
+    stderr: Path
+
+    @classmethod
+    def inside(cls, directory: Path) -> Fifos:
+        """Where they are in a sandbox's runtime directory."""
+        return cls(directory / "in", directory / "out", directory / "err")
+
+    def make(self) -> None:
+        """Create them, private to this user."""
+        for path in (self.stdin, self.stdout, self.stderr):
+            os.mkfifo(path, 0o600)
+
+    def remove(self) -> None:
+        """Remove those that are there."""
+        for path in (self.stdin, self.stdout, self.stderr):
+            path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """What the launcher reported."""
+
+    holder: ProcessRef
+    process: ProcessRef
+
+
+async def launch(
+    argv: Sequence[str],
+    directory: Path,
+    *,
+    pid_file: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    join: Sequence[str] = (),
+    cores: Sequence[int] | None = None,
+    user_namespace: bool = False,
+    timeout: float = runsc.TIMEOUT,
+) -> Launched:
+    """Run ``argv`` under a holder, its standard streams on the FIFOs of ``directory``.
+
+    With ``pid_file`` the command is waited for and the file names the process that stays. Raises ``runtime_failed``
+    with the end of what the command said.
+    """
+    fifos = Fifos.inside(directory)
+    marker = f"{MARKER}={directory}"
+    inherited = {**(runsc.environment() if environment is None else environment), MARKER: str(directory)}
+    request = {
+        "argv": list(argv),
+        "environment": inherited,
+        "marker": marker,
+        "pid_file": str(pid_file) if pid_file is not None else None,
+        "stdin": str(fifos.stdin),
+        "stdout": str(fifos.stdout),
+        "stderr": str(fifos.stderr),
+        "pipe_size": PIPE_SIZE,
+        "join": list(join),
+        "cores": list(cores) if cores is not None else None,
+        "user_namespace": user_namespace,
+        "holder": holder_command(),
+    }
+    outcome = await runsc.run(
+        launch_program(),
+        env={**runsc.environment(), MARKER: str(directory)},
+        stdin=json.dumps(request).encode(),
+        timeout=timeout,
+    )
+    try:
+        answer = json.loads(outcome.output)
+    except ValueError:
+        raise SandboxGatewayError("runtime_failed", f"the launcher failed: {outcome.reason}") from None
+    if "error" in answer:
+        message = runsc.last_line(answer["error"]) or "no reason given"
+        raise SandboxGatewayError("runtime_failed", f"{Path(argv[0]).name}: {message}")
+    holder = ProcessRef.from_json(answer.get("holder"))
+    process = ProcessRef.from_json(answer.get("process"))
+    if holder is None or process is None:
+        raise SandboxGatewayError("runtime_failed", "the launcher gave no process ids")
+    return Launched(holder, process)
+
+
+@functools.cache
+def holder_command() -> list[str] | None:
+    """Something tiny that waits for a process to end: GNU tail; None where it is not (then Python stays, 8 MB)."""
+    tail = shutil.which("tail")
+    if tail is None:
+        return None
+    try:
+        text = subprocess.run([tail, "--help"], capture_output=True, timeout=10, check=False).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    if b"--pid" not in text or b"--sleep-interval" not in text:
+        return None
+    return [tail, "--pid={pid}", f"--sleep-interval={_HOLDER_INTERVAL}", "-f", os.devnull]
+
+
+def last_words(directory: Path) -> str:
+    """What init wrote to its standard error and nobody read, while its holder or a reader keeps it; non-blocking."""
+    try:
+        fd = os.open(Fifos.inside(directory).stderr, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return ""
+    try:
+        return drain(fd)
+    finally:
+        os.close(fd)
+
+
+def drain(fd: int) -> str:
+    """Everything that a non-blocking descriptor has now, the last 4,000 characters of it."""
+    data = b""
+    try:
+        while chunk := os.read(fd, 1 << 16):
+            data = (data + chunk)[-(1 << 16) :]
+    except OSError:
+        pass
+    return data.decode("utf-8", "replace")[-4000:]

@@ -1,0 +1,101 @@
+"""Calling the runsc binary: one call, one result; an error carries the end of what it said."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sandbox_gateway.errors import SandboxGatewayError
+
+TIMEOUT = 60.0
+"""Seconds after which a call is given up; the longest ordinary one takes a few tenths."""
+
+_TAIL = 2000
+_OUTPUT = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a finished call left."""
+
+    code: int
+    output: str
+    error: str
+
+    @property
+    def reason(self) -> str:
+        """The last line that says something, for people."""
+        return last_line(self.error) or last_line(self.output) or f"exit status {self.code}"
+
+
+def last_line(text: str) -> str:
+    """The last non-empty line, shortened."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][-500:] if lines else ""
+
+
+def environment() -> dict[str, str]:
+    """The environment of runsc and of what it starts: nothing of ours but where programs are."""
+    return {"PATH": os.environ.get("PATH") or os.defpath, "LANG": "C.UTF-8"}
+
+
+async def run(
+    argv: Sequence[str | Path],
+    *,
+    env: Mapping[str, str] | None = None,
+    stdin: bytes = b"",
+    timeout: float = TIMEOUT,
+) -> Outcome:
+    """Run a short command to its end, without a shell; ends it when the caller is cancelled.
+
+    Raises ``runtime_missing`` when there is no such program and ``timeout`` when it does not end.
+    """
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *(str(word) for word in argv),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=dict(env) if env is not None else environment(),
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise SandboxGatewayError("runtime_missing", f"{argv[0]} cannot be run: {error.strerror}") from error
+    try:
+        output, errors = await asyncio.wait_for(process.communicate(stdin), timeout)
+    except TimeoutError as error:
+        raise SandboxGatewayError("timeout", f"{Path(argv[0]).name} did not end within {timeout:.0f} s") from error
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+    return Outcome(
+        process.returncode or 0,
+        output.decode("utf-8", "replace")[-_OUTPUT:],
+        errors.decode("utf-8", "replace")[-_TAIL:],
+    )
+
+
+class Runsc:
+    """The binary with the flags that all its calls share."""
+
+    def __init__(self, binary: Path, root: Path) -> None:
+        self.binary = binary
+        self.root = root
+        """``--root``: where runsc keeps its state."""
+
+    def argv(self, flags: Sequence[str], *command: str | Path) -> list[str]:
+        """The full command line of one call."""
+        return [str(self.binary), f"--root={self.root}", *flags, *(str(word) for word in command)]
+
+    async def call(self, flags: Sequence[str], *command: str | Path, timeout: float = TIMEOUT) -> str:
+        """Run a command that must succeed; return what it printed. Raises ``runtime_failed`` with its reason."""
+        outcome = await run(self.argv(flags, *command), timeout=timeout)
+        if outcome.code != 0:
+            raise SandboxGatewayError("runtime_failed", f"runsc {command[0]}: {outcome.reason}")
+        return outcome.output
