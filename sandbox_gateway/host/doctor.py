@@ -11,7 +11,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,9 +19,11 @@ from typing import Any, Literal
 
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host import cgroups
+from sandbox_gateway.host.namespaces import why_no_user_namespace
 from sandbox_gateway.host.paths import RUNTIME_PATH_LIMIT, Paths, discover
 from sandbox_gateway.host.runsc_sources import PIN
 from sandbox_gateway.host.setup import find_runsc, installed, verify
+from sandbox_gateway.profiles import load_profiles
 from sandbox_gateway.runtimes.base import RuntimeReport
 
 Status = Literal["ok", "warn", "fail", "skip"]
@@ -83,8 +84,9 @@ async def diagnose(paths: Paths | None = None, environment: Mapping[str, str] | 
         check_data_directory(paths.home, mounts),
         check_runtime_directory(paths.runtime, mounts),
         check_runsc(paths, env),
-        check_user(os.geteuid(), _user_namespaces),
+        check_user(os.geteuid(), why_no_user_namespace),
         *check_cgroups(cgroups.discover()),
+        check_profiles(lambda: list(load_profiles(paths))),
     ]
     if not any(check.status == "fail" for check in checks):
         checks += check_runtime(await _probe(paths, env))
@@ -185,19 +187,13 @@ def check_runsc(paths: Paths, environment: Mapping[str, str]) -> Check:
     return Check("runsc", "ok", detail)
 
 
-def check_user(uid: int, namespaces: Callable[[], str]) -> Check:
-    """Root, or an ordinary user who may make user namespaces. ``namespaces`` says why not, or nothing."""
+def check_user(uid: int, namespaces: Callable[[], tuple[str, str] | None]) -> Check:
+    """Root, or an ordinary user who may make user namespaces; ``namespaces`` gives reason and hint when not."""
     if uid == 0:
         return Check("user", "ok", "root: sandboxes are made directly")
-    reason = namespaces()
-    if reason:
-        return Check(
-            "user",
-            "fail",
-            f"an ordinary user who may not make user namespaces: {reason}",
-            "Ask the administrator to allow them (sysctl kernel.unprivileged_userns_clone=1, user.max_user_namespaces, "
-            "kernel.apparmor_restrict_unprivileged_userns=0), or run as root.",
-        )
+    refused = namespaces()
+    if refused is not None:
+        return Check("user", "fail", *refused)
     return Check("user", "ok", "an ordinary user: sandboxes are made inside a user namespace")
 
 
@@ -236,6 +232,14 @@ def check_runtime(report: RuntimeReport | SandboxGatewayError) -> list[Check]:
     if not report.get("run").available and not any(check.status == "fail" for check in checks):
         checks.append(Check(report.runtime, "fail", report.get("run").reason))
     return checks
+
+
+def check_profiles(load: Callable[[], Sequence[str]]) -> Check:
+    """Whether the profile file can be read; ``load`` gives the profiles' names."""
+    try:
+        return Check("profiles", "ok", ", ".join(load()))
+    except SandboxGatewayError as error:
+        return Check("profiles", "fail", error.message, error.hint)
 
 
 def check_ipykernel(version: Callable[[str], str] = importlib.metadata.version) -> Check:
@@ -327,24 +331,6 @@ async def _probe(paths: Paths, environment: Mapping[str, str]) -> RuntimeReport 
         return await GvisorRuntime(paths, find_runsc(paths, environment)).probe()
     except SandboxGatewayError as error:
         return error
-
-
-def _user_namespaces() -> str:
-    unshare = shutil.which("unshare")
-    if unshare is None:
-        return "`unshare` (util-linux) is missing"
-    try:
-        tried = subprocess.run(
-            [unshare, "--user", "--map-root-user", "--mount", "true"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return str(error)
-    return "" if tried.returncode == 0 else " ".join(tried.stderr.split()) or "unshare failed"
 
 
 def _kernelspec_folders() -> list[Path]:

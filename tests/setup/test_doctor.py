@@ -14,6 +14,7 @@ from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host import cgroups, doctor
 from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.host.setup import ensure_runsc
+from sandbox_gateway.profiles import load_profiles
 from sandbox_gateway.runtimes.base import Capability, RuntimeReport
 
 MOUNTS = """\
@@ -119,14 +120,13 @@ def test_a_changed_runsc_fails(tmp_path: Path) -> None:
 
 
 def test_root_needs_no_user_namespace() -> None:
-    assert doctor.check_user(0, lambda: "never asked").status == "ok"
+    assert doctor.check_user(0, lambda: ("never asked", "")).status == "ok"
 
 
 def test_an_ordinary_user_without_user_namespaces_is_told_the_reason() -> None:
-    check = doctor.check_user(1000, lambda: "Operation not permitted")
-    assert check.status == "fail"
-    assert "Operation not permitted" in check.detail
-    assert doctor.check_user(1000, lambda: "").status == "ok"
+    check = doctor.check_user(1000, lambda: ("not permitted", "Ask the administrator."))
+    assert (check.status, check.detail, check.hint) == ("fail", "not permitted", "Ask the administrator.")
+    assert doctor.check_user(1000, lambda: None).status == "ok"
 
 
 def test_limits_that_the_kernel_cannot_enforce_are_named() -> None:
@@ -167,6 +167,15 @@ def test_a_probe_that_raises_is_a_failed_check_with_its_hint() -> None:
     (check,) = doctor.check_runtime(SandboxGatewayError("runtime_missing", "no runsc"))
     assert (check.status, check.detail) == ("fail", "no runsc")
     assert check.hint
+
+
+def test_a_wrong_profile_file_fails_with_its_line(tmp_path: Path) -> None:
+    paths = Paths(tmp_path, tmp_path / "run")
+    assert doctor.check_profiles(lambda: list(load_profiles(paths))).status == "ok"
+    paths.profiles.write_text("[profiles.mine]\nmemori = '1GiB'\n")
+    check = doctor.check_profiles(lambda: list(load_profiles(paths)))
+    assert check.status == "fail"
+    assert "memori" in check.detail
 
 
 def test_a_missing_ipykernel_fails() -> None:
