@@ -1,0 +1,325 @@
+"""A host Python environment as layers: which directories, what is left out, and how their state is told quickly.
+
+Each layer is mounted at its own absolute path, so that nothing in the environment has to be rewritten:
+
+- the base interpreter's prefix (for a system Python under ``/usr`` only its library folders);
+- its site-packages apart, where the environment sees them;
+- the virtual environment;
+- very big packages (torch, nvidia...) each apart, so that another ``pip install`` does not rewrite them;
+- sources of editable installs, when they are asked for.
+
+``fingerprint`` of a layer is taken at every kernel start and must stay far below 50 ms: it looks at names, at the
+``RECORD`` of each distribution and at the files at the top of each package, not at every file. A hand-made change
+deeper in a package is not noticed until something else changes or the image is built anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sandbox_gateway.images.elf import read_elf
+from sandbox_gateway.images.interpreter import Interpreter, link_trail
+from sandbox_gateway.images.store import Recipe
+from sandbox_gateway.images.tree import Keep, Tree
+
+RECIPE = "env-1"
+BIG_PACKAGE = 300 << 20
+"""Bytes from which a package's folder is a layer of its own."""
+SYSTEM_PREFIXES = ("/", "/usr", "/usr/local")
+_SECRET_NAMES = frozenset(
+    {"pip.conf", "netrc", ".netrc", ".git", ".env", ".condarc", "condarc", ".pypirc", ".ssh", ".aws", ".git-credentials"}
+)
+_OPEN_DIRECTORY = 0o777
+"""Directories of environments: the mount decides whether they can be written, and any kernel uid must be able to
+``pip install`` where it does."""
+
+
+@dataclass(frozen=True, slots=True)
+class EnvironmentLayer:
+    """One directory of the host that becomes a layer mounted at its own (real) path."""
+
+    what: str
+    """``environment``, ``interpreter``, ``packages``, ``package``, ``editable source``."""
+    path: str
+    omit: frozenset[str] = frozenset()
+    """Relative paths of directories that stay empty (other layers, or nothing, belong there)."""
+    sites: tuple[str, ...] = ()
+    """Relative paths of site-packages folders in it ("" for itself)."""
+    split_big: bool = True
+
+    @property
+    def slot(self) -> str:
+        """Name of this source in the layer store."""
+        return f"{self.what}:{self.path}:{','.join(sorted(self.omit))}"
+
+
+@dataclass(frozen=True, slots=True)
+class EnvironmentPlan:
+    """What an environment consists of."""
+
+    interpreter: Interpreter
+    layers: tuple[EnvironmentLayer, ...]
+    """Parents before children."""
+    programs: tuple[str, ...]
+    """Programs and libraries of a system Python that lie in ``/usr``."""
+    links: tuple[tuple[str, str], ...]
+    """Symbolic links outside of all layers that lead to the interpreter."""
+
+
+def plan(interpreter: Interpreter) -> EnvironmentPlan:
+    """Which layers an environment needs. Looks at the disk, changes nothing."""
+    layers: list[EnvironmentLayer] = []
+    programs: list[str] = []
+    prefix, base = os.path.realpath(interpreter.prefix), os.path.realpath(interpreter.base_prefix)
+    sites = [os.path.realpath(site) for site in interpreter.sites]
+    for root in dict.fromkeys((base, prefix)):
+        if _is_system(root):
+            found, extra = _system_pieces(root, interpreter, sites)
+            layers += found
+            programs += extra
+        else:
+            other = [p for p in (base, prefix) if p != root and p.startswith(f"{root}/")]
+            layers += _prefix_pieces(root, interpreter, sites, other)
+    covered = [layer.path for layer in layers]
+    for site in sites:
+        if not any(_inside(site, path) for path in covered):
+            layers.append(EnvironmentLayer("packages", site, sites=("",)))
+            covered.append(site)
+    links: dict[str, str] = {}
+    for path in (interpreter.executable, interpreter.base_executable, interpreter.prefix, interpreter.base_prefix):
+        links.update(link_trail(path))
+    outside = [(k, v) for k, v in sorted(links.items()) if not any(_inside(k, path) for path in covered)]
+    real = os.path.realpath(interpreter.base_executable)
+    if not any(_inside(real, path) for path in covered) and real not in programs:
+        programs.append(real)
+    ordered = sorted({layer.path: layer for layer in layers}.values(), key=lambda layer: layer.path)
+    return EnvironmentPlan(interpreter, tuple(ordered), tuple(programs), tuple(outside))
+
+
+def build(layer: EnvironmentLayer) -> Recipe:
+    """The tree of a layer, with what later steps must know of it in its facts.
+
+    ``big``: relative paths of the packages that are to be layers of their own; ``needs``: shared libraries that its
+    files want and it does not have; ``provides``: those it has; ``uncompiled``: modules without a ``.pyc``.
+    """
+    tree = Tree(_OPEN_DIRECTORY)
+    tree.host_tree("/", layer.path, _keep(layer), _OPEN_DIRECTORY)
+    for omitted in layer.omit:
+        node = tree.directory(omitted, _OPEN_DIRECTORY)
+        node.children.clear()
+    big: list[str] = []
+    for site in layer.sites if layer.split_big else ():
+        folder = tree.get(site)
+        for name, node in sorted(folder.children.items()) if folder is not None else ():
+            if node.is_dir and _size(node) >= BIG_PACKAGE:
+                node.children.clear()
+                big.append(os.path.join(site, name))
+    needs: set[str] = set()
+    provides: set[str] = set()
+    modules, compiled = 0, 0
+    for path, node in tree:
+        name = os.path.basename(path)
+        if node.source is None:
+            continue
+        if ".so" in name or node.mode & 0o111:
+            elf = read_elf(node.source)
+            if elf is not None:
+                needs.update(elf.needed)
+                provides.add(name)
+        elif name.endswith(".py"):
+            modules += 1
+        elif name.endswith(".pyc"):
+            compiled += 1
+    for path, node in tree:
+        if node.source is None and node.data and ".so" in path:
+            provides.add(os.path.basename(path))
+    facts = {
+        "big": big,
+        "needs": sorted(n for n in needs - provides if "/" not in n),
+        "provides": sorted(p for p in provides if p.startswith("lib")),
+        "uncompiled": max(0, modules - compiled),
+    }
+    return Recipe(tree, facts)
+
+
+def fingerprint(layer: EnvironmentLayer) -> str:
+    """A digest of the layer's state on the host, cheap enough for each kernel start."""
+    found = hashlib.sha256(f"{RECIPE}\0{layer.slot}\n".encode())
+    lines: list[str] = []
+    if layer.what in ("package", "editable source"):
+        _tree_state(layer.path, lines, 2 if layer.what == "package" else 64)
+        if layer.what == "package":
+            _records(os.path.dirname(layer.path), lines, os.path.basename(layer.path))
+    else:
+        _shallow_state(layer.path, lines)
+        libraries = [os.path.join("lib", name) for name in _names(os.path.join(layer.path, "lib"))]
+        for name in ("bin", "share", "etc", "lib", *(n for n in libraries if n.startswith("lib/python"))):
+            if name not in layer.omit:
+                _shallow_state(os.path.join(layer.path, name), lines)
+        for site in layer.sites:
+            _site_state(os.path.join(layer.path, site), lines)
+    for line in lines:
+        found.update(os.fsencode(line))
+        found.update(b"\n")
+    return found.hexdigest()
+
+
+def _is_system(path: str) -> bool:
+    """Whether a prefix is shared with things that are no Python: only pieces of it are taken then."""
+    home = os.path.realpath(os.path.expanduser("~"))
+    return path in SYSTEM_PREFIXES or _inside(home, path) or path == os.path.join(home, ".local")
+
+
+def _system_pieces(
+    root: str, interpreter: Interpreter, sites: Iterable[str]
+) -> tuple[list[EnvironmentLayer], list[str]]:
+    layers = []
+    name = interpreter.directory_name
+    candidates = {os.path.realpath(p) for p in (interpreter.stdlib, interpreter.platstdlib)}
+    candidates |= {os.path.join(root, lib, leaf) for lib in ("lib", "lib64") for leaf in (name, "python3")}
+    chosen = sorted(p for p in candidates if os.path.isdir(p) and os.path.realpath(p) == p and _inside(p, root))
+    for path in chosen:
+        inside = tuple(os.path.relpath(s, path) for s in sites if _inside(s, path) and s != path)
+        layers.append(EnvironmentLayer("interpreter", path, _stdlib_omits(path, ""), inside))
+    programs = []
+    binary = os.path.join(root, "bin")
+    if root == "/usr/local" and os.path.isdir(binary):
+        layers.append(EnvironmentLayer("programs", binary))
+    else:
+        for entry in sorted(_names(binary)):
+            if entry.startswith(("python3", "pip3")) or entry in ("python", "pip"):
+                programs.append(os.path.join(binary, entry))
+    return layers, programs
+
+
+def _prefix_pieces(
+    root: str, interpreter: Interpreter, sites: Iterable[str], nested: Iterable[str]
+) -> list[EnvironmentLayer]:
+    inside = [os.path.relpath(site, root) for site in sites if _inside(site, root)]
+    omit = {os.path.relpath(path, root) for path in nested}
+    if os.path.isdir(os.path.join(root, "conda-meta")):
+        omit |= {name for name in ("pkgs", "envs", "conda-bld") if os.path.isdir(os.path.join(root, name))}
+    if os.path.isfile(os.path.join(root, "pyvenv.cfg")):
+        return [EnvironmentLayer("environment", root, frozenset(omit), tuple(inside))]
+    lib = os.path.join("lib", interpreter.directory_name)
+    omit |= _stdlib_omits(os.path.join(root, lib), lib)
+    # A base's packages change more often than its interpreter, and a virtual environment mostly does not see them.
+    own = [os.path.join(lib, leaf) for leaf in ("site-packages", "dist-packages")]
+    omit |= {path for path in own if os.path.isdir(os.path.join(root, path))}
+    layers = [EnvironmentLayer("interpreter", root, frozenset(omit))]
+    layers += [EnvironmentLayer("packages", os.path.join(root, path), sites=("",)) for path in inside]
+    return layers
+
+
+def _stdlib_omits(stdlib: str, relative: str) -> frozenset[str]:
+    """CPython's own test suite is a fifth of a standard library and of no use to a kernel."""
+    return frozenset(
+        os.path.join(relative, name) for name in ("test",) if os.path.isdir(os.path.join(stdlib, name))
+    )
+
+
+def _keep(layer: EnvironmentLayer) -> Keep:
+    omitted = tuple(f"{path}/" for path in layer.omit)
+
+    def keep(path: str, is_dir: bool) -> bool:
+        name = os.path.basename(path)
+        if name in _SECRET_NAMES or name.startswith(".env."):
+            return False
+        if path == "etc/jupyter" or f"{path}/".startswith(omitted):
+            return False
+        return is_dir or not name.endswith(".a")
+
+    return keep
+
+
+def _size(node: object) -> int:
+    total, stack = 0, [node]
+    while stack:
+        item = stack.pop()
+        total += item.size  # type: ignore[attr-defined]
+        stack.extend(item.children.values())  # type: ignore[attr-defined]
+    return total
+
+
+def _site_state(site: str, lines: list[str]) -> None:
+    try:
+        with os.scandir(site) as entries:
+            found = sorted(entries, key=lambda entry: entry.name)
+    except OSError:
+        lines.append(f"{site} unreadable")
+        return
+    for entry in found:
+        if entry.name == "__pycache__":
+            continue
+        if not entry.is_dir(follow_symlinks=False):
+            state = entry.stat(follow_symlinks=False)
+            lines.append(f"{entry.path} {state.st_mtime_ns} {state.st_size}")
+        elif entry.name.endswith((".dist-info", ".egg-info")):
+            _record(entry.path, lines)
+        else:
+            _shallow_state(entry.path, lines)
+
+
+def _record(folder: str, lines: list[str]) -> None:
+    for name in ("RECORD", "direct_url.json", "METADATA"):
+        try:
+            state = os.stat(os.path.join(folder, name))
+        except OSError:
+            continue
+        lines.append(f"{folder} {name} {state.st_mtime_ns} {state.st_size}")
+        if name == "RECORD":
+            return
+    lines.append(folder)
+
+
+def _records(site: str, lines: list[str], package: str) -> None:
+    wanted = package.replace("-", "_").lower()
+    for name in sorted(_names(site)):
+        if name.endswith(".dist-info") and name.lower().replace("-", "_").startswith(wanted):
+            _record(os.path.join(site, name), lines)
+
+
+def _shallow_state(folder: str, lines: list[str]) -> None:
+    """The files of a directory and the names of its directories. Not its own time: importing makes __pycache__."""
+    try:
+        with os.scandir(folder) as entries:
+            names = []
+            newest, size = 0, 0
+            for entry in entries:
+                if entry.name == "__pycache__":
+                    continue
+                names.append(entry.name)
+                if not entry.is_dir(follow_symlinks=False):
+                    state = entry.stat(follow_symlinks=False)
+                    newest = max(newest, state.st_mtime_ns)
+                    size += state.st_size
+    except OSError:
+        return
+    lines.append(f"{folder} {newest} {size} {' '.join(sorted(names))}")
+
+
+def _tree_state(folder: str, lines: list[str], depth: int) -> None:
+    _shallow_state(folder, lines)
+    if depth <= 1:
+        return
+    try:
+        with os.scandir(folder) as entries:
+            inner = sorted(e.path for e in entries if e.is_dir(follow_symlinks=False) and e.name not in ("__pycache__", ".git"))
+    except OSError:
+        return
+    for path in inner:
+        _tree_state(path, lines, depth - 1)
+
+
+def _names(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
+
+
+def _inside(path: str, parent: str) -> bool:
+    return path == parent or path.startswith(parent.rstrip("/") + "/")

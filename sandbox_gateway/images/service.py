@@ -1,0 +1,210 @@
+"""From the name of an image to its layers: the one door of this package."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.host.paths import Paths
+from sandbox_gateway.images import agent_layer, base_layer, host_env
+from sandbox_gateway.images.interpreter import Interpreter, probe, require_ipykernel, state_key
+from sandbox_gateway.images.store import LayerStore, Progress, ProgressCallback, Recipe, StoredLayer
+from sandbox_gateway.model import Image, Layer
+
+__all__ = ["ImageService", "Progress"]
+
+
+class ImageService:
+    """Resolves image sources to layers, building what is missing. One per process; safe across processes."""
+
+    def __init__(self, paths: Paths) -> None:
+        self._paths = paths
+        self.store = LayerStore(paths)
+        self._probed: dict[str, tuple[tuple[object, ...], Interpreter]] = {}
+        self._swept = False
+
+    async def resolve(
+        self,
+        source: str,
+        *,
+        editable: bool = False,
+        kernel_uid: int = 1000,
+        progress: ProgressCallback | None = None,
+    ) -> Image:
+        """The image called ``source``: ``host``, ``host:/path/to/python`` or ``directory:/path``.
+
+        Builds layers that are missing or out of date; a few milliseconds when all are there. ``progress`` is called on
+        another thread. ``kernel_uid`` only decides who ``jovyan`` is in ``/etc/passwd`` and owns the home directory.
+        Raises ``image_source``, ``image_failed``, ``disk_full``, ``data_directory``.
+        """
+        return await asyncio.to_thread(self.resolve_sync, source, editable, kernel_uid, progress)
+
+    def resolve_sync(
+        self,
+        source: str,
+        editable: bool = False,
+        kernel_uid: int = 1000,
+        progress: ProgressCallback | None = None,
+    ) -> Image:
+        """:meth:`resolve` for callers without a loop."""
+        if not self._swept:
+            self.store.sweep()
+            self._swept = True
+        kind, _, argument = source.partition(":")
+        agent = self._agent(progress)
+        if kind == "host":
+            return self._host(source, argument or None, editable, kernel_uid, agent, progress)
+        raise SandboxGatewayError(
+            "image_source", f"unknown image {source!r}", "Use host, host:/path/to/python or directory:/path."
+        )
+
+    def _agent(self, progress: ProgressCallback | None) -> Layer:
+        stored = self.store.ensure(
+            "agent", agent_layer.fingerprint(), agent_layer.build, what="agent", progress=progress
+        )
+        return _layer(stored, agent_layer.DESTINATION)
+
+    def _host(
+        self,
+        name: str,
+        path: str | None,
+        editable: bool,
+        kernel_uid: int,
+        agent: Layer,
+        progress: ProgressCallback | None,
+    ) -> Image:
+        interpreter = self._interpreter(path)
+        require_ipykernel(interpreter)
+        plan = host_env.plan(interpreter)
+        layers: list[Layer] = []
+        needs: set[str] = set()
+        provides: set[str] = set()
+        pending = list(plan.layers)
+        while pending:
+            part = pending.pop(0)
+            stored = self._environment(part, progress)
+            layers.append(_layer(stored, part.path))
+            needs.update(stored.facts.get("needs", ()))
+            provides.update(stored.facts.get("provides", ()))
+            pending += [
+                host_env.EnvironmentLayer("package", os.path.join(part.path, package), split_big=False)
+                for package in stored.facts.get("big", ())
+            ]
+        directories = sorted(layer.destination for layer in layers)
+        usr = self._usr(sorted(needs - provides), plan.programs, directories, progress)
+        root = self._root(directories, dict(plan.links), kernel_uid, progress)
+        layers.sort(key=lambda layer: layer.destination)
+        binary = os.path.dirname(interpreter.executable)
+        environment = {**_ENVIRONMENT, "PATH": _path(binary)}
+        if interpreter.is_venv:
+            environment["VIRTUAL_ENV"] = interpreter.prefix
+        return Image(
+            name=name,
+            layers=(_layer(root, "/"), _layer(usr, "/usr"), *layers),
+            interpreter=interpreter.executable,
+            environment=environment,
+            agent=agent,
+        )
+
+    def _interpreter(self, path: str | None) -> Interpreter:
+        key = path or ""
+        known = self._probed.get(key)
+        if known is not None and known[1].has_ipykernel and state_key(known[1].executable) == known[0]:
+            return known[1]
+        found = probe(path)
+        self._probed[key] = (state_key(found.executable), found)
+        return found
+
+    def _environment(self, part: host_env.EnvironmentLayer, progress: ProgressCallback | None) -> StoredLayer:
+        return self.store.ensure(
+            part.slot,
+            host_env.fingerprint(part),
+            lambda: host_env.build(part),
+            what=f"{part.what} {part.path}",
+            sources=(part.path,),
+            progress=progress,
+        )
+
+    def _usr(
+        self, needs: list[str], programs: tuple[str, ...], directories: list[str], progress: ProgressCallback | None
+    ) -> StoredLayer:
+        inside = [path for path in directories if path.startswith("/usr/")]
+        wanted = [name for name in needs if name not in base_layer.LIBRARIES]
+        slot = _digest("usr", wanted, programs, inside)
+        return self.store.ensure(
+            slot,
+            base_layer.usr_fingerprint(wanted, programs, inside),
+            lambda: base_layer.build_usr(wanted, programs, inside),
+            what="base",
+            sources=("/usr",),
+            progress=progress,
+        )
+
+    def _root(
+        self, directories: list[str], links: dict[str, str], kernel_uid: int, progress: ProgressCallback | None
+    ) -> StoredLayer:
+        key = _digest("root", base_layer.RECIPE, directories, links, kernel_uid, base_layer.etc_files(kernel_uid))
+        return self.store.ensure(
+            key,
+            key,
+            lambda: Recipe(base_layer.build_root(directories, links, kernel_uid)),
+            what="root",
+            progress=progress,
+        )
+
+    def list(self) -> list[StoredLayer]:
+        """All layers of the store, oldest first."""
+        return self.store.list()
+
+    def remove(self, digest: str, referenced: Collection[str] = ()) -> int:
+        """Remove one layer; see :meth:`LayerStore.remove`."""
+        return self.store.remove(digest, referenced)
+
+    def collect(self, referenced: Collection[str]) -> list[StoredLayer]:
+        """Remove layers that nothing needs any more; see :meth:`LayerStore.collect`."""
+        return self.store.collect(referenced)
+
+
+_ENVIRONMENT = {
+    "HOME": base_layer.HOME,
+    "USER": "jovyan",
+    "LOGNAME": "jovyan",
+    "SHELL": "/bin/bash",
+    "LANG": "C.UTF-8",
+    "TERM": "xterm-256color",
+}
+
+
+def _path(binary: str) -> str:
+    usual = ["/usr/local/bin", "/usr/bin", "/bin"]
+    return ":".join(usual if binary in usual else [binary, *usual])
+
+
+def _layer(stored: StoredLayer, destination: str) -> Layer:
+    return Layer(source=str(stored.path), destination=destination, kind="erofs", digest=stored.digest)
+
+
+def _digest(*parts: Any) -> str:
+    return f"{parts[0]}:{hashlib.sha256(json.dumps(parts).encode()).hexdigest()}"
+
+
+def writable(image: Image) -> Image:
+    """``image`` with the layers of its environment taking writes in memory, so that ``pip install`` works inside."""
+    changed = tuple(
+        dataclasses.replace(layer, writable=True) if layer.destination not in ("/", "/usr") else layer
+        for layer in image.layers
+    )
+    return dataclasses.replace(image, layers=changed)
+
+
+def data_directory_inside(paths: Paths, directory: Path) -> bool:
+    """Whether our own data would become part of an image of ``directory``."""
+    real = directory.resolve()
+    return any(place.resolve().is_relative_to(real) for place in (paths.home, paths.runtime))
