@@ -23,7 +23,6 @@ from sandbox_gateway.host.namespaces import why_no_user_namespace
 from sandbox_gateway.host.paths import RUNTIME_PATH_LIMIT, Paths, discover
 from sandbox_gateway.host.runsc_sources import PIN
 from sandbox_gateway.host.setup import find_runsc, installed, verify
-from sandbox_gateway.profiles import load_profiles
 from sandbox_gateway.runtimes.base import RuntimeReport
 
 Status = Literal["ok", "warn", "fail", "skip"]
@@ -86,7 +85,6 @@ async def diagnose(paths: Paths | None = None, environment: Mapping[str, str] | 
         check_runsc(paths, env),
         check_user(os.geteuid(), why_no_user_namespace),
         *check_cgroups(cgroups.discover()),
-        check_profiles(lambda: list(load_profiles(paths))),
     ]
     if not any(check.status == "fail" for check in checks):
         checks += check_runtime(await _probe(paths, env))
@@ -232,14 +230,6 @@ def check_runtime(report: RuntimeReport | SandboxGatewayError) -> list[Check]:
     if not report.get("run").available and not any(check.status == "fail" for check in checks):
         checks.append(Check(report.runtime, "fail", report.get("run").reason))
     return checks
-
-
-def check_profiles(load: Callable[[], Sequence[str]]) -> Check:
-    """Whether the profile file can be read; ``load`` gives the profiles' names."""
-    try:
-        return Check("profiles", "ok", ", ".join(load()))
-    except SandboxGatewayError as error:
-        return Check("profiles", "fail", error.message, error.hint)
 
 
 def check_ipykernel(version: Callable[[str], str] = importlib.metadata.version) -> Check:

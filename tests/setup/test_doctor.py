@@ -14,7 +14,6 @@ from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host import cgroups, doctor
 from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.host.setup import ensure_runsc
-from sandbox_gateway.profiles import load_profiles
 from sandbox_gateway.runtimes.base import Capability, RuntimeReport
 
 MOUNTS = """\
@@ -167,15 +166,6 @@ def test_a_probe_that_raises_is_a_failed_check_with_its_hint() -> None:
     (check,) = doctor.check_runtime(SandboxGatewayError("runtime_missing", "no runsc"))
     assert (check.status, check.detail) == ("fail", "no runsc")
     assert check.hint
-
-
-def test_a_wrong_profile_file_fails_with_its_line(tmp_path: Path) -> None:
-    paths = Paths(tmp_path, tmp_path / "run")
-    assert doctor.check_profiles(lambda: list(load_profiles(paths))).status == "ok"
-    paths.profiles.write_text("[profiles.mine]\nmemori = '1GiB'\n")
-    check = doctor.check_profiles(lambda: list(load_profiles(paths)))
-    assert check.status == "fail"
-    assert "memori" in check.detail
 
 
 def test_a_missing_ipykernel_fails() -> None:
