@@ -1,0 +1,211 @@
+"""What the commands do to sandboxes and images: the one place where the command line meets the core's contracts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sandbox_gateway.cli.output import timestamp
+from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.host.machine import boot_id
+from sandbox_gateway.host.paths import Paths
+from sandbox_gateway.model import LIVE, Death, DeathKind, SandboxRecord, State
+
+if TYPE_CHECKING:
+    from sandbox_gateway.store import Store
+
+STATS_TIMEOUT = 1.0
+"""Seconds in which an owner has to tell the memory of its sandbox; without an answer the column stays empty."""
+FOLLOW_INTERVAL = 0.5
+"""Seconds between two looks at a followed log."""
+ENDED = frozenset({State.TERMINATED, State.FAILED, State.EXPIRED})
+NOT_ISOLATED = frozenset({"fake"})
+"""Runtimes that isolate nothing; said wherever they show (DESIGN 4.12)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A sandbox as ``ps`` shows it: its record, corrected by what is true right now."""
+
+    record: SandboxRecord
+    state: State
+    owner_pid: int | None
+    """The process that holds its lock now; None where nobody does."""
+    death: Death | None
+    memory: int | None = None
+    """Bytes in use."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The object that ``ps --json`` lists."""
+        record = self.record
+        return {
+            "id": record.id,
+            "state": str(self.state),
+            "profile": record.profile,
+            "runtime": record.runtime,
+            "isolated": record.runtime not in NOT_ISOLATED,
+            "name": record.name,
+            "created": timestamp(record.created),
+            "since": timestamp(record.changed),
+            "owner_pid": self.owner_pid,
+            "on_owner_exit": str(record.on_owner_exit),
+            "memory": self.memory,
+            "death": None if self.death is None else {**self.death.as_dict(), "reason": self.death.describe()},
+            "notes": list(record.notes),
+        }
+
+
+@contextlib.contextmanager
+def opened(paths: Paths) -> Iterator[Store | None]:
+    """The store, or None where nothing was ever stored: looking must not make anything."""
+    from sandbox_gateway.store import Store
+
+    if not paths.database.exists():
+        yield None
+        return
+    store = Store(paths.database)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def seen(paths: Paths, *, everything: bool) -> list[Seen]:
+    """All sandboxes, or (without ``everything``) those that have not ended, oldest first."""
+    with opened(paths) as store:
+        records = store.list() if store is not None else ()
+    found = [_look(paths, record) for record in records]
+    shown = [sandbox for sandbox in found if everything or sandbox.state not in ENDED]
+    if any(sandbox.owner_pid is not None for sandbox in shown):
+        return asyncio.run(_with_memory(paths, shown))
+    return shown
+
+
+def _look(paths: Paths, record: SandboxRecord) -> Seen:
+    if record.state not in LIVE:
+        return Seen(record, record.state, None, record.death)
+    if record.boot_id != boot_id():
+        return Seen(record, State.FAILED, None, record.death or Death(DeathKind.MACHINE_RESTARTED))
+    from sandbox_gateway.owner import holder
+
+    # 0 means that somebody holds the lock who has not yet written who he is.
+    pid = holder(paths.sandbox(record.id))
+    return Seen(record, record.state, pid or (record.owner_pid if pid == 0 else None), record.death)
+
+
+async def _with_memory(paths: Paths, sandboxes: Sequence[Seen]) -> list[Seen]:
+    from dataclasses import replace
+
+    from sandbox_gateway.owner import ask
+
+    async def one(sandbox: Seen) -> Seen:
+        if sandbox.owner_pid is None:
+            return sandbox
+        try:
+            async with asyncio.timeout(STATS_TIMEOUT):
+                stats = await ask(paths, sandbox.record.id, "stats", STATS_TIMEOUT)
+        except (SandboxGatewayError, TimeoutError):
+            return sandbox
+        memory = stats.get("memory")
+        return replace(sandbox, memory=memory if isinstance(memory, int) else None)
+
+    return list(await asyncio.gather(*(one(sandbox) for sandbox in sandboxes)))
+
+
+def resolve(paths: Paths, prefix: str) -> SandboxRecord:
+    """The sandbox with this id or unique prefix; raises ``unknown_sandbox`` or ``ambiguous_id``."""
+    with opened(paths) as store:
+        if store is None:
+            raise SandboxGatewayError("unknown_sandbox", f"there is no sandbox {prefix!r}")
+        return store.find(prefix)
+
+
+def all_ids(paths: Paths, states: frozenset[State]) -> list[str]:
+    """Ids of all sandboxes in ``states``."""
+    with opened(paths) as store:
+        return [] if store is None else [record.id for record in store.list(states)]
+
+
+async def stop(paths: Paths, sandbox_id: str) -> str:
+    """End one sandbox, whoever owns it; returns its state then."""
+    async with _lifecycle(paths) as lifecycle:
+        return str((await lifecycle.stop(sandbox_id)).state)
+
+
+async def remove(paths: Paths, sandbox_id: str) -> str:
+    """End one sandbox and forget it, its log too; returns ``removed``."""
+    async with _lifecycle(paths) as lifecycle:
+        await lifecycle.remove(sandbox_id)
+    paths.logs.joinpath(f"{sandbox_id}.log").unlink(missing_ok=True)
+    return "removed"
+
+
+@contextlib.asynccontextmanager
+async def _lifecycle(paths: Paths) -> AsyncIterator[Any]:
+    from sandbox_gateway.lifecycle import Lifecycle
+
+    lifecycle = Lifecycle(paths)
+    try:
+        yield lifecycle
+    finally:
+        await lifecycle.close()
+
+
+async def log(paths: Paths, record: SandboxRecord) -> str:
+    """The kernel's raw stdout and stderr, as far as they are kept (the agent's bound, 1 MiB).
+
+    Of an ended sandbox: the kept log, else the last lines that its death recorded.
+    """
+    from sandbox_gateway.owner import NoOwner, ask
+
+    if _look(paths, record).state in ENDED:
+        return _kept(paths, record)
+    try:
+        return str((await ask(paths, record.id, "log"))["log"])
+    except NoOwner as error:
+        raise SandboxGatewayError(
+            "owner_unreachable",
+            f"sandbox {record.id} has no owner now, and its log is inside",
+            f"`jupyter sandbox stop {record.id[:8]}` ends it.",
+        ) from error
+
+
+async def follow(paths: Paths, record: SandboxRecord) -> AsyncIterator[str]:
+    """The log as it grows, until the sandbox ends."""
+    shown = ""
+    while True:
+        try:
+            text = await log(paths, record)
+        except SandboxGatewayError:
+            # It may have ended between two looks; only a sandbox that still is there has an error worth showing.
+            record = resolve(paths, record.id)
+            if _look(paths, record).state not in ENDED:
+                raise
+            return
+        if fresh := news(shown, text):
+            yield fresh
+        shown = text
+        record = resolve(paths, record.id)
+        if _look(paths, record).state in ENDED:
+            return
+        await asyncio.sleep(FOLLOW_INTERVAL)
+
+
+def news(before: str, now: str) -> str:
+    """What ``now`` has that ``before`` had not; both are the ends of one growing text, cut at a bound in front."""
+    if now.startswith(before):
+        return now[len(before) :]
+    tail = before[-4096:]
+    at = now.rfind(tail)
+    return now[at + len(tail) :] if at >= 0 else now
+
+
+def _kept(paths: Paths, record: SandboxRecord) -> str:
+    try:
+        return paths.logs.joinpath(f"{record.id}.log").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        tail = record.death.stderr_tail if record.death is not None else ""
+        return tail if not tail or tail.endswith("\n") else tail + "\n"

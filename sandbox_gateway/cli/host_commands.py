@@ -1,0 +1,107 @@
+"""``doctor`` and ``setup``: what this machine can do, and getting the pinned runsc."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sandbox_gateway.cli.arguments import Commands, command
+from sandbox_gateway.cli.output import ProgressLine, clean, write_json, write_line
+from sandbox_gateway.errors import SandboxGatewayError
+
+if TYPE_CHECKING:
+    from sandbox_gateway.host.doctor import Check
+    from sandbox_gateway.host.paths import Paths
+
+
+def add(commands: Commands) -> None:
+    """Add both to the parser."""
+    command(
+        commands,
+        "doctor",
+        _doctor,
+        "tell what works on this machine, what does not, and what to do",
+        "Exit status 1 when no sandboxed kernel can run here.",
+    )
+    setup = command(
+        commands,
+        "setup",
+        _setup,
+        "put the pinned runsc into the product's own data directory",
+        "Downloads a gVisor release, else builds it through the Go module proxy. Does nothing when it is there.",
+    )
+    setup.add_argument(
+        "--runsc",
+        "--file",
+        "--from",
+        dest="source",
+        type=Path,
+        metavar="FILE",
+        help="take this runsc (or gVisor release tarball) instead: nothing is downloaded",
+    )
+
+
+_MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL", "skip": "-   "}
+_COLOURS = {"ok": "32", "warn": "33", "fail": "31", "skip": "2"}
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    import asyncio
+
+    from sandbox_gateway.host.doctor import Diagnosis, diagnose
+    from sandbox_gateway.host.paths import discover
+
+    paths = discover()
+    with ProgressLine() as progress:
+        progress.update("looking at this machine")
+        found = asyncio.run(diagnose(paths))
+    diagnosis = Diagnosis((*found.checks, _profiles(paths)))
+    if options.json:
+        write_json(diagnosis.as_dict())
+        return 0 if diagnosis.ok else 1
+    width = max(len(check.name) for check in diagnosis.checks)
+    for check in diagnosis.checks:
+        mark = _MARKS[check.status]
+        if sys.stdout.isatty():
+            mark = f"\x1b[{_COLOURS[check.status]}m{mark}\x1b[0m"
+        sys.stdout.write(f"{mark}  {check.name.ljust(width)}  {clean(check.detail)}\n")
+        if check.hint and check.status != "skip":
+            sys.stdout.write(f"{' ' * (width + 8)}-> {clean(check.hint)}\n")
+    failed = sum(check.status == "fail" for check in diagnosis.checks)
+    if failed:
+        write_line(
+            f"\nSandboxed kernels cannot run here yet: {failed} {'thing is' if failed == 1 else 'things are'} missing."
+        )
+        return 1
+    write_line("Sandboxed kernels can run here.")
+    return 0
+
+
+def _profiles(paths: Paths) -> Check:
+    from sandbox_gateway.host.doctor import Check
+    from sandbox_gateway.profiles import load_profiles
+
+    try:
+        profiles = load_profiles(paths)
+    except SandboxGatewayError as error:
+        return Check("profiles", "fail", error.message, error.hint)
+    unsafe = [profile.name for profile in profiles.values() if profile.runtime == "fake"]
+    if unsafe:
+        return Check("profiles", "warn", f"not isolated: {', '.join(unsafe)}", 'Use runtime = "gvisor" but for tests.')
+    source = f", with {profiles.file}" if profiles.file.exists() else ""
+    return Check("profiles", "ok", f"{', '.join(profiles)}{source}")
+
+
+def _setup(options: argparse.Namespace) -> None:
+    from sandbox_gateway.host.paths import discover
+    from sandbox_gateway.host.setup import ensure_runsc
+
+    with ProgressLine() as progress:
+        install = ensure_runsc(discover(), source=options.source, progress=progress.update)
+    if options.json:
+        write_json(install.as_dict())
+        return
+    state = "installed" if install.fresh else "already there"
+    write_line(f"runsc is {state}: {install.path} ({install.origin})")

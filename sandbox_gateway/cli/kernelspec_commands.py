@@ -1,0 +1,134 @@
+"""``install`` and ``uninstall``: the kernelspecs of profiles."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sandbox_gateway.cli.arguments import Commands, command
+from sandbox_gateway.cli.output import write_json, write_line, write_table
+from sandbox_gateway.errors import SandboxGatewayError
+
+if TYPE_CHECKING:
+    from sandbox_gateway.kernelspecs import Change, Installed
+    from sandbox_gateway.profiles import Profiles
+
+
+def add(commands: Commands) -> None:
+    """Add both to the parser."""
+    install = command(
+        commands,
+        "install",
+        _install,
+        "install kernelspecs, so that Jupyter offers the profiles",
+        "Without names: the two built-in profiles and all of the profile file.",
+    )
+    install.add_argument("profiles", nargs="*", metavar="PROFILE", help="a profile's name")
+    install.add_argument(
+        "--list", action="store_true", help="show the profiles and where they are installed; do nothing"
+    )
+    _add_places(install, "default: this environment when it is a venv or conda's, else the user's")
+    uninstall = command(
+        commands,
+        "uninstall",
+        _uninstall,
+        "remove kernelspecs of ours",
+        "Without names: all of them. Kernelspecs of others are never touched, nor are profiles.",
+    )
+    uninstall.add_argument("profiles", nargs="*", metavar="PROFILE", help="a kernelspec's name")
+    _add_places(uninstall, "default: everywhere Jupyter looks")
+
+
+def _add_places(parser: argparse.ArgumentParser, default: str) -> None:
+    group = parser.add_argument_group("where", default)
+    places = group.add_mutually_exclusive_group()
+    places.add_argument("--sys-prefix", action="store_true", help="this Python environment")
+    places.add_argument("--user", action="store_true", help="this user's Jupyter data directory")
+    places.add_argument("--prefix", type=Path, metavar="DIRECTORY", help="DIRECTORY/share/jupyter/kernels")
+
+
+def _place(options: argparse.Namespace) -> Path | None:
+    from sandbox_gateway import kernelspecs
+
+    if options.sys_prefix:
+        return kernelspecs.sys_prefix_directory()
+    if options.user:
+        return kernelspecs.user_directory()
+    if options.prefix is not None:
+        return kernelspecs.prefix_directory(options.prefix)
+    return None
+
+
+def _install(options: argparse.Namespace) -> int | None:
+    from sandbox_gateway import kernelspecs
+    from sandbox_gateway.host.paths import discover
+    from sandbox_gateway.profiles import load_profiles
+
+    profiles = load_profiles(discover())
+    if options.list:
+        return _list(options, profiles)
+    chosen = [profiles.get(name) for name in dict.fromkeys(options.profiles or profiles)]
+    directory = _place(options) or kernelspecs.default_directory()
+    _report([kernelspecs.install(profile, directory) for profile in chosen], options.json)
+    return None
+
+
+def _list(options: argparse.Namespace, profiles: Profiles) -> int | None:
+    from sandbox_gateway import kernelspecs
+
+    place = _place(options)
+    directories = kernelspecs.search_directories() if place is None else (place,)
+    found: dict[str, list[Installed]] = {}
+    for spec in kernelspecs.find(directories):
+        found.setdefault(spec.profile, []).append(spec)
+    if options.json:
+        write_json(
+            [
+                {**profile.as_dict(), "installed": [str(spec.path) for spec in found.get(profile.name, [])]}
+                for profile in profiles.values()
+            ]
+        )
+        return None
+    rows = [
+        (
+            profile.name,
+            profile.display_name,
+            kernelspecs.describe(profile),
+            ", ".join(str(spec.path) for spec in found.get(profile.name, [])) or "not installed",
+        )
+        for profile in profiles.values()
+    ]
+    write_table(("PROFILE", "SHOWN AS", "OPENS", "INSTALLED"), rows)
+    orphans = [spec for specs in found.values() for spec in specs if spec.profile not in profiles]
+    for spec in orphans:
+        write_line(f"{spec.path} starts the profile {spec.profile!r}, which does not exist")
+    return None
+
+
+def _uninstall(options: argparse.Namespace) -> int | None:
+    from sandbox_gateway import kernelspecs
+
+    place = _place(options)
+    directories = kernelspecs.search_directories() if place is None else (place,)
+    installed = list(kernelspecs.find(directories))
+    names = {spec.name for spec in installed}
+    unknown = [name for name in options.profiles if name not in names]
+    if unknown:
+        have = f"There are: {', '.join(sorted(names))}." if names else "There is none of ours here."
+        raise SandboxGatewayError(
+            "unknown_profile", f"no kernelspec of ours is called {', '.join(map(repr, unknown))}", have
+        )
+    chosen = [spec for spec in installed if not options.profiles or spec.name in options.profiles]
+    _report([kernelspecs.uninstall(spec) for spec in chosen], options.json)
+    return None
+
+
+def _report(changes: list[Change], as_json: bool) -> None:
+    if as_json:
+        write_json([change.as_dict() for change in changes])
+        return
+    for change in changes:
+        write_line(f"{change.action} {change.name} in {change.path.parent}")
+    if not changes:
+        write_line("nothing to do")
