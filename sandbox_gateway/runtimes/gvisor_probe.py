@@ -75,8 +75,8 @@ async def _binary(paths: Paths, binary: Path) -> tuple[str, list[str]]:
     """(version text, flags it lacks), remembered for this very file."""
     cache = _Cache(paths, binary, "features")
     known = cache.read()
-    if isinstance(known, dict) and isinstance(known.get("version"), str) and isinstance(known.get("lacking"), list):
-        return known["version"], [str(item) for item in known["lacking"]]
+    if isinstance(known, str):
+        return known, []
     outcome = await runsc.run([binary, "--version"], timeout=_TRIAL_TIMEOUT)
     if outcome.code != 0 or "runsc" not in outcome.output:
         raise SandboxGatewayError("runtime_missing", f"{binary} does not run as runsc: {outcome.reason}")
@@ -87,7 +87,8 @@ async def _binary(paths: Paths, binary: Path) -> tuple[str, list[str]]:
         text = outcome.output + outcome.error
         if not any(line.strip().split(" ")[0] == f"-{flag}" for line in text.splitlines()):
             lacking.append(f"`{command} -{flag}`" if command else f"`-{flag}`")
-    cache.write({"version": version, "lacking": lacking})
+    if not lacking:
+        cache.write(version)
     return version, lacking
 
 

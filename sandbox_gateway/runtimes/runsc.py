@@ -14,8 +14,8 @@ from sandbox_gateway.errors import SandboxGatewayError
 TIMEOUT = 60.0
 """Seconds after which a call is given up; the longest ordinary one takes a few tenths."""
 
-_TAIL = 2000
 _OUTPUT = 1 << 20
+"""Characters that are kept of what a call prints."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ async def run(
     return Outcome(
         process.returncode or 0,
         output.decode("utf-8", "replace")[-_OUTPUT:],
-        errors.decode("utf-8", "replace")[-_TAIL:],
+        errors.decode("utf-8", "replace")[-_OUTPUT:],
     )
 
 
