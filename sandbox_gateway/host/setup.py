@@ -162,6 +162,7 @@ def _install(paths: Paths, source: Path | None, env: Mapping[str, str], report: 
                 os.fsync(handle.fileno())
         manifest = paths.bin / f"{_STAGING}{MANIFEST}"
         _write(manifest, {"schema": SCHEMA, "sha256": sha256, "origin": origin, "pin": PIN, "files": files})
+        staging.chmod(0o755)  # a trial sandbox sees this folder as another uid; its parents stay private
         staging.rename(final)
         manifest.rename(paths.bin / MANIFEST)
     finally:

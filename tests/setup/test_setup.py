@@ -129,6 +129,8 @@ def test_a_given_file_is_installed_under_its_hash(home: Paths, stand_in: Path) -
     assert install.path.read_bytes() == STAND_IN
     assert find_runsc(home, {}) == install.path
     assert left_behind(home) == []
+    assert install.path.parent.stat().st_mode & 0o777 == 0o755, "a sandbox's uid can run it"
+    assert home.home.stat().st_mode & 0o777 == 0o700, "but nobody else on the host gets there"
 
 
 def test_what_is_installed_is_not_installed_again(home: Paths, stand_in: Path) -> None:
