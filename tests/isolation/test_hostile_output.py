@@ -145,7 +145,8 @@ def test_other_peers_on_the_kernels_sockets_get_no_signature_key_right(attacker:
     result = attacker.run(
         SOCKETS
         + "shell = connected(zmq.DEALER, 'shell', b'stranger')\n"
-        + "for n in range(200):\n    shell.send_multipart([b'<IDS|MSG>', b'0' * 64, os.urandom(99), b'{}', b'{}', b'{}'])\n"
+        + "for n in range(200):\n"
+        + "    shell.send_multipart([b'<IDS|MSG>', b'0' * 64, os.urandom(99), b'{}', b'{}', b'{}'])\n"
         + "hb = connected(zmq.DEALER, 'hb')\n"
         + "for n in range(2000):\n    hb.send(os.urandom(50))\n"
         + "sub = connected(zmq.SUB, 'iopub')\nsub.subscribe(b'')\nsub.send(b'\\x01' + b'q' * 100_000)\n"

@@ -143,7 +143,8 @@ def test_no_process_of_the_kernel_holds_a_descriptor_of_the_link(inside: Client)
         "    if not name.isdigit() or name == '1':\n        continue\n"
         "    try:\n        fds = os.listdir(f'/proc/{name}/fd')\n    except OSError:\n        continue\n"
         "    for fd in fds:\n"
-        "        try:\n            link = os.readlink(f'/proc/{name}/fd/{fd}')\n        except OSError:\n            continue\n"
+        "        try:\n            link = os.readlink(f'/proc/{name}/fd/{fd}')\n"
+        "        except OSError:\n            continue\n"
         "        found[f'{name}/{fd}'] = link\n"
         "print(json.dumps(found))"
     )

@@ -1,0 +1,237 @@
+"""The measures. Each takes samples of both kernels in turn, so that a busy moment of the machine meets both."""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from bench import processes
+from bench.kernels import BenchError, Kernel, start
+
+SIDES = ("plain", "sandboxed")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured."""
+
+    starts: int
+    round_trips: int
+    repeats: int
+    plain_lines: int
+    flushed_lines: int
+    idle_kernels: int
+    idle_seconds: float
+    display_bytes: int = 10_000_000
+
+
+FULL = Plan(
+    starts=11, round_trips=300, repeats=7, plain_lines=100_000, flushed_lines=5_000, idle_kernels=3, idle_seconds=10
+)
+QUICK = Plan(
+    starts=3, round_trips=60, repeats=3, plain_lines=50_000, flushed_lines=2_000, idle_kernels=1, idle_seconds=4
+)
+
+
+@dataclass
+class Measure:
+    """One row: samples of both sides and what they are held to."""
+
+    name: str
+    unit: str
+    better: str
+    """``lower`` or ``higher``."""
+    target_ratio: float | None = None
+    """Sandboxed / plain: the most (``lower``) or the least (``higher``) it may be."""
+    target_value: float | None = None
+    """The same for the sandboxed side's own figure."""
+    target_from: str = ""
+    samples: dict[str, list[float]] = field(default_factory=lambda: {side: [] for side in SIDES})
+    note: str = ""
+
+    def median(self, side: str) -> float:
+        """p50 of a side's samples."""
+        return statistics.median(self.samples[side])
+
+    @property
+    def ratio(self) -> float | None:
+        """Sandboxed p50 over plain p50; None where the plain one is too small to divide by."""
+        plain = self.median("plain")
+        return self.median("sandboxed") / plain if plain > 0 else None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the target is met; None without one."""
+        if self.target_value is not None:
+            return _holds(self.median("sandboxed"), self.target_value, self.better)
+        if self.target_ratio is not None and self.ratio is not None:
+            return _holds(self.ratio, self.target_ratio, self.better)
+        return None
+
+
+def _holds(value: float, target: float, better: str) -> bool:
+    return value <= target if better == "lower" else value >= target
+
+
+@contextmanager
+def pair(names: dict[str, str]) -> Iterator[dict[str, Kernel]]:
+    """One kernel of each side."""
+    made: dict[str, Kernel] = {}
+    try:
+        for side in SIDES:
+            made[side] = start(names[side])
+        yield made
+    finally:
+        for kernel in made.values():
+            kernel.stop()
+
+
+def starts_and_stops(names: dict[str, str], plan: Plan, say: Callable[[str], None]) -> list[Measure]:
+    """Cold start to the first result, and deletion."""
+    cold = Measure("cold start to first result", "s", "lower")
+    delete = Measure(
+        "delete", "s", "lower", target_value=0.1, target_from="issue", note="shutdown(now) until no process is left"
+    )
+    for number in range(plan.starts):
+        for side in _turn(number):
+            kernel = start(names[side])
+            cold.samples[side].append(kernel.first_result)
+            delete.samples[side].append(kernel.stop())
+        say(f"start {number + 1} of {plan.starts}")
+    return [cold, delete]
+
+
+def _turn(number: int) -> tuple[str, ...]:
+    return SIDES if number % 2 == 0 else SIDES[::-1]
+
+
+def throughput(names: dict[str, str], plan: Plan, say: Callable[[str], None]) -> list[Measure]:
+    """Round trips, printed lines and a large display, between one pair of kernels."""
+    trip = Measure("execute round trip (ZMQ)", "ms", "lower", target_ratio=2.5, target_from="issue")
+    plain = Measure("printed lines", "lines/s", "higher", target_ratio=1.0, target_from="issue")
+    flushed = Measure(
+        "printed lines, flush=True", "lines/s", "higher", target_ratio=0.25, target_from="issue", note="aim 0.4"
+    )
+    display = Measure("10 MB display", "MB/s", "higher")
+    with pair(names) as kernels:
+        for kernel in kernels.values():
+            for _ in range(5):
+                kernel.execute("1")
+        block = 20
+        for number in range(plan.round_trips // block):
+            for side in _turn(number):
+                trip.samples[side] += [kernels[side].execute("1")[0] * 1000 for _ in range(block)]
+        say("round trips")
+        for number in range(plan.repeats):
+            for side in _turn(number):
+                kernel = kernels[side]
+                plain.samples[side].append(_lines(kernel, plan.plain_lines, ""))
+                flushed.samples[side].append(_lines(kernel, plan.flushed_lines, ", flush=True"))
+                display.samples[side].append(_display(kernel, plan.display_bytes))
+            say(f"output {number + 1} of {plan.repeats}")
+    return [trip, plain, flushed, display]
+
+
+def _lines(kernel: Kernel, count: int, options: str) -> float:
+    """Lines per second of a printing loop; raises when one is lost or doubled."""
+    seconds, messages = kernel.execute(f"for number in range({count}):\n    print(number{options})")
+    text = "".join(message["content"]["text"] for message in messages if message["msg_type"] == "stream")
+    if text != "".join(f"{number}\n" for number in range(count)):
+        raise BenchError(f"printed lines were lost or doubled: {len(text.splitlines())} of {count}")
+    return count / seconds
+
+
+def _display(kernel: Kernel, size: int) -> float:
+    """MB per second of one display of ``size`` characters that were made before."""
+    kernel.execute(f"from IPython.display import display\ntext = 'x' * {size}")
+    seconds, messages = kernel.execute("display({'text/plain': text}, raw=True)")
+    sizes = [
+        len(message["content"]["data"]["text/plain"]) for message in messages if message["msg_type"] == "display_data"
+    ]
+    if sizes != [size]:
+        raise BenchError(f"the display arrived with {sizes} characters instead of {size}")
+    return size / 1e6 / seconds
+
+
+def idle(names: dict[str, str], plan: Plan, say: Callable[[str], None]) -> list[Measure]:
+    """Memory and processor use of kernels that do nothing, with all their host processes.
+
+    What the owning process (here: the benchmark) needs for each kernel is a row of its own, since one process may own
+    many kernels.
+    """
+    memory = Measure("memory of an idle kernel (PSS)", "MB", "lower", target_ratio=1.3, target_from="design, later")
+    cpu = Measure(
+        "processor use of an idle kernel", "% of a core", "lower", target_value=0.2, target_from="design, later"
+    )
+    owner_memory = Measure("the same in the owning process", "MB", "lower", note="growth for each kernel")
+    owner_cpu = Measure("its processor use", "% of a core", "lower", note="owner with all idle kernels / kernels")
+    me = [os.getpid()]
+    for side in SIDES:
+        start(names[side]).stop()  # what the owner loads once, it has loaded now
+        gc.collect()
+        before = processes.pss(me)
+        kernels: list[Kernel] = []
+        try:
+            kernels.extend(start(names[side]) for _ in range(plan.idle_kernels))
+            for kernel in kernels:
+                kernel.execute("1")
+                kernel.client.stop_channels()
+            time.sleep(2)
+            gc.collect()
+            owner_memory.samples[side].append((processes.pss(me) - before) / 1e6 / len(kernels))
+            groups = [kernel.pids() for kernel in kernels]
+            if not all(groups):
+                raise BenchError(f"no host process of a {side} kernel was found")
+            memory.samples[side] += [processes.pss(group) / 1e6 for group in groups]
+            used = [processes.cpu_seconds(group) for group in groups]
+            own = processes.cpu_seconds(me)
+            begun = time.perf_counter()
+            time.sleep(plan.idle_seconds)
+            waited = time.perf_counter() - begun
+            cpu.samples[side] += [
+                100 * (processes.cpu_seconds(group) - earlier) / waited
+                for group, earlier in zip(groups, used, strict=True)
+            ]
+            owner_cpu.samples[side].append(100 * (processes.cpu_seconds(me) - own) / waited / len(kernels))
+            memory.note = cpu.note = f"{plan.idle_kernels} kernels, all host processes of each"
+        finally:
+            for kernel in kernels:
+                kernel.stop()
+        say(f"idle, {side}")
+    return [memory, cpu, owner_memory, owner_cpu]
+
+
+MEASURES: tuple[Callable[[dict[str, str], Plan, Callable[[str], None]], list[Measure]], ...] = (
+    starts_and_stops,
+    throughput,
+    idle,
+)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on."""
+    import platform
+    from importlib.metadata import version
+
+    model = ""
+    with open("/proc/cpuinfo") as file:
+        for line in file:
+            if line.startswith("model name"):
+                model = line.split(":", 1)[1].strip()
+                break
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in ("ipykernel", "jupyter_client", "pyzmq")},
+        "load_before": [round(value, 2) for value in os.getloadavg()],
+        "user": "root" if os.geteuid() == 0 else "ordinary user",
+    }
