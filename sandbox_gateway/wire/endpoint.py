@@ -68,6 +68,7 @@ MAX_OUTPUT = 512 * 1024
 MAX_BUFFERS = 1000
 """Buffers for one ``writev`` (Linux takes 1024)."""
 MAX_PONGS = 16
+MAX_WAITING = 64
 MAX_TOKEN = 64
 _SMALL = 4096
 
@@ -115,8 +116,12 @@ class Endpoint:
         self.inbox.request_ack()
 
     def ping(self, token: bytes) -> None:
-        """Ask for a sign of life; the answer is a :class:`Ponged` with the same token (at most 64 bytes)."""
-        self._control.append(Frame(Kind.PING, payload=token[:MAX_TOKEN]))
+        """Ask for a sign of life; the answer is a :class:`Ponged` with the same token (at most 64 bytes).
+
+        Nothing is sent when too many wait already: the other side does not read then, which is an answer too.
+        """
+        if len(self._control) < MAX_WAITING:
+            self._control.append(Frame(Kind.PING, payload=token[:MAX_TOKEN]))
 
     # -- streams
 
@@ -437,7 +442,11 @@ class HostEndpoint(Endpoint):
         return events
 
     def detach(self) -> None:
-        """Queue a DETACH: the agent goes silent and keeps everything."""
+        """Acknowledge what has come and queue a DETACH: the agent goes silent and keeps everything."""
+        self.inbox.request_ack()
+        numbers = self.inbox.take_ack()
+        if numbers and self.attached:
+            self._control.append(Frame(Kind.ACK, payload=encode_ack(numbers)))
         self._control.append(Frame(Kind.DETACH))
 
     def _handshake(self, frame: Frame, events: list[Event]) -> None:
