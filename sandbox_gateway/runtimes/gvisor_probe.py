@@ -78,8 +78,9 @@ async def _binary(paths: Paths, binary: Path) -> tuple[str, list[str]]:
     if isinstance(known, str):
         return known, []
     outcome = await runsc.run([binary, "--version"], timeout=_TRIAL_TIMEOUT)
-    if outcome.code != 0 or "runsc" not in outcome.output:
-        raise SandboxGatewayError("runtime_missing", f"{binary} does not run as runsc: {outcome.reason}")
+    if outcome.code != 0 or not outcome.output.startswith("runsc"):
+        why = outcome.reason if outcome.code != 0 else "it is another program"
+        raise SandboxGatewayError("runtime_missing", f"{binary} does not run as runsc: {why}")
     version = outcome.output.splitlines()[0].removeprefix("runsc version").strip()
     lacking = []
     for command, flag in FEATURES:

@@ -67,12 +67,14 @@ async def launch(
     join: Sequence[str] = (),
     cores: Sequence[int] | None = None,
     user_namespace: bool = False,
+    holder: Sequence[str] | None = None,
     timeout: float = runsc.TIMEOUT,
 ) -> Launched:
     """Run ``argv`` under a holder, its standard streams on the FIFOs of ``directory``.
 
     With ``pid_file`` the command is waited for and the file names the process that stays. Raises ``runtime_failed``
-    with the end of what the command said.
+    with the end of what the command said. ``holder`` is what the launcher becomes, ``{pid}`` standing for the process
+    (default: :func:`holder_command`).
     """
     fifos = Fifos.inside(directory)
     marker = f"{MARKER}={directory}"
@@ -89,7 +91,7 @@ async def launch(
         "join": list(join),
         "cores": list(cores) if cores is not None else None,
         "user_namespace": user_namespace,
-        "holder": holder_command(),
+        "holder": list(holder) if holder is not None else holder_command(),
     }
     outcome = await runsc.run(
         launch_program(),
@@ -104,11 +106,11 @@ async def launch(
     if "error" in answer:
         message = runsc.last_line(answer["error"]) or "no reason given"
         raise SandboxGatewayError("runtime_failed", f"{Path(argv[0]).name}: {message}")
-    holder = ProcessRef.from_json(answer.get("holder"))
+    reaper = ProcessRef.from_json(answer.get("holder"))
     process = ProcessRef.from_json(answer.get("process"))
-    if holder is None or process is None:
+    if reaper is None or process is None:
         raise SandboxGatewayError("runtime_failed", "the launcher gave no process ids")
-    return Launched(holder, process)
+    return Launched(reaper, process)
 
 
 @functools.cache

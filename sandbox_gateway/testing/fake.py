@@ -1,0 +1,211 @@
+"""A runtime without isolation, for tests and demonstrations: the real agent as an ordinary process of the host.
+
+It keeps the whole contract of :mod:`sandbox_gateway.runtimes.base` (steps, named pipes, a life of its own after its
+creator) but nothing is held back from the code that runs: **not isolated**. It must be asked for by name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import sandbox_gateway
+from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.host import processes
+from sandbox_gateway.host.paths import Paths
+from sandbox_gateway.host.processes import ProcessRef
+from sandbox_gateway.model import Death, DeathKind, SandboxSpec
+from sandbox_gateway.runtimes import launcher
+from sandbox_gateway.runtimes.base import Capability, Handle, LinkFds, RuntimeReport, Stats
+from sandbox_gateway.runtimes.gvisor import open_link
+
+KIND = "fake"
+"""Directory in a sandbox's runtime directory that says whose it is; the kernel's sockets are in it."""
+
+_KILL_TIMEOUT = 10.0
+
+
+class FakeRuntime:
+    """Runs the agent as a detached process of this user."""
+
+    name = "fake"
+    isolated = False
+
+    def __init__(self, paths: Paths) -> None:
+        self.paths = paths
+        self._ending: set[str] = set()
+
+    async def probe(self) -> RuntimeReport:
+        """Always able to run, never isolated, without any limit."""
+        why = "the fake runtime holds nothing back"
+        limits = (Capability(f"limits.{name}", False, why) for name in ("memory", "cpu", "processes", "disk"))
+        run = Capability("run", True, "not isolated: for tests and demonstrations only")
+        return RuntimeReport("fake", False, "not isolated", (run, *limits))
+
+    async def create(self, spec: SandboxSpec, directory: Path) -> AsyncIterator[Handle]:
+        """Make the pipes."""
+        handle = Handle(spec.id, self.name, directory, "files")
+        yield handle
+        try:
+            (directory / KIND).mkdir(mode=0o700)
+            launcher.Fifos.inside(directory).make()
+        except OSError as error:
+            raise SandboxGatewayError("data_directory", f"cannot write in {directory}: {error.strerror}") from error
+        yield replace(handle, step="created")
+
+    async def start(self, handle: Handle) -> Handle:
+        """Start the agent, detached."""
+        launched = await launcher.launch(
+            [sys.executable, "-P", "-m", "sandbox_gateway.agent", "--directory", str(handle.directory / KIND)],
+            handle.directory,
+            environment=_environment(handle),
+            # Not one that ends with the agent: what the agent leaves behind is found among its children.
+            holder=[shutil.which("sleep") or "sleep", "infinity"],
+        )
+        data = {"holder": launched.holder.as_json(), "sandbox": launched.process.as_json()}
+        return replace(handle, step="started", data=data)
+
+    async def attach(self, handle: Handle) -> LinkFds:
+        """Open the pipes."""
+        return open_link(handle)
+
+    async def wait(self, handle: Handle) -> Death:
+        """Return when the agent's process has ended."""
+        agent = ProcessRef.from_json(handle.data.get("sandbox"))
+        if agent is None:
+            return Death(DeathKind.FAILED, f"the sandbox was never started (step {handle.step})")
+        await processes.wait_exit(agent)
+        said = await asyncio.to_thread(launcher.last_words, handle.directory)
+        kind = DeathKind.STOPPED if handle.id in self._ending else DeathKind.AGENT_DIED
+        return Death(kind, stderr_tail=said)
+
+    async def alive(self, handle: Handle) -> bool:
+        """Whether the agent's process runs."""
+        agent = ProcessRef.from_json(handle.data.get("sandbox"))
+        return agent is not None and agent.alive()
+
+    async def list(self) -> list[str]:
+        """Ids found in the runtime directory."""
+        try:
+            return sorted(path.parent.name for path in self.paths.runtime.glob(f"*/{KIND}"))
+        except OSError:
+            return []
+
+    async def stats(self, handle: Handle) -> Stats:
+        """Summed over the processes."""
+        refs = (ProcessRef.from_json(handle.data.get(name)) for name in ("holder", "sandbox"))
+        roots = [ref.pid for ref in refs if ref is not None and ref.alive()]
+        if not roots:
+            return Stats()
+        used = await asyncio.to_thread(lambda: processes.usage(processes.descendants(roots)))
+        return Stats(memory=used.memory, cpu_seconds=used.cpu_seconds, processes=used.threads)
+
+    async def destroy(self, handle: Handle) -> None:
+        """End the agent and everything below it, and remove the files."""
+        self._ending.add(handle.id)
+        await asyncio.shield(asyncio.to_thread(self._remove, handle))
+
+    def _remove(self, handle: Handle) -> None:
+        holder = ProcessRef.from_json(handle.data.get("holder"))
+        marker = f"{launcher.MARKER}={handle.directory}"
+        found = processes.find(lambda argv, environment: marker in environment)
+        roots = {ref for ref in (holder, ProcessRef.from_json(handle.data.get("sandbox")), *found) if ref is not None}
+        # Orphans come to the holder, which is a subreaper: so it goes last, when nothing is below it any more.
+        holders = {ref for ref in roots if ref == holder or processes.command_line(ref.pid)[1:] == ["infinity"]}
+        left: list[ProcessRef] = []
+        for _ in range(100):
+            below = processes.descendants([ref.pid for ref in roots if ref.alive()])
+            refs = {ref for pid in below if (ref := ProcessRef.of(pid)) is not None} - holders
+            if not refs:
+                break
+            left = processes.kill_all(refs, _KILL_TIMEOUT)
+        left += processes.kill_all(holders, _KILL_TIMEOUT)
+        if left:
+            raise SandboxGatewayError("runtime_failed", f"processes of sandbox {handle.id} will not end: {left}")
+        shutil.rmtree(handle.directory / KIND, ignore_errors=True)
+        launcher.Fifos.inside(handle.directory).remove()
+
+
+def _environment(handle: Handle) -> Mapping[str, str]:
+    """As bare as inside a sandbox, but the agent has to find our package."""
+    package = Path(str(sandbox_gateway.__file__)).parent.parent
+    found = {"PATH": os.environ.get("PATH", os.defpath), "LANG": "C.UTF-8", "SANDBOX_ID": handle.id}
+    return {**found, "PYTHONPATH": str(package)}
+
+
+class FailsDuringCreate(FakeRuntime):
+    """Fails at one step of the creation: when it is to be taken, or with ``after`` when it has been."""
+
+    def __init__(self, paths: Paths, step: str = "created", *, after: bool = False) -> None:
+        super().__init__(paths)
+        self.step = step
+        self.after = after
+
+    async def create(self, spec: SandboxSpec, directory: Path) -> AsyncIterator[Handle]:
+        """As usual up to the step, then ``runtime_failed``."""
+        reached = False
+        async for handle in super().create(spec, directory):
+            if reached or (handle.step == self.step and not self.after):
+                break
+            reached = handle.step == self.step
+            yield handle
+        raise SandboxGatewayError("runtime_failed", f"asked to fail at {self.step}")
+
+
+class FailsDuringStart(FakeRuntime):
+    """Starts the agent and then says that it could not."""
+
+    async def start(self, handle: Handle) -> Handle:
+        """Raise ``runtime_failed`` with the process running, the worst case for who cleans up."""
+        await super().start(handle)
+        raise SandboxGatewayError("runtime_failed", "asked to fail at the start")
+
+
+class FailsDuringAttach(FakeRuntime):
+    """Runs, but its link cannot be opened."""
+
+    async def attach(self, handle: Handle) -> LinkFds:
+        """Raise ``link_failed``."""
+        raise SandboxGatewayError("link_failed", "asked to fail at attach")
+
+
+class DiesAfter(FakeRuntime):
+    """Its agent is killed some seconds after the start."""
+
+    def __init__(self, paths: Paths, seconds: float) -> None:
+        super().__init__(paths)
+        self.seconds = seconds
+
+    async def wait(self, handle: Handle) -> Death:
+        """Kill the agent when its time has come; the death says so."""
+        ended = asyncio.ensure_future(super().wait(handle))
+        done, _ = await asyncio.wait({ended}, timeout=self.seconds)
+        agent = ProcessRef.from_json(handle.data.get("sandbox"))
+        if not done and agent is not None:
+            agent.kill()
+        try:
+            return await ended
+        finally:
+            with contextlib.suppress(asyncio.CancelledError):
+                ended.cancel()
+
+
+class FailsDuringDestroy(FakeRuntime):
+    """Its first ``times`` removals fail; later ones work."""
+
+    def __init__(self, paths: Paths, times: int = 1) -> None:
+        super().__init__(paths)
+        self.times = times
+
+    async def destroy(self, handle: Handle) -> None:
+        """Raise ``runtime_failed`` while failures are left."""
+        if self.times > 0:
+            self.times -= 1
+            raise SandboxGatewayError("runtime_failed", "asked to fail at the removal")
+        await super().destroy(handle)
