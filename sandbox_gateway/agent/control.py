@@ -1,0 +1,220 @@
+"""The operations that the host may ask for, on the link's AGENT channel: strict JSON in, one answer each.
+
+A request is ``{"id": n, "op": name, ...}``; the answer ``{"id": n, "ok": {...}}`` or ``{"id": n, "error": {"code",
+"message"}}``. The host is trusted, but a wrong request must never end the agent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from sandbox_gateway.agent import process
+from sandbox_gateway.agent.kernel import Answer, Kernel, KernelError, Launch
+from sandbox_gateway.agent.owner import OwnerWatch
+
+DEFAULT_GRACE: Final = 5.0
+"""Seconds between SIGTERM and SIGKILL when the host does not say."""
+_MAX_SECONDS: Final = 30 * 24 * 3600.0
+_PAGE: Final = os.sysconf("SC_PAGE_SIZE")
+_TICKS: Final = os.sysconf("SC_CLK_TCK")
+
+
+class Control:
+    """Answers requests; ``reply`` sends one answer, ``shut_down`` ends the agent."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        owner: OwnerWatch,
+        reply: Callable[[dict[str, Any]], None],
+        shut_down: Callable[[], None],
+        link_stats: Callable[[], dict[str, Any]],
+    ) -> None:
+        self._kernel = kernel
+        self._owner = owner
+        self._reply = reply
+        self._shut_down = shut_down
+        self._link_stats = link_stats
+        self._operations: dict[str, Callable[[dict[str, Any], Answer], None]] = {
+            "ping": lambda _request, answer: answer({}),
+            "start_kernel": self._start,
+            "restart_kernel": self._restart,
+            "stop_kernel": self._stop,
+            "interrupt": self._interrupt,
+            "signal": self._signal,
+            "policy": self._policy,
+            "stats": self._stats,
+            "shutdown": self._shutdown,
+        }
+
+    def request(self, data: bytes | memoryview) -> None:
+        """Handle one message of the AGENT channel. What has no usable ``id`` cannot be answered and is dropped."""
+        try:
+            request = json.loads(bytes(data))
+        except ValueError:
+            return
+        number = request.get("id") if isinstance(request, dict) else None
+        if type(number) is not int:
+            return
+
+        def answer(result: dict[str, Any] | KernelError) -> None:
+            if isinstance(result, KernelError):
+                self._reply({"id": number, "error": {"code": result.code, "message": str(result)}})
+            else:
+                self._reply({"id": number, "ok": result})
+
+        operation = self._operations.get(str(request.get("op")))
+        try:
+            if operation is None:
+                raise KernelError("invalid_request", f"the agent knows no operation {request.get('op')!r}")
+            operation(request, answer)
+        except KernelError as error:
+            answer(error)
+        except OSError as error:
+            answer(KernelError("kernel_failed", f"{request.get('op')}: {error.strerror}"))
+
+    def _start(self, request: dict[str, Any], answer: Answer) -> None:
+        self._kernel.start(parse_launch(request), answer)
+
+    def _restart(self, request: dict[str, Any], answer: Answer) -> None:
+        self._kernel.restart(parse_launch(request, self._kernel.launch), answer)
+
+    def _stop(self, request: dict[str, Any], answer: Answer) -> None:
+        self._kernel.stop(_seconds(request, "grace", DEFAULT_GRACE), answer)
+
+    def _interrupt(self, _request: dict[str, Any], answer: Answer) -> None:
+        self._kernel.interrupt()
+        answer({})
+
+    def _signal(self, request: dict[str, Any], answer: Answer) -> None:
+        number = request.get("signum")
+        if type(number) is not int or number not in {int(known) for known in signal.valid_signals()}:
+            raise KernelError("invalid_request", "signum is not a signal's number")
+        self._kernel.signal(number)
+        answer({})
+
+    def _policy(self, request: dict[str, Any], answer: Answer) -> None:
+        what = request.get("on_owner_exit")
+        if what not in ("terminate", "keep", "suspend"):
+            raise KernelError("invalid_request", "on_owner_exit is terminate, keep or suspend")
+        self._owner.set(what == "terminate", _seconds(request, "grace", 30.0))
+        answer({})
+
+    def _stats(self, _request: dict[str, Any], answer: Answer) -> None:
+        kernel = self._kernel
+        answer(
+            {
+                "phase": kernel.phase.value,
+                "pid": kernel.pid,
+                "generation": kernel.generation,
+                "log_bytes": kernel.log.end,
+                "last_exit": kernel.last_exit,
+                **usage(),
+                "link": self._link_stats(),
+            }
+        )
+
+    def _shutdown(self, _request: dict[str, Any], answer: Answer) -> None:
+        answer({})
+        self._shut_down()
+
+
+def parse_launch(request: Mapping[str, Any], before: Launch | None = None) -> Launch:
+    """The launch that a request describes; what it leaves out is taken from ``before``. Raises KernelError."""
+    fields = {key: value for key, value in request.items() if value is not None}
+    if before is None:
+        missing = {"argv", "key"} - set(fields)
+        if missing:
+            raise KernelError("invalid_request", f"start_kernel lacks {', '.join(sorted(missing))}")
+        own = (os.getuid(), os.getgid())
+        before = Launch(process.Command((), {}, "/", *own), "")
+    command = before.command
+    argv = fields.get("argv", list(command.argv))
+    if not isinstance(argv, list) or not argv or not all(isinstance(word, str) and "\0" not in word for word in argv):
+        raise KernelError("invalid_request", "argv is not a list of words")
+    environment = fields.get("env", command.environment)
+    if not isinstance(environment, dict) or not all(
+        isinstance(value, str) and name and "=" not in name and "\0" not in name + value
+        for name, value in environment.items()
+    ):
+        raise KernelError("invalid_request", "env is not a table of names and texts")
+    mode = _text(fields, "interrupt_mode", before.interrupt_mode)
+    if mode not in ("signal", "message"):
+        raise KernelError("invalid_request", "interrupt_mode is signal or message")
+    return replace(
+        before,
+        command=process.Command(
+            tuple(argv),
+            environment,
+            _text(fields, "cwd", command.cwd),
+            _id(fields, "uid", command.uid),
+            _id(fields, "gid", command.gid),
+            _rlimits(fields["rlimits"]) if "rlimits" in fields else command.rlimits,
+        ),
+        key=_text(fields, "key", before.key),
+        interrupt_mode=mode,
+        welcome=_flag(fields, "welcome", before.welcome),
+        fast_iopub=bool(_flag(fields, "fast_iopub", before.fast_iopub)),
+    )
+
+
+def _text(fields: Mapping[str, Any], name: str, default: str) -> str:
+    value = fields.get(name, default)
+    if not isinstance(value, str) or "\0" in value:
+        raise KernelError("invalid_request", f"{name} is not a text")
+    return value
+
+
+def _flag(fields: Mapping[str, Any], name: str, default: bool | None) -> bool | None:
+    value = fields.get(name, default)
+    if value is not None and not isinstance(value, bool):
+        raise KernelError("invalid_request", f"{name} is not true or false")
+    return value
+
+
+def _id(fields: Mapping[str, Any], name: str, default: int) -> int:
+    value = fields.get(name, default)
+    if type(value) is not int or not 0 <= value < 2**32 - 1:
+        raise KernelError("invalid_request", f"{name} is not a user's or group's number")
+    return value
+
+
+def _rlimits(value: Any) -> dict[str, tuple[int, int]]:
+    if not isinstance(value, dict):
+        raise KernelError("invalid_request", "rlimits is not a table")
+    limits: dict[str, tuple[int, int]] = {}
+    for name, limit in value.items():
+        pair = [limit, limit] if type(limit) is int else limit
+        if not process.known_rlimit(str(name)) or not isinstance(pair, list) or [type(n) for n in pair] != [int, int]:
+            raise KernelError("invalid_request", f"the resource limit {name!r} is not known, or not a number")
+        limits[name] = (pair[0], pair[1])
+    return limits
+
+
+def _seconds(request: Mapping[str, Any], name: str, default: float) -> float:
+    value = request.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _MAX_SECONDS:
+        raise KernelError("invalid_request", f"{name} is not a time in seconds")
+    return float(value)
+
+
+def usage() -> dict[str, Any]:
+    """Processes of the kernel's: how many, their resident bytes, and the seconds of processor time they used."""
+    count = resident = ticks = 0
+    for pid in process.descendants():
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_bytes()
+        except OSError:
+            continue  # ended meanwhile
+        fields = stat[stat.rfind(b")") + 2 :].split()
+        if len(fields) > 21:
+            count += 1
+            ticks += int(fields[11]) + int(fields[12])
+            resident += int(fields[21]) * _PAGE
+    return {"processes": count, "resident": resident, "cpu_seconds": ticks / _TICKS}

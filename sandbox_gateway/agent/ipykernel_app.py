@@ -1,0 +1,360 @@
+"""ipykernel, publishing through a pipe of the agent's instead of a thread and a socket.
+
+This file is run as a script *in the kernel's interpreter*, in the place of ``python -m ipykernel_launcher``: it may
+import the standard library, ipykernel and what that brings, nothing of ours. The agent names the write end of the
+pipe in ``SANDBOX_IOPUB_FD``; without it, or with an ipykernel that we do not know, this is the stock application.
+
+Why: a flushed line costs ipykernel a wake-up of its IOPub thread, one of ZMQ's thread and one of the reader's
+process. Here the calling thread writes the frame itself. What must hold all the same:
+
+- messages leave in the order in which they were made, from whatever thread;
+- a KeyboardInterrupt may be raised between any two bytecodes of the main thread, and neither tears a frame nor loses
+  or doubles text: what was written is recorded by C code in the same call that writes it (``list.extend(map(...))``);
+- forked children use ipykernel's own way (they never touch the pipe, nor a lock that another thread held);
+- a full pipe makes the writer wait, not the agent;
+- whoever else subscribes to the kernel's IOPub socket inside the sandbox gets everything too.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False):
+    del sys.path[0]  # this folder; its modules must not hide the user's
+
+import contextlib
+import os
+import stat
+import struct
+import threading
+import time
+import types
+from collections import defaultdict, deque
+from datetime import datetime, timezone
+from importlib import import_module
+from importlib.util import find_spec
+from io import StringIO
+from json.encoder import encode_basestring
+from typing import Any
+
+# Untyped on purpose: this file meets whatever ipykernel the user has.
+iostream: Any = import_module("ipykernel.iostream")
+kernelapp: Any = import_module("ipykernel.kernelapp")
+
+_MAGIC = b"SGio"
+_JOIN = 64 * 1024
+_WRITEV = 512
+
+
+class Writer:
+    """Frames on the pipe, in order, each whole. See :mod:`sandbox_gateway.agent.outpipe` for the format."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.broken = False
+        self._queue: deque[tuple[list[Any], int, list[int], list[Any]]] = deque()
+        self._lock = threading.RLock()
+
+    def entry(self, parts: list[Any]) -> tuple[list[Any], int, list[int], list[Any]]:
+        """A queue entry for a message: buffers to write, their length, bytes written so far, the message."""
+        views = [part if isinstance(part, bytes) else memoryview(part).cast("B") for part in parts]
+        lengths = [len(view) for view in views]
+        total = 4 + 4 * len(lengths) + sum(lengths)
+        head = struct.pack(f"!4sII{len(lengths)}I", _MAGIC, total, len(lengths), *lengths)
+        if total <= _JOIN:
+            whole = b"".join([head, *views])
+            return [whole], len(whole), [], parts
+        return [head, *views], total + 8, [], parts
+
+    def put(self, entry: tuple[list[Any], int, list[int], list[Any]], done: list[Any]) -> None:
+        """Queue an entry; ``done`` gets an item in the same instant, so that an interrupt cannot come between."""
+        done.extend(map(self._queue.append, (entry,)))
+
+    def drain(self) -> list[list[Any]]:
+        """Write everything that is queued; waits while the pipe is full.
+
+        Returns the messages that could not be written because the pipe is gone (normally none).
+        """
+        queue = self._queue
+        with self._lock:
+            while queue:
+                entry = queue[0]
+                buffers, total, done, _ = entry
+                written = sum(done)
+                if written >= total:
+                    # No bytecode between the test and the call lets a signal handler in that would drain as well.
+                    if queue and queue[0] is entry:
+                        queue.popleft()
+                    continue
+                try:
+                    if len(buffers) == 1:
+                        rest = buffers[0] if not written else memoryview(buffers[0])[written:]
+                        done.extend(map(os.write, (self.fd,), (rest,)))
+                    else:
+                        done.extend(map(os.writev, (self.fd,), (_rest(buffers, written),)))
+                except OSError:
+                    self.broken = True
+                    left = [item[3] for item in queue]
+                    queue.clear()
+                    return left
+        return []
+
+    def close(self) -> None:
+        """The agent sees the end of the pipe and listens to the socket instead."""
+        self.broken = True
+        with contextlib.suppress(OSError):
+            os.close(self.fd)
+
+
+def _rest(buffers: list[Any], written: int) -> list[Any]:
+    found: list[Any] = []
+    for buffer in buffers:
+        size = len(buffer)
+        if written >= size:
+            written -= size
+            continue
+        found.append(memoryview(buffer)[written:] if written else buffer)
+        written = 0
+        if len(found) == _WRITEV:
+            break
+    return found
+
+
+class Pipe:
+    """What all streams and threads of this process share: the writer, and whether this is a forked child."""
+
+    def __init__(self, fd: int) -> None:
+        self.writer = Writer(fd)
+        self.flush_lock = threading.RLock()
+        self.child = False
+        os.register_at_fork(after_in_child=self._forked)
+
+    @property
+    def usable(self) -> bool:
+        """False in forked children, and once the pipe is gone."""
+        return not self.child and not self.writer.broken
+
+    def _forked(self) -> None:
+        self.child = True
+        self.flush_lock = threading.RLock()  # another thread may have held it
+
+
+_pipe: Pipe | None = None
+
+
+class PipeIOPubThread(iostream.IOPubThread):  # type: ignore[misc]
+    """The IOPub thread stays, for timers, subscriptions and forked children; messages do not pass it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._topics: set[bytes] = set()
+        super().__init__(*args, **kwargs)
+
+    def _handle_subscription(self, frames: list[bytes]) -> None:
+        for frame in frames:
+            if frame[:1] == b"\x01":
+                self._topics.add(frame[1:])
+            else:
+                self._topics.discard(frame[1:])
+        super()._handle_subscription(frames)
+
+    def send_multipart(self, msg: list[Any], *args: Any, **kwargs: Any) -> None:
+        """Write the message to the pipe before returning, from whatever thread."""
+        pipe = _pipe
+        if pipe is None or not pipe.usable:
+            super().send_multipart(msg, *args, **kwargs)
+            return
+        pipe.writer.put(pipe.writer.entry(msg), [])
+        self.after_put(pipe, msg)
+
+    def after_put(self, pipe: Pipe, msg: list[Any]) -> None:
+        """Write what is queued; serve other subscribers."""
+        for lost in pipe.writer.drain():
+            super().send_multipart(lost)
+        if pipe.writer.broken:
+            pipe.writer.close()
+        elif self._topics:
+            super().send_multipart(msg)
+
+
+class PipeOutStream(iostream.OutStream):  # type: ignore[misc]
+    """stdout and stderr: flushing writes from the calling thread, and does not wake another."""
+
+    _buffers: Any
+    _armed_at = -1e9
+    _cached: tuple[Any, bytes] = (None, b"{}")
+    _head: tuple[Any, str, str] = (None, "", "")
+
+    def flush(self) -> None:
+        """Publish what was written so far; when this returns it is in the pipe."""
+        pipe = _pipe
+        if pipe is not None and pipe.usable and self.pub_thread is not None:
+            self._flush()
+        else:
+            super().flush()
+
+    def _schedule_flush(self) -> None:
+        # One timer serves all writes until it fires; flushing in between leaves it alone. Should an interrupt have
+        # kept it from being set, the next write after its time sets it again.
+        now = time.monotonic()
+        if now - self._armed_at < 2 * self.flush_interval:
+            return
+        self._armed_at = now
+        self.pub_thread.schedule(self._arm)
+
+    def _arm(self) -> None:
+        self._io_loop.call_later(self.flush_interval, self._timer)
+
+    def _timer(self) -> None:
+        self._armed_at = -1e9
+        self._flush()
+
+    def _flush(self) -> None:
+        pipe = _pipe
+        if pipe is None or not pipe.usable or not self._is_plain():
+            lock = pipe.flush_lock if pipe is not None else contextlib.nullcontext()
+            with lock:
+                super()._flush()
+            return
+        # Both streams share the lock, and it is held until the text is in the queue: lines keep their order.
+        with pipe.flush_lock:
+            self._flush_pending = self._subprocess_flush_pending = False
+            self._publish(pipe)
+
+    def _publish(self, pipe: Pipe) -> None:
+        taken: Any = None
+        queued: dict[Any, list[Any]] = {}
+        try:
+            with self._buffer_lock:
+                taken = self._buffers
+                self._buffers = defaultdict(StringIO)
+            for parent, buffer in taken.items():
+                text = buffer.getvalue()
+                if text:
+                    message = self._encode(parent, text)
+                    done: list[Any] = []
+                    queued[parent] = done
+                    pipe.writer.put(pipe.writer.entry(message), done)
+                    self.pub_thread.after_put(pipe, message)
+        except BaseException:
+            self._give_back(taken, queued)
+            raise
+
+    def _give_back(self, taken: Any, queued: dict[Any, list[Any]]) -> None:
+        """An interrupt came while text was on its way: what is not queued goes to the front of the buffers."""
+        with self._buffer_lock:
+            if taken is None or taken is self._buffers:
+                return
+            newer, self._buffers = self._buffers, defaultdict(StringIO)
+            for parent, buffer in taken.items():
+                if not queued.get(parent):
+                    self._buffers[parent].write(buffer.getvalue())
+            for parent, buffer in newer.items():
+                self._buffers[parent].write(buffer.getvalue())
+
+    def _is_plain(self) -> bool:
+        """Whether nobody changed how stream messages are made, so that we may make them the short way."""
+        session = self.session
+        return (
+            not self._hooks
+            and self.echo is None
+            and not session.debug
+            and not session.adapt_version
+            and not session.metadata
+            and session.packer in ("json", "orjson")
+        )
+
+    def _encode(self, parent: Any, text: str) -> list[bytes]:
+        """The message that ``Session.msg`` and ``Session.serialize`` would make, without their detours."""
+        session = self.session
+        if self._cached[0] != parent:
+            self._cached = (parent, session.pack(dict(parent)))
+        known = (session.session, session.username)
+        if self._head[0] != known:
+            version = _protocol_version()
+            self._head = (
+                known,
+                f'", "msg_type": "stream", "username": {encode_basestring(session.username)}, '
+                f'"session": {encode_basestring(session.session)}, "date": "',
+                f'", "version": "{version}"}}',
+            )
+        now = datetime.now(timezone.utc).isoformat()[:-6]  # noqa: UP017  (ipykernel runs on Python 3.10 too)
+        header = f'{{"msg_id": "{session.msg_id}{self._head[1]}{now}Z{self._head[2]}'.encode()
+        try:
+            content = f'{{"name": "{self.name}", "text": {encode_basestring(text)}}}'.encode()
+        except UnicodeEncodeError:  # lone surrogates: ipykernel's packer knows what to do
+            content = session.pack({"name": self.name, "text": text})
+        parts = [header, self._cached[1], b"{}", content]
+        return [self.topic, b"<IDS|MSG>", session.sign(parts), *parts]
+
+
+def _protocol_version() -> str:
+    from jupyter_client._version import protocol_version
+
+    return str(protocol_version)
+
+
+class PipeKernelApp(kernelapp.IPKernelApp):  # type: ignore[misc]
+    """ipykernel's application with the classes above in their places."""
+
+    outstream_class: Any = kernelapp.IPKernelApp.outstream_class
+
+    def init_iopub(self, context: Any) -> None:
+        """Make the IOPub socket as usual, with our thread around it."""
+        kernelapp.IOPubThread = PipeIOPubThread
+        super().init_iopub(context)
+
+    def init_io(self) -> None:
+        """Redirect the standard streams as usual, to our kind of stream unless the user configured another."""
+        if self.outstream_class == "ipykernel.iostream.OutStream":
+            module = types.ModuleType("_sandbox_iopub")
+            module.OutStream = PipeOutStream  # type: ignore[attr-defined]
+            sys.modules[module.__name__] = module
+            self.outstream_class = "_sandbox_iopub.OutStream"
+        super().init_io()
+
+    def init_kernel(self) -> None:
+        """Make the kernel, and tell the agent that messages will come through the pipe from now on."""
+        super().init_kernel()
+        session = self.session
+        message = session.msg("iopub_welcome", {"subscription": ""})
+        session.send(self.iopub_thread, message, ident=b"iopub_welcome")
+
+
+def _take_pipe() -> Pipe | None:
+    """The pipe that the agent named, unless this ipykernel lacks what the classes above build on."""
+    text = os.environ.pop("SANDBOX_IOPUB_FD", "")
+    if not text.isdigit():
+        return None
+    fd = int(text)
+    try:
+        if not stat.S_ISFIFO(os.fstat(fd).st_mode):
+            return None
+        os.set_inheritable(fd, False)
+    except OSError:
+        return None
+    known = ("_rotate_buffers", "_schedule_flush", "_flush", "_hooks", "flush")
+    if all(hasattr(iostream.OutStream, name) for name in known):
+        return Pipe(fd)
+    os.close(fd)
+    return None
+
+
+def _disguise() -> None:
+    """Look like the stock classes to those who ask by name (``type(sys.stdout)``) and to ``sys.argv[0]``."""
+    for ours, stock in ((PipeOutStream, iostream.OutStream), (PipeIOPubThread, iostream.IOPubThread)):
+        ours.__module__, ours.__name__, ours.__qualname__ = stock.__module__, stock.__name__, stock.__qualname__
+    spec = find_spec("ipykernel_launcher")
+    if spec is not None and spec.origin:
+        sys.argv[0] = spec.origin
+
+
+def main() -> None:
+    """Run the kernel until it is told to end."""
+    global _pipe
+    _pipe = _take_pipe()
+    _disguise()
+    (PipeKernelApp if _pipe is not None else kernelapp.IPKernelApp).launch_instance()
+
+
+if __name__ == "__main__":
+    main()

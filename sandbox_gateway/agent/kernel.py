@@ -1,0 +1,519 @@
+"""One kernel after the other in the same place: start, readiness, relay, end.
+
+A *generation* is one run of the kernel's program. Everything here is driven by callbacks of the loop; what comes out
+goes through the three functions of :class:`Hooks`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import fcntl
+import hashlib
+import hmac
+import json
+import os
+import signal
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any, Final
+
+import zmq
+
+from sandbox_gateway.agent import process, relay
+from sandbox_gateway.agent.logring import LogRing, tail
+from sandbox_gateway.agent.loop import Loop
+from sandbox_gateway.agent.outpipe import PipeError, PipeReader
+from sandbox_gateway.agent.sources import Source
+
+BATCH: Final = 512
+"""Messages taken from one socket before the link gets its turn."""
+_PIPE_READ: Final = 1024 * 1024
+_APPEAR_INTERVAL: Final = 0.01
+_WELCOME_WAIT: Final = 0.25
+_QUIET: Final = 0.03
+_LAST_WORDS: Final = 2.0
+_FAREWELL_GRACE: Final = 0.5
+_KILL_INTERVAL: Final = 0.02
+_KILL_LIMIT: Final = 10.0
+_TAIL: Final = 16 * 1024
+
+
+class Phase(enum.Enum):
+    """Where a generation is in its life."""
+
+    NONE = "none"
+    SPAWNING = "spawning"
+    BOOTING = "booting"
+    READY = "ready"
+    EXITING = "exiting"
+    """Its process has ended; what it published last is still being read."""
+
+
+class KernelError(Exception):
+    """An operation failed; ``code`` is one of the product's error codes."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Everything that ``start_kernel`` may say."""
+
+    command: process.Command
+    key: str
+    interrupt_mode: str = "signal"
+    welcome: bool | None = None
+    """Whether the kernel greets subscribers on IOPub; None: not known."""
+    fast_iopub: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """Where a kernel's messages and news go."""
+
+    message: Callable[[str, Sequence[bytes]], None]
+    """Channel name and parts."""
+    event: Callable[[dict[str, Any]], None]
+    log: Callable[[], None]
+    """The log ring has grown."""
+    hungry: Callable[[], bool] = field(default=lambda: True)
+    """False while the buffer towards the host takes no more of what could wait in the kernel."""
+
+
+Answer = Callable[[dict[str, Any] | KernelError], None]
+
+
+class Kernel:
+    """The kernel of this sandbox. Operations answer through a callback, exactly once."""
+
+    def __init__(self, loop: Loop, directory: relay.KernelDirectory, hooks: Hooks) -> None:
+        self._loop = loop
+        self._directory = directory
+        self._hooks = hooks
+        self.log = LogRing()
+        self.phase = Phase.NONE
+        self.generation = 0
+        self.pid: int | None = None
+        self.launch: Launch | None = None
+        self.last_exit: dict[str, Any] | None = None
+        self._stderr = LogRing(_TAIL)
+        self._child: process.Child | None = None
+        self._sockets: relay.KernelSockets | None = None
+        self._gated: list[tuple[str, Sequence[bytes | memoryview]]] = []
+        self._reader: PipeReader | None = None
+        self._output: Source | None = None
+        self._heard = 0.0
+        self._welcomed = False
+        self._silent = False
+        self._heartbeat_at: float | None = None
+        self._status: int | None = None
+        self._expected = False
+        self._reason = ""
+        self._started: Answer | None = None
+        self._busy: str | None = None
+        self._interrupts = 0
+
+    # -- operations -----------------------------------------------------------------------------------------------
+
+    def start(self, launch: Launch, answer: Answer) -> None:
+        """Run ``launch``; answers ``{pid, generation}`` once the program is running (not yet ready)."""
+        if self.phase is not Phase.NONE or self._busy:
+            answer(KernelError("invalid_request", "a kernel is already running here"))
+            return
+        self._spawn(launch, answer)
+
+    def stop(self, grace: float, answer: Answer) -> None:
+        """SIGTERM to every process of the kernel's, SIGKILL after ``grace`` seconds; answers ``{exit}``."""
+        if self._claim("stop", answer):
+            self._end(grace, lambda error: self._release(answer, error or {"exit": self.last_exit}))
+
+    def restart(self, launch: Launch, answer: Answer) -> None:
+        """End every process of the kernel's and run ``launch`` in the same place; answers like :meth:`start`."""
+        if not self._claim("restart", answer):
+            return
+
+        def ended(error: KernelError | None) -> None:
+            if self._busy == "end":
+                error = KernelError("invalid_request", "the sandbox is ending")
+            else:
+                self._busy = None
+            if error is not None:
+                answer(error)
+            else:
+                self._spawn(launch, answer)
+
+        self._end(0.0, ended)
+
+    def end_for(self, reason: str, done: Callable[[], None]) -> None:
+        """End the kernel for good; the exit report says why. Goes before any other operation."""
+        self._reason = reason
+        self._busy = "end"
+        self._end(_FAREWELL_GRACE, lambda _error: done())
+
+    def interrupt(self) -> None:
+        """Interrupt as the kernelspec says: SIGINT to the process group, or an ``interrupt_request``."""
+        if self.pid is None or self.launch is None or self._status is not None:
+            raise KernelError("invalid_request", "no kernel is running")
+        if self.launch.interrupt_mode == "message":
+            if self._sockets is None:
+                raise KernelError("invalid_request", "the kernel is not up yet")
+            self._sockets.requests["control"].send_multipart(self._interrupt_request(self.launch.key), zmq.NOBLOCK)
+            self._loop.soon(self._service)
+        else:
+            process.signal_group(self.pid, signal.SIGINT)
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the kernel's process group."""
+        if self.pid is None or self._status is not None:
+            raise KernelError("invalid_request", "no kernel is running")
+        process.signal_group(self.pid, number)
+
+    def send(self, channel: str, parts: Sequence[bytes | memoryview]) -> None:
+        """Hand a client's message to the kernel; held back until the kernel is ready, dropped when there is none."""
+        if self.phase is Phase.READY or (channel == "control" and self._sockets is not None):
+            self._send(channel, parts)
+        elif self.phase in (Phase.SPAWNING, Phase.BOOTING) or self._busy == "restart":
+            self._gated.append((channel, parts))
+
+    def children_ended(self) -> None:
+        """Reap; called by the loop on SIGCHLD."""
+        for pid, status in process.reap():
+            if pid == self.pid and self._status is None:
+                self._status = status
+                self._exited()
+
+    # -- start ----------------------------------------------------------------------------------------------------
+
+    def _claim(self, operation: str, answer: Answer) -> bool:
+        if self._busy or self.phase is Phase.SPAWNING:
+            answer(KernelError("invalid_request", f"the kernel is busy with another {self._busy or 'start'}"))
+            return False
+        self._busy = operation
+        return True
+
+    def _release(self, answer: Answer, result: dict[str, Any] | KernelError) -> None:
+        if self._busy != "end":
+            self._busy = None
+        answer(result)
+
+    def _spawn(self, launch: Launch, answer: Answer) -> None:
+        self.generation += 1
+        self.launch = launch
+        self._expected = self._silent = self._welcomed = False
+        self._reason = ""
+        self._status = None
+        self._stderr = LogRing(_TAIL)
+        command = launch.command
+        try:
+            self._directory.prepare(self.generation, launch.key, command.uid, command.gid)
+            argv = process.substitute(command.argv, str(self._directory.connection_file))
+            fast = launch.fast_iopub and process.is_ipykernel(argv)
+            environment = dict(command.environment)
+            if fast:
+                argv = process.with_fast_iopub(argv)
+                environment["SANDBOX_IOPUB_FD"] = str(process.EXTRA_FD)
+            child = process.spawn(replace(command, argv=argv, environment=environment), extra_pipe=fast)
+        except OSError as error:
+            self.phase = Phase.NONE
+            answer(KernelError("kernel_failed", f"the kernel's files could not be made: {error.strerror}"))
+            return
+        except process.SpawnError as error:
+            self.phase = Phase.NONE
+            answer(KernelError("kernel_failed", str(error)))
+            return
+        self.phase = Phase.SPAWNING
+        self.pid = child.pid
+        self._child = child
+        self._started = answer
+        self._loop.watch(child.failure, self._exec_done)
+        self._loop.watch(child.stdout, partial(self._read_log, child.stdout, is_error=False))
+        self._loop.watch(child.stderr, partial(self._read_log, child.stderr, is_error=True))
+        if child.extra is not None:
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(child.extra, fcntl.F_SETPIPE_SZ, _PIPE_READ)
+            self._reader = PipeReader()
+            self._output = Source(self._loop, child.extra, self._look_at_pipe, self._hooks.hungry)
+
+    def _exec_done(self) -> None:
+        child = self._child
+        assert child is not None
+        try:
+            text = os.read(child.failure, 4096).decode("utf-8", "replace")
+        except BlockingIOError:
+            return
+        self._loop.forget(child.failure)
+        os.close(child.failure)
+        child.failure = -1
+        answer, self._started = self._started, None
+        assert answer is not None
+        if text:
+            self._silent = True  # the answer says it; no second report
+            self._gated.clear()
+            self.phase = Phase.BOOTING
+            if self._status is not None:
+                self._exited()
+            answer(KernelError("kernel_failed", text))
+            return
+        self.phase = Phase.BOOTING
+        self._hooks.event({"event": "kernel_started", "pid": child.pid, "generation": self.generation})
+        answer({"pid": child.pid, "generation": self.generation})
+        self._await_sockets(self.generation)
+        if self._status is not None:
+            self._exited()
+
+    def _await_sockets(self, generation: int) -> None:
+        if generation != self.generation or self.phase is not Phase.BOOTING:
+            return
+        if not self._directory.present(generation):
+            self._loop.later(_APPEAR_INTERVAL, lambda: self._await_sockets(generation))
+            return
+        self._sockets = relay.KernelSockets(self._directory.sockets(generation))
+        for socket in self._sockets.all():
+            if socket is not self._sockets.iopub:
+                self._loop.watch(self._sockets.descriptor(socket), self._service)
+        if self._reader is None:
+            self._subscribe()
+        self._heartbeat_at = None
+        self._sockets.ping()
+        self._service()
+        if self._welcomed:  # through the pipe, before the sockets were found
+            self._ready()
+
+    def _ready(self) -> None:
+        if self.phase is not Phase.BOOTING or self._sockets is None:
+            return
+        self.phase = Phase.READY
+        self._hooks.event({"event": "kernel_ready", "generation": self.generation})
+        gated, self._gated = self._gated, []
+        for channel, parts in gated:
+            self._send(channel, parts)
+
+    def _heard_heartbeat(self) -> None:
+        assert self.launch is not None
+        if self._heartbeat_at is not None or self.phase is not Phase.BOOTING:
+            return
+        self._heartbeat_at = time.monotonic()
+        if self.launch.welcome is False:
+            self._ready()
+        elif self.launch.welcome is None and self._reader is None:
+            generation = self.generation
+            self._loop.later(_WELCOME_WAIT, lambda: self._ready() if generation == self.generation else None)
+
+    # -- relay ----------------------------------------------------------------------------------------------------
+
+    def _send(self, channel: str, parts: Sequence[bytes | memoryview]) -> None:
+        if self._sockets is None:
+            return
+        if self._output is not None:
+            self._output.relax()
+        with contextlib.suppress(zmq.ZMQError):  # the kernel is going down: its exit will be reported
+            self._sockets.requests[channel].send_multipart(parts, zmq.NOBLOCK)
+        # A send may swallow the signal of a message that has just come in: look.
+        self._loop.soon(self._service)
+
+    def _service(self) -> None:
+        """Take replies, requests for input and heartbeats. Outputs go before the reply that followed them."""
+        sockets = self._sockets
+        if sockets is None:
+            return
+        more = False
+        for name, socket in sockets.requests.items():
+            messages, rest = relay.receive(socket, BATCH)
+            more = more or rest
+            if messages and self._output is not None:
+                self._output.relax()
+                self._output.look()
+            for parts in messages:
+                if name != "control" or not self._own_reply(parts):
+                    self._hooks.message(name, parts)
+        beats, _ = relay.receive(sockets.heartbeat, BATCH)
+        if beats:
+            self._heard_heartbeat()
+        if more:
+            self._loop.soon(self._service)
+
+    def _look_at_iopub(self) -> tuple[int, bool]:
+        sockets = self._sockets
+        if sockets is None:
+            return 0, False
+        messages, more = relay.receive(sockets.iopub, BATCH)
+        self._publish(messages)
+        return len(messages), more
+
+    def _look_at_pipe(self) -> tuple[int, bool]:
+        child, reader = self._child, self._reader
+        if child is None or reader is None or child.extra is None:
+            return 0, False
+        try:
+            data = os.read(child.extra, _PIPE_READ)
+        except BlockingIOError:
+            return 0, False
+        if not data:
+            self._pipe_ended()
+            return 0, False
+        try:
+            messages = reader.feed(data)
+        except PipeError as error:
+            self._pipe_ended()
+            self._reason = f"the kernel was ended: {error}"
+            if self.pid is not None and self._status is None:
+                process.signal_group(self.pid, signal.SIGKILL)
+            return 0, False
+        self._publish(messages)
+        return len(messages), reader.waiting or len(data) > _PIPE_READ // 4
+
+    def _pipe_ended(self) -> None:
+        """Go on without the pipe: a kernel that closed it, or never used it, publishes on its socket."""
+        child = self._child
+        if child is None or child.extra is None:
+            return
+        if self._output is not None:
+            self._output.close()
+            self._output = None
+        os.close(child.extra)
+        child.extra = None
+        self._reader = None
+        if self._sockets is not None and self._status is None:
+            self._subscribe()
+
+    def _subscribe(self) -> None:
+        assert self._sockets is not None
+        self._sockets.subscribe()
+        self._output = Source(self._loop, self._sockets.descriptor(self._sockets.iopub), self._look_at_iopub)
+        self._output.look()
+
+    def _publish(self, messages: Sequence[Sequence[bytes]]) -> None:
+        for parts in messages:
+            if relay.is_welcome(parts):  # the host greets its own subscribers
+                self._welcomed = True
+                self._loop.soon(self._ready)
+            else:
+                self._hooks.message("iopub", parts)
+        if messages:
+            self._heard = time.monotonic()
+
+    def _own_reply(self, parts: Sequence[bytes]) -> bool:
+        """Whether this control reply answers a request of the agent's own (those carry no client's identity)."""
+        return bool(self._interrupts) and bool(parts) and parts[0] == relay.DELIMITER
+
+    def _interrupt_request(self, key: str) -> list[bytes]:
+        self._interrupts += 1
+        header = {
+            "msg_id": uuid.uuid4().hex,
+            "msg_type": "interrupt_request",
+            "username": "sandbox",
+            "session": "agent",
+            "date": datetime.now(UTC).isoformat().replace("+00:00", "Z"),
+            "version": "5.3",
+        }
+        frames = [json.dumps(header).encode(), b"{}", b"{}", b"{}"]
+        digest = hmac.new(key.encode(), b"".join(frames), hashlib.sha256).hexdigest() if key else ""
+        return [relay.DELIMITER, digest.encode(), *frames]
+
+    def _read_log(self, fd: int, *, is_error: bool) -> bool:
+        try:
+            data = os.read(fd, 64 * 1024)
+        except BlockingIOError:
+            return False
+        if not data:
+            self._loop.forget(fd)
+            return False
+        self.log.write(data)
+        if is_error:
+            self._stderr.write(data)
+        self._hooks.log()
+        return True
+
+    # -- end ------------------------------------------------------------------------------------------------------
+
+    def _exited(self) -> None:
+        """The kernel's process was reaped: read its last words, then report."""
+        if self.phase is Phase.SPAWNING and self._started is not None:
+            self._exec_done()
+            return
+        if self.phase in (Phase.BOOTING, Phase.READY, Phase.SPAWNING):
+            self.phase = Phase.EXITING
+            self._gated.clear()
+            self._heard = time.monotonic()
+            self._last_words(self._heard + _LAST_WORDS)
+
+    def _last_words(self, deadline: float) -> None:
+        if self._output is not None:
+            self._output.relax()
+            self._output.look()
+        self._service()
+        now = time.monotonic()
+        waits = self._reader is None and self._sockets is not None and now - self._heard < _QUIET
+        busy = self._reader is not None and self._reader.waiting
+        if (waits or busy) and now < deadline:
+            self._loop.later(0.01, lambda: self._last_words(deadline))
+            return
+        self._report()
+
+    def _report(self) -> None:
+        child, status = self._child, self._status
+        assert child is not None and status is not None
+        for fd, is_error in ((child.stdout, False), (child.stderr, True)):
+            for _ in range(64):
+                if not self._read_log(fd, is_error=is_error):
+                    break
+        self._close_generation(child)
+        code, number = process.outcome(status)
+        self.last_exit = {
+            "generation": self.generation,
+            "code": code,
+            "signal": number,
+            "stderr_tail": tail(self._stderr.read(0, _TAIL)[1]),
+            "expected": self._expected or bool(self._busy),
+            "reason": self._reason,
+        }
+        self.phase = Phase.NONE
+        self.pid = None
+        if not self._silent:
+            self._hooks.event({"event": "kernel_exit", **self.last_exit})
+
+    def _close_generation(self, child: process.Child) -> None:
+        if self._output is not None:
+            self._output.close()
+            self._output = None
+        if self._sockets is not None:
+            for socket in self._sockets.all():
+                self._loop.forget(self._sockets.descriptor(socket))
+            self._sockets.close()
+            self._sockets = None
+        for fd in (child.stdout, child.stderr, child.extra):
+            if fd is not None:
+                self._loop.forget(fd)
+                os.close(fd)
+        self._child = None
+        self._reader = None
+        self._directory.forget(self.generation)
+
+    def _end(self, grace: float, done: Callable[[KernelError | None], None]) -> None:
+        """End every process of the kernel's, then call ``done``."""
+        self._expected = True
+        now = time.monotonic()
+        if grace > 0:
+            process.signal_all(signal.SIGTERM)
+        self._kill_from(now + grace, now + grace + _KILL_LIMIT, done)
+
+    def _kill_from(self, when: float, deadline: float, done: Callable[[KernelError | None], None]) -> None:
+        self.children_ended()
+        left = process.has_children()
+        now = time.monotonic()
+        if not left and self.phase is Phase.NONE:
+            done(None)
+            return
+        if now >= deadline:
+            done(KernelError("kernel_failed", "some of the kernel's processes could not be ended"))
+            return
+        if left and now >= when:
+            process.signal_all(signal.SIGKILL)
+        self._loop.later(_KILL_INTERVAL, lambda: self._kill_from(when, deadline, done))
