@@ -77,7 +77,7 @@ class SandboxedKernel:
         else:
             lost = sandbox.death if sandbox is not None else None
             try:
-                self._sandbox = await owner.create(wanted, self._channels, lambda step: progress(_progress_text(step)))
+                self._sandbox = await owner.create(wanted, self._channels, _phases(progress))
             except BaseException:
                 if sandbox is None:
                     self._close_bridge()
@@ -126,5 +126,11 @@ class SandboxedKernel:
         self._close_bridge()
 
 
-def _progress_text(step: Progress) -> str:
-    return step.message
+def _phases(say: Callable[[str], None]) -> Callable[[Progress], None]:
+    """Tell the phases of a long step, not each of its bytes."""
+
+    def tell(step: Progress) -> None:
+        if step.message:
+            say(step.message)
+
+    return tell
