@@ -53,6 +53,10 @@ AGENT_ARGV: tuple[str, ...] = (*AGENT_PYTHON, "-m", "sandbox_gateway.agent")
 """What PID 1 is called with."""
 
 
+AGENT_PACKAGE = f"{DESTINATION}/lib/sandbox_gateway"
+"""Our package inside, whatever the Python version: ``AGENT_PACKAGE/agent/...``."""
+
+
 def _zmq_directories() -> list[Path]:
     spec = importlib.util.find_spec("zmq")
     if spec is None or not spec.origin:
@@ -105,6 +109,7 @@ def build() -> Recipe:
         if package.is_dir():
             _python_tree(tree, f"{site}/sandbox_gateway/{package.name}", package, _keep_sources)
     tree.file(f"{site}/sandbox_gateway/__init__.py", "")
+    tree.symlink("/lib/sandbox_gateway", f"{_VERSION}/site-packages/sandbox_gateway")
     libraries = closure(native)
     bundled = {path.name for package in _zmq_directories() for path in package.rglob("*.so*")}
     for name, path in libraries.files.items():
@@ -165,4 +170,4 @@ def _python_tree(tree: Tree, destination: str, source: Path, keep: object) -> No
                 tree.file(f"{folder}/__pycache__/{name[:-3]}.{tag}.pyc", compiled.read())
 
 
-__all__ = ["AGENT_ARGV", "AGENT_PYTHON", "DESTINATION", "build", "fingerprint"]
+__all__ = ["AGENT_ARGV", "AGENT_PACKAGE", "AGENT_PYTHON", "DESTINATION", "build", "fingerprint"]

@@ -10,6 +10,7 @@ Nothing is taken from the host's ``/etc`` but public certificates and the tables
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import hashlib
 import os
@@ -18,18 +19,19 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.images.elf import closure, library_directories, read_elf
+from sandbox_gateway.images.ldcache import ld_so_cache
 from sandbox_gateway.images.store import Recipe
 from sandbox_gateway.images.tree import Tree
 
-RECIPE = "base-1"
+RECIPE = "base-2"
 HOME = "/home/jovyan"
 _ETC = "/share/sandbox_gateway/etc"
 """In the ``/usr`` layer: what comes from the host's ``/etc``; ``/etc`` holds links to it."""
 
 COMMANDS: tuple[str, ...] = tuple(
     """
-    [ arch awk b2sum base32 base64 basename basenc bash bc bunzip2 bzcat bzip2 c_rehash cat chgrp chmod chown cksum clear
-    cmp column comm cp csplit curl cut date dd df diff diff3 dircolors dirname du echo ed egrep env expand expr factor
+    [ arch awk b2sum base32 base64 basename basenc bash bc bunzip2 bzcat bzip2 c_rehash cat chgrp chmod chown cksum
+    clear cmp column comm cp csplit curl cut date dd df diff diff3 dircolors dirname du echo ed egrep env expand expr factor
     false fgrep file find flock fmt fold free getconf getent getopt git grep groups gunzip gzip head hexdump hostname
     hostid iconv id infocmp install join jq kill ldd less link ln locale logname look ls lsblk lscpu lzma make mawk gawk
     md5sum mkdir mkfifo mknod mktemp more mv namei nano nice nl nohup nproc numfmt od openssl paste patch pathchk pgrep
@@ -38,7 +40,7 @@ COMMANDS: tuple[str, ...] = tuple(
     strace stty sum sync tac tail tar taskset tee test tic time timeout top touch tput tr tree true truncate tset tsort
     tty uname uncompress unexpand uniq unlink unlzma unxz unzip unzstd uptime users vdir vi vim.tiny watch wc wget which
     who whoami xargs xxd xz xzcat yes zcat zcmp zdiff zgrep zip zless zstd zstdcat dash busybox ldconfig nologin
-    """.split()
+    """.split()  # noqa: SIM905 - a text is easier to read and to compare than 200 quoted lines
 )
 """Programs taken where the host has them."""
 
@@ -54,7 +56,7 @@ LIBRARIES: tuple[str, ...] = tuple(
     libxml2.so.2 libxslt.so.1 libfreetype.so.6 libfontconfig.so.1 libpng16.so.16 libjpeg.so.62 libtiff.so.6 libwebp.so.7
     libGL.so.1 libEGL.so.1 libGLdispatch.so.0 libX11.so.6 libXext.so.6 libXrender.so.1 libSM.so.6 libICE.so.6
     libglib-2.0.so.0 libgthread-2.0.so.0 libsndfile.so.1 libgmp.so.10 libgsl.so.27 libnuma.so.1 libcap.so.2
-    """.split()
+    """.split()  # noqa: SIM905
 )
 """Libraries taken where the host has them, with all that they need."""
 
@@ -115,6 +117,7 @@ def build_usr(needs: Iterable[str], programs: Iterable[str], directories: Iterab
     libraries = closure(usr.programs, [*LIBRARIES, *needs], usr.machine)
     for name, path in libraries.files.items():
         usr.library(name, path)
+    usr.cache()
     usr.etc()
     for path in directories:
         usr.tree.directory(path.removeprefix("/usr"))
@@ -147,7 +150,10 @@ class _Usr:
     def path(self, path: str) -> bool:
         """Add a program or library under its name; its real file as well, with a link from one to the other."""
         real = os.path.realpath(path)
-        target, name = _place(real), _place(os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path)))
+        target, name = (
+            _place(real),
+            _place(os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))),
+        )
         if name is None or not os.path.isfile(real):
             return False
         if target is None:
@@ -187,6 +193,14 @@ class _Usr:
             if folder.endswith("git-core"):
                 self.programs += [node.source for _, node in part if node.source and node.mode & 0o111]
             return
+
+    def cache(self) -> None:
+        """The loader's cache, of all libraries in its own directory (those from elsewhere have a link there)."""
+        folder = self.tree.get(os.path.dirname(self.libraries))
+        names = [name for name in folder.children if name.startswith("lib") and ".so" in name] if folder else []
+        content = ld_so_cache({n: f"/usr{os.path.dirname(self.libraries)}/{n}" for n in names}, self.machine)
+        if content is not None:
+            self.tree.file(f"{_ETC}/ld.so.cache", content)
 
     def gconv(self) -> None:
         folder = os.path.join(os.path.dirname(self.libraries), "gconv")
@@ -235,11 +249,8 @@ def build_root(
     tree = Tree()
     skeleton(tree, kernel_uid, agent_uid)
     for name in ("bin", "sbin", *sorted(n for n in os.listdir("/") if n.startswith("lib") and os.path.isdir(f"/{n}"))):
-        if name == "lost+found":
-            continue
         tree.symlink(f"/{name}", f"usr/{name}")
-    tree.symlink("/lib64", "usr/lib64")
-    for name in ("ssl", "fonts", *_ETC_FILES):
+    for name in ("ssl", "fonts", "ld.so.cache", *_ETC_FILES):
         tree.symlink(f"/etc/{name}", f"/usr{_ETC}/{name}")
     tree.symlink("/etc/terminfo", "/usr/share/terminfo")
     tree.directory("/usr")
@@ -256,12 +267,13 @@ def build_root(
 
 def skeleton(tree: Tree, kernel_uid: int = 1000, agent_uid: int = 64999) -> None:
     """Give ``tree`` the directories a sandbox needs and an ``/etc`` of its own."""
-    for path in ("proc", "sys", "dev", "dev/shm", "run", "etc", "root", "var/log", "var/lib", "mnt", "media", "srv", "opt"):
-        tree.directory(path)
-    for path in ("tmp", "var/tmp"):
-        tree.directory(path, 0o1777)
-    tree.directory("/opt/agent")
-    tree.directory(HOME, 0o777, kernel_uid, kernel_uid)
+    plain = "proc sys dev dev/shm run etc root var/log var/lib mnt media srv opt/agent"
+    wanted = [(path, 0o755, 0) for path in plain.split()]
+    wanted += [("tmp", 0o1777, 0), ("var/tmp", 0o1777, 0), (HOME, 0o777, kernel_uid)]
+    for path, mode, owner in wanted:
+        # In a tree that is not ours a parent may be a symbolic link: then its target's side is good enough.
+        with contextlib.suppress(ValueError):
+            tree.directory(path, mode, owner, owner)
     for path, target in (("/var/run", "/run"), ("/var/lock", "/run/lock")):
         if tree.get(path) is None:
             tree.symlink(path, target)

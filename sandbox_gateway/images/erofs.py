@@ -14,6 +14,7 @@ import os
 import stat
 import struct
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from sandbox_gateway.images.tree import FIXED_TIME_NS, Node, Tree
@@ -73,14 +74,17 @@ def write_image(fd: int, tree: Tree, progress: Callable[[int, int], None] | None
         item.block = block
         block += -(-item.size // BLOCK)
     out = _Output(fd, block * BLOCK, progress)
-    out.add(_metadata(placed, meta_end, block))
-    for item in with_data:
-        if item.node.source is None:
-            out.add(item.body)
-        else:
-            _copy(item, out)
-        out.pad()
-    out.flush()
+    try:
+        out.add(_metadata(placed, meta_end, block))
+        for item in with_data:
+            if item.node.source is None:
+                out.add(item.body)
+            else:
+                _copy(item, out)
+            out.pad()
+        out.flush()
+    finally:
+        out.close()
     return Written(f"sha256:{out.hash.hexdigest()}", block * BLOCK, len(placed))
 
 
@@ -176,15 +180,17 @@ def _metadata(placed: list[_Placed], meta_end: int, blocks: int) -> bytes:
 
 
 class _Output:
-    """Gathers small pieces into large writes and hashes what goes by."""
+    """Gathers small pieces into large writes; a second thread hashes one buffer while the other is filled."""
 
     def __init__(self, fd: int, total: int, progress: Callable[[int, int], None] | None) -> None:
         self.hash = hashlib.sha256()
         self.position = 0
         self._fd, self._total, self._progress = fd, total, progress
-        self._buffer = bytearray(_BUFFER)
-        self._view = memoryview(self._buffer)
+        self._views = [memoryview(bytearray(_BUFFER)) for _ in range(2)]
+        self._view = self._views[0]
         self._used = 0
+        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="image-hash")
+        self._hashing: Future[None] | None = None
 
     def room(self) -> memoryview:
         """The free part of the buffer, never empty."""
@@ -213,12 +219,20 @@ class _Output:
 
     def flush(self) -> None:
         view = self._view[: self._used]
-        self.hash.update(view)
+        if self._hashing is not None:
+            self._hashing.result()  # the other buffer is free now
+        self._hashing = self._hasher.submit(self.hash.update, view)
         while view:
             view = view[os.write(self._fd, view) :]
+        self._views.reverse()
+        self._view = self._views[0]
         self._used = 0
         if self._progress is not None:
             self._progress(self.position, self._total)
+
+    def close(self) -> None:
+        """Wait for the hash; must be called on every way out."""
+        self._hasher.shutdown()
 
 
 def _copy(item: _Placed, out: _Output) -> None:

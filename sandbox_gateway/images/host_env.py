@@ -18,8 +18,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.images.editable import editable_installs
 from sandbox_gateway.images.elf import read_elf
 from sandbox_gateway.images.interpreter import Interpreter, link_trail
 from sandbox_gateway.images.store import Recipe
@@ -30,8 +32,23 @@ BIG_PACKAGE = 300 << 20
 """Bytes from which a package's folder is a layer of its own."""
 SYSTEM_PREFIXES = ("/", "/usr", "/usr/local")
 _SECRET_NAMES = frozenset(
-    {"pip.conf", "netrc", ".netrc", ".git", ".env", ".condarc", "condarc", ".pypirc", ".ssh", ".aws", ".git-credentials"}
+    {
+        "pip.conf",
+        "netrc",
+        ".netrc",
+        ".git",
+        ".env",
+        ".condarc",
+        "condarc",
+        ".pypirc",
+        ".ssh",
+        ".aws",
+        ".git-credentials",
+    }
 )
+_SOURCE_LEFT_OUT = frozenset({"node_modules", ".venv", "venv", ".tox", ".nox", ".mypy_cache", ".ruff_cache"})
+"""Folders of a project that are no source; only for editable installs."""
+_UNWATCHED = _SOURCE_LEFT_OUT | {"__pycache__", ".git"}
 _OPEN_DIRECTORY = 0o777
 """Directories of environments: the mount decides whether they can be written, and any kernel uid must be able to
 ``pip install`` where it does."""
@@ -69,8 +86,12 @@ class EnvironmentPlan:
     """Symbolic links outside of all layers that lead to the interpreter."""
 
 
-def plan(interpreter: Interpreter) -> EnvironmentPlan:
-    """Which layers an environment needs. Looks at the disk, changes nothing."""
+def plan(interpreter: Interpreter, *, editable: bool = False, private: Iterable[str] = ()) -> EnvironmentPlan:
+    """Which layers an environment needs. Looks at the disk, changes nothing.
+
+    ``editable``: the sources of editable installs as well; ``private``: directories that never become part of an
+    image (our data). Raises ``image_source`` for an editable install that would show a home directory.
+    """
     layers: list[EnvironmentLayer] = []
     programs: list[str] = []
     prefix, base = os.path.realpath(interpreter.prefix), os.path.realpath(interpreter.base_prefix)
@@ -81,13 +102,16 @@ def plan(interpreter: Interpreter) -> EnvironmentPlan:
             layers += found
             programs += extra
         else:
-            other = [p for p in (base, prefix) if p != root and p.startswith(f"{root}/")]
-            layers += _prefix_pieces(root, interpreter, sites, other)
+            layers += _prefix_pieces(root, interpreter, sites)
     covered = [layer.path for layer in layers]
     for site in sites:
         if not any(_inside(site, path) for path in covered):
             layers.append(EnvironmentLayer("packages", site, sites=("",)))
             covered.append(site)
+    for source in _editable_sources(interpreter) if editable else ():
+        if not any(_inside(source, path) for path in covered):
+            layers.append(EnvironmentLayer("editable source", source, split_big=False))
+            covered.append(source)
     links: dict[str, str] = {}
     for path in (interpreter.executable, interpreter.base_executable, interpreter.prefix, interpreter.base_prefix):
         links.update(link_trail(path))
@@ -95,8 +119,11 @@ def plan(interpreter: Interpreter) -> EnvironmentPlan:
     real = os.path.realpath(interpreter.base_executable)
     if not any(_inside(real, path) for path in covered) and real not in programs:
         programs.append(real)
+    hidden = [*(layer.path for layer in layers), *(os.path.realpath(path) for path in private)]
     ordered = sorted({layer.path: layer for layer in layers}.values(), key=lambda layer: layer.path)
-    return EnvironmentPlan(interpreter, tuple(ordered), tuple(programs), tuple(outside))
+    return EnvironmentPlan(
+        interpreter, tuple(_without(layer, hidden) for layer in ordered), tuple(programs), tuple(outside)
+    )
 
 
 def build(layer: EnvironmentLayer) -> Recipe:
@@ -167,6 +194,28 @@ def fingerprint(layer: EnvironmentLayer) -> str:
     return found.hexdigest()
 
 
+def _editable_sources(interpreter: Interpreter) -> list[str]:
+    home = os.path.realpath(os.path.expanduser("~"))
+    sources = []
+    for install in editable_installs(interpreter):
+        for path in install.sources:
+            if _inside(home, path) or path in SYSTEM_PREFIXES:
+                raise SandboxGatewayError(
+                    "image_source",
+                    f"the editable install {install.name} lies in {path}, which is too much to show",
+                    "Install it properly, or move it into a folder of its own.",
+                )
+            if os.path.isdir(path):
+                sources.append(path)
+    return sorted(set(sources))
+
+
+def _without(layer: EnvironmentLayer, hidden: Iterable[str]) -> EnvironmentLayer:
+    """``layer`` with empty directories where other layers are mounted, or where nothing may be seen."""
+    inside = {os.path.relpath(path, layer.path) for path in hidden if path != layer.path and _inside(path, layer.path)}
+    return replace(layer, omit=layer.omit | inside)
+
+
 def _is_system(path: str) -> bool:
     """Whether a prefix is shared with things that are no Python: only pieces of it are taken then."""
     home = os.path.realpath(os.path.expanduser("~"))
@@ -195,11 +244,9 @@ def _system_pieces(
     return layers, programs
 
 
-def _prefix_pieces(
-    root: str, interpreter: Interpreter, sites: Iterable[str], nested: Iterable[str]
-) -> list[EnvironmentLayer]:
+def _prefix_pieces(root: str, interpreter: Interpreter, sites: Iterable[str]) -> list[EnvironmentLayer]:
     inside = [os.path.relpath(site, root) for site in sites if _inside(site, root)]
-    omit = {os.path.relpath(path, root) for path in nested}
+    omit: set[str] = set()
     if os.path.isdir(os.path.join(root, "conda-meta")):
         omit |= {name for name in ("pkgs", "envs", "conda-bld") if os.path.isdir(os.path.join(root, name))}
     if os.path.isfile(os.path.join(root, "pyvenv.cfg")):
@@ -216,9 +263,7 @@ def _prefix_pieces(
 
 def _stdlib_omits(stdlib: str, relative: str) -> frozenset[str]:
     """CPython's own test suite is a fifth of a standard library and of no use to a kernel."""
-    return frozenset(
-        os.path.join(relative, name) for name in ("test",) if os.path.isdir(os.path.join(stdlib, name))
-    )
+    return frozenset(os.path.join(relative, name) for name in ("test",) if os.path.isdir(os.path.join(stdlib, name)))
 
 
 def _keep(layer: EnvironmentLayer) -> Keep:
@@ -227,6 +272,8 @@ def _keep(layer: EnvironmentLayer) -> Keep:
     def keep(path: str, is_dir: bool) -> bool:
         name = os.path.basename(path)
         if name in _SECRET_NAMES or name.startswith(".env."):
+            return False
+        if layer.what == "editable source" and is_dir and name in _SOURCE_LEFT_OUT:
             return False
         if path == "etc/jupyter" or f"{path}/".startswith(omitted):
             return False
@@ -307,7 +354,7 @@ def _tree_state(folder: str, lines: list[str], depth: int) -> None:
         return
     try:
         with os.scandir(folder) as entries:
-            inner = sorted(e.path for e in entries if e.is_dir(follow_symlinks=False) and e.name not in ("__pycache__", ".git"))
+            inner = sorted(e.path for e in entries if e.is_dir(follow_symlinks=False) and e.name not in _UNWATCHED)
     except OSError:
         return
     for path in inner:

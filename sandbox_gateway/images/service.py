@@ -13,9 +13,9 @@ from typing import Any
 
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host.paths import Paths
-from sandbox_gateway.images import agent_layer, base_layer, host_env
+from sandbox_gateway.images import agent_layer, base_layer, directory, host_env
 from sandbox_gateway.images.interpreter import Interpreter, probe, require_ipykernel, state_key
-from sandbox_gateway.images.store import LayerStore, Progress, ProgressCallback, Recipe, StoredLayer
+from sandbox_gateway.images.store import LayerStore, Progress, ProgressCallback, Recipe, StoredLayer, StoredLayers
 from sandbox_gateway.model import Image, Layer
 
 __all__ = ["ImageService", "Progress"]
@@ -36,21 +36,24 @@ class ImageService:
         *,
         editable: bool = False,
         kernel_uid: int = 1000,
+        require_python: bool = True,
         progress: ProgressCallback | None = None,
     ) -> Image:
         """The image called ``source``: ``host``, ``host:/path/to/python`` or ``directory:/path``.
 
         Builds layers that are missing or out of date; a few milliseconds when all are there. ``progress`` is called on
         another thread. ``kernel_uid`` only decides who ``jovyan`` is in ``/etc/passwd`` and owns the home directory.
+        ``require_python=False`` takes a root directory without ipykernel, for profiles that name their own command.
         Raises ``image_source``, ``image_failed``, ``disk_full``, ``data_directory``.
         """
-        return await asyncio.to_thread(self.resolve_sync, source, editable, kernel_uid, progress)
+        return await asyncio.to_thread(self.resolve_sync, source, editable, kernel_uid, require_python, progress)
 
     def resolve_sync(
         self,
         source: str,
         editable: bool = False,
         kernel_uid: int = 1000,
+        require_python: bool = True,
         progress: ProgressCallback | None = None,
     ) -> Image:
         """:meth:`resolve` for callers without a loop."""
@@ -59,7 +62,9 @@ class ImageService:
             self._swept = True
         kind, _, argument = source.partition(":")
         agent = self._agent(progress)
-        if kind == "host":
+        if kind == "directory" and argument:
+            return self._directory(source, Path(argument), kernel_uid, require_python, agent, progress)
+        if kind == "host" and source != "host:":
             return self._host(source, argument or None, editable, kernel_uid, agent, progress)
         raise SandboxGatewayError(
             "image_source", f"unknown image {source!r}", "Use host, host:/path/to/python or directory:/path."
@@ -82,7 +87,7 @@ class ImageService:
     ) -> Image:
         interpreter = self._interpreter(path)
         require_ipykernel(interpreter)
-        plan = host_env.plan(interpreter)
+        plan = host_env.plan(interpreter, editable=editable, private=(str(self._paths.home), str(self._paths.runtime)))
         layers: list[Layer] = []
         needs: set[str] = set()
         provides: set[str] = set()
@@ -110,6 +115,34 @@ class ImageService:
             layers=(_layer(root, "/"), _layer(usr, "/usr"), *layers),
             interpreter=interpreter.executable,
             environment=environment,
+            agent=agent,
+        )
+
+    def _directory(
+        self,
+        name: str,
+        path: Path,
+        kernel_uid: int,
+        require_python: bool,
+        agent: Layer,
+        progress: ProgressCallback | None,
+    ) -> Image:
+        root = directory.check(path, (self._paths.home, self._paths.runtime))
+        interpreter = directory.interpreter(root) if require_python else directory.find_python(root)[0]
+        stored = self.store.ensure(
+            f"directory:{root}:{kernel_uid}",
+            directory.fingerprint(root, kernel_uid),
+            lambda: directory.build(root, kernel_uid),
+            what=f"directory {root}",
+            sources=(str(root),),
+            progress=progress,
+        )
+        binary = os.path.dirname(interpreter) if interpreter else "/usr/bin"
+        return Image(
+            name=name,
+            layers=(_layer(stored, "/"),),
+            interpreter=interpreter,
+            environment={**_ENVIRONMENT, "PATH": _path(binary)},
             agent=agent,
         )
 
@@ -159,7 +192,7 @@ class ImageService:
             progress=progress,
         )
 
-    def list(self) -> list[StoredLayer]:
+    def list(self) -> StoredLayers:
         """All layers of the store, oldest first."""
         return self.store.list()
 
@@ -167,7 +200,7 @@ class ImageService:
         """Remove one layer; see :meth:`LayerStore.remove`."""
         return self.store.remove(digest, referenced)
 
-    def collect(self, referenced: Collection[str]) -> list[StoredLayer]:
+    def collect(self, referenced: Collection[str]) -> StoredLayers:
         """Remove layers that nothing needs any more; see :meth:`LayerStore.collect`."""
         return self.store.collect(referenced)
 
@@ -202,9 +235,3 @@ def writable(image: Image) -> Image:
         for layer in image.layers
     )
     return dataclasses.replace(image, layers=changed)
-
-
-def data_directory_inside(paths: Paths, directory: Path) -> bool:
-    """Whether our own data would become part of an image of ``directory``."""
-    real = directory.resolve()
-    return any(place.resolve().is_relative_to(real) for place in (paths.home, paths.runtime))

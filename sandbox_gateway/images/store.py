@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host.paths import Paths
@@ -91,6 +91,10 @@ class StoredLayer:
         }
 
 
+StoredLayers: TypeAlias = list[StoredLayer]
+"""Spelled out here because ``list`` is a method below."""
+
+
 class LayerStore:
     """The layers of one installation. Methods block; call them on a thread of their own. Safe across processes."""
 
@@ -147,7 +151,7 @@ class LayerStore:
             meta.get("facts", {}),
         )
 
-    def list(self) -> list[StoredLayer]:
+    def list(self) -> StoredLayers:
         """All layers, oldest first."""
         current = self._current_digests()
         found = [self.get(path.stem) for path in self.directory.glob("*.erofs")] if self.directory.is_dir() else []
@@ -177,7 +181,7 @@ class LayerStore:
         self._unlink(layer.digest)
         return layer.size
 
-    def collect(self, referenced: Collection[str], *, handed_out_for: float = HANDED_OUT_FOR) -> list[StoredLayer]:
+    def collect(self, referenced: Collection[str], *, handed_out_for: float = HANDED_OUT_FOR) -> StoredLayers:
         """Remove and return the layers that nothing refers to and that are not current for a slot; sweep leftovers."""
         self.sweep()
         kept = set(referenced) | self._current_digests()
@@ -227,7 +231,9 @@ class LayerStore:
                     break
                 except SourceChanged as error:
                     if attempt + 1 == _ATTEMPTS:
-                        raise SandboxGatewayError("image_failed", f"{what}: {error}", "Try again when it is still.") from error
+                        raise SandboxGatewayError(
+                            "image_failed", f"{what}: {error}", "Try again when it is still."
+                        ) from error
                 finally:
                     os.close(fd)
             name = written.digest.removeprefix("sha256:")
