@@ -115,7 +115,7 @@ def test_the_death_of_a_holder_that_forked_frees_it(tmp_path: Path):
         "import os, signal, sys; from pathlib import Path; from sandbox_gateway.owner import OwnerLock\n"
         "lock = OwnerLock(Path(sys.argv[1])); lock.acquire(); child = os.fork()\n"
         "if child == 0: os.write(1, b'ready\\n'); signal.pause()\n"
-        "print(child, flush=True); os.kill(os.getpid(), signal.SIGKILL) if sys.stdin.readline() else None\n"
+        "os.write(1, b'%d\\n' % child); os.kill(os.getpid(), signal.SIGKILL) if sys.stdin.readline() else None\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path / "s")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
