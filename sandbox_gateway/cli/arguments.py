@@ -17,5 +17,5 @@ def command(commands: Commands, name: str, run: Run, summary: str, more: str = "
     description = f"{summary[0].upper()}{summary[1:]}. {more}".strip()
     added: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=description)
     added.add_argument("--json", action="store_true", help="write JSON to stdout, for programs")
-    added.set_defaults(run=run)
+    added.set_defaults(run=run, command=name)
     return added

@@ -71,9 +71,8 @@ def _doctor(options: argparse.Namespace) -> int:
             sys.stdout.write(f"{' ' * (width + 8)}-> {clean(check.hint)}\n")
     failed = sum(check.status == "fail" for check in diagnosis.checks)
     if failed:
-        write_line(
-            f"\nSandboxed kernels cannot run here yet: {failed} {'thing is' if failed == 1 else 'things are'} missing."
-        )
+        things = "1 thing is" if failed == 1 else f"{failed} things are"
+        write_line(f"Sandboxed kernels cannot run here yet: {things} missing.")
         return 1
     write_line("Sandboxed kernels can run here.")
     return 0

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from sandbox_gateway.cli.arguments import Commands, command
-from sandbox_gateway.cli.failures import fail
+from sandbox_gateway.cli.failures import Usage, fail
 from sandbox_gateway.cli.output import ProgressLine, age, size, timestamp, write_json, write_line, write_table
 
 if TYPE_CHECKING:
@@ -70,30 +70,26 @@ def _ls(options: argparse.Namespace) -> None:
 
 
 def _build(options: argparse.Namespace) -> None:
-    import asyncio
-
-    from sandbox_gateway.errors import SandboxGatewayError
     from sandbox_gateway.host.paths import discover
     from sandbox_gateway.images.service import ImageService
     from sandbox_gateway.profiles import load_profiles
 
     paths = discover()
     if options.image is not None and options.profiles:
-        raise SandboxGatewayError("invalid_request", "--image and profiles cannot be given together", "Choose one.")
+        raise Usage("jupyter sandbox image build", "--image and profiles cannot be given together")
     if options.image is not None:
-        wanted = {(options.image, options.editable): ""}
+        wanted = [(options.image, bool(options.editable))]
     else:
         profiles = load_profiles(paths)
         chosen = [profiles.get(name) for name in options.profiles or profiles]
-        wanted = {(profile.image, profile.editable): profile.name for profile in chosen}
+        wanted = list(dict.fromkeys((profile.image, profile.editable) for profile in chosen))
+    service = ImageService(paths)
     built = []
     with ProgressLine() as progress:
         for source, editable in wanted:
             progress.update(f"looking at the image {source}")
-            image = asyncio.run(
-                ImageService(paths).resolve(source, editable=editable, progress=lambda step: _show(progress, step))
-            )
-            built.append(image)
+            # Not on a thread of asyncio's: Ctrl-C is to end the build itself, which then leaves nothing.
+            built.append(service.resolve_sync(source, editable, progress=lambda step: _show(progress, step)))
     if options.json:
         write_json(
             [

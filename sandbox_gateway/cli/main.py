@@ -8,6 +8,7 @@ Exit status: 0 done, 1 an error (one line ``error: ...`` and one ``hint: ...`` o
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -25,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     _log_quietly()
+    _write_anything()
     try:
         status = _run(given)
         sys.stdout.flush()
@@ -73,7 +75,6 @@ def parser() -> argparse.ArgumentParser:
         prog=PROGRAM,
         description="Jupyter kernels in sandboxes: set up, offer as kernelspecs, watch and end.",
         epilog="Everything is stored below SANDBOX_GATEWAY_HOME (default: ~/.local/share/sandbox_gateway).",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=16),
     )
     top.add_argument("--version", action="version", version=f"sandbox_gateway {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
@@ -87,3 +88,10 @@ def _log_quietly() -> None:
         logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
     else:
         logging.getLogger("sandbox_gateway").addHandler(logging.NullHandler())
+
+
+def _write_anything() -> None:
+    """A character that the locale cannot write is no reason to fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

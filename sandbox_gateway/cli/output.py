@@ -17,6 +17,7 @@ from typing import IO, Any
 
 PATIENCE = 1.0
 """Seconds of silence before progress is shown where there is no terminal."""
+_PIECE = 8192
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _SGR = re.compile(r"\x1b\[[0-9;]{0,30}m")
 _LOG_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -38,8 +39,17 @@ def clean_log(text: str) -> str:
 
 def write_json(value: Any, stream: IO[str] | None = None) -> None:
     """``value`` as indented JSON and a newline."""
+    emit(json.dumps(value, indent=2, ensure_ascii=True) + "\n", stream)
+
+
+def emit(text: str, stream: IO[str] | None = None) -> None:
+    """``text`` as it is, to stdout; raises BrokenPipeError when nobody reads it.
+
+    In pieces: with PYTHONUNBUFFERED set, a long write that ends half-way loses its rest without any error.
+    """
     out = sys.stdout if stream is None else stream
-    out.write(json.dumps(value, indent=2, ensure_ascii=True) + "\n")
+    for start in range(0, len(text), _PIECE):
+        out.write(text[start : start + _PIECE])
 
 
 def write_line(text: str = "") -> None:

@@ -8,12 +8,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sandbox_gateway.cli.arguments import Commands, command
-from sandbox_gateway.cli.failures import fail
+from sandbox_gateway.cli.failures import Usage, fail
 from sandbox_gateway.cli.output import (
     ProgressLine,
     age,
     clean,
     clean_log,
+    emit,
     size,
     write_json,
     write_line,
@@ -121,10 +122,7 @@ async def _follow(paths: Paths, record: Any, as_json: bool) -> None:
 
 def _write_log(text: str) -> None:
     # What a kernel writes is hostile: a terminal gets it without what could drive it, a file or pipe gets it whole.
-    if sys.stdout.isatty():
-        sys.stdout.write(clean_log(text))
-    else:
-        sys.stdout.buffer.write(text.encode("utf-8", errors="replace"))
+    emit(clean_log(text) if sys.stdout.isatty() else text)
 
 
 def _stop(options: argparse.Namespace) -> int:
@@ -144,7 +142,7 @@ def _rm(options: argparse.Namespace) -> int:
 
     paths = discover()
     if options.all and options.ended:
-        raise SandboxGatewayError("invalid_request", "--all and --ended cannot be given together", "Choose one.")
+        raise Usage("jupyter sandbox rm", "--all and --ended cannot be given together")
     states = actions.ENDED if options.ended else frozenset(State)
     by_option = "--all" if options.all else "--ended" if options.ended else ""
     chosen = _chosen(options, paths, lambda: actions.all_ids(paths, states), by_option)
@@ -158,8 +156,12 @@ def _chosen(
     from sandbox_gateway.cli import actions
 
     if bool(options.ids) == bool(by_option):
-        what = f"{by_option} and ids cannot be given together" if by_option else "no sandbox was named"
-        raise SandboxGatewayError("invalid_request", what, "Give ids, or --all; `jupyter sandbox ps` lists them.")
+        what = (
+            f"{by_option} and ids cannot be given together"
+            if by_option
+            else "name sandboxes by their ids, or give --all"
+        )
+        raise Usage(f"jupyter sandbox {options.command}", what)
     if by_option:
         return list(many())
     found: dict[str, str | SandboxGatewayError] = {}
