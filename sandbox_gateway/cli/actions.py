@@ -74,14 +74,26 @@ def opened(paths: Paths) -> Iterator[Store | None]:
 
 
 def seen(paths: Paths, *, everything: bool) -> list[Seen]:
-    """All sandboxes, or (without ``everything``) those that have not ended, oldest first."""
-    with opened(paths) as store:
-        records = store.list() if store is not None else ()
-    found = [_look(paths, record) for record in records]
+    """All sandboxes, or (without ``everything``) those that have not ended, oldest first.
+
+    What an owner that is gone has left is cleaned up first, if it is due, so that nothing is shown as running that is
+    not (a killed ``jupyter execute`` cannot write its end down itself).
+    """
+    found = _looked_at(paths)
+    if any(sandbox.record.state in LIVE and sandbox.owner_pid is None for sandbox in found):
+        with contextlib.suppress(SandboxGatewayError):  # then it is shown as it is
+            asyncio.run(sweep(paths))
+            found = _looked_at(paths)
     shown = [sandbox for sandbox in found if everything or sandbox.state not in ENDED]
     if any(sandbox.owner_pid is not None for sandbox in shown):
         return asyncio.run(_with_memory(paths, shown))
     return shown
+
+
+def _looked_at(paths: Paths) -> list[Seen]:
+    with opened(paths) as store:
+        records = store.list() if store is not None else ()
+    return [_look(paths, record) for record in records]
 
 
 def _look(paths: Paths, record: SandboxRecord) -> Seen:
@@ -141,6 +153,12 @@ async def remove(paths: Paths, sandbox_id: str) -> str:
         await lifecycle.remove(sandbox_id)
     paths.logs.joinpath(f"{sandbox_id}.log").unlink(missing_ok=True)
     return "removed"
+
+
+async def sweep(paths: Paths) -> list[str]:
+    """Clean up what owners that are gone have left; returns the ids of sandboxes that were ended."""
+    async with _lifecycle(paths) as lifecycle:
+        return list(await lifecycle.sweep())
 
 
 @contextlib.asynccontextmanager

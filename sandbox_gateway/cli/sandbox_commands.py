@@ -105,6 +105,8 @@ def _logs(options: argparse.Namespace) -> None:
         write_json({"id": record.id, "log": text})
     else:
         _write_log(text)
+        if not text:
+            sys.stderr.write("note: nothing was written, or nothing was kept\n")
 
 
 async def _follow(paths: Paths, record: Any, as_json: bool) -> None:

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 from cli_harness import Owner, Run, record
 
+from sandbox_gateway.cli import actions
 from sandbox_gateway.cli.actions import news
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host.paths import Paths
-from sandbox_gateway.model import Death, DeathKind, State
+from sandbox_gateway.model import Death, DeathKind, OnOwnerExit, State
 from sandbox_gateway.store import Store
 
 A = "11112222-3333-4444-5555-666677778888"
@@ -73,11 +74,33 @@ def test_ps_hides_what_has_ended_unless_all_is_asked_for(run: Run, store: Store)
     assert "out of memory at 640 MiB" in run("ps", "-a").stdout
 
 
-def test_a_sandbox_without_an_owner_is_shown_as_such(run: Run, store: Store) -> None:
+def test_ps_cleans_up_what_a_killed_application_left(run: Run, store: Store) -> None:
     store.put(record(A, owner_pid=4194303))
+    assert run("ps", "--json").json == []
+    (found,) = run("ps", "-a", "--json").json
+    assert found["state"] == "terminated" and found["death"]["kind"] == "owner_gone"
+
+
+def test_what_lives_on_without_an_owner_is_shown_as_such(
+    run: Run, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def nothing_is_due(paths: Paths) -> list[str]:
+        return []
+
+    monkeypatch.setattr(actions, "sweep", nothing_is_due)
+    store.put(record(A, owner_pid=4194303, on_owner_exit=OnOwnerExit.KEEP))
     (found,) = run("ps", "--json").json
     assert found["owner_pid"] is None and found["state"] == "running"
-    assert "none (terminate)" in run("ps").stdout
+    assert "none (keep)" in run("ps").stdout
+
+
+def test_ps_shows_what_it_cannot_clean_up(run: Run, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(paths: Paths) -> list[str]:
+        raise SandboxGatewayError("runtime_missing", "no runsc")
+
+    monkeypatch.setattr(actions, "sweep", broken)
+    store.put(record(A))
+    assert [item["id"] for item in run("ps", "--json").json] == [A]
 
 
 def test_after_a_restart_of_the_machine_nothing_is_shown_as_running(run: Run, store: Store) -> None:
@@ -89,7 +112,7 @@ def test_after_a_restart_of_the_machine_nothing_is_shown_as_running(run: Run, st
 
 def test_a_hostile_name_cannot_drive_the_terminal(run: Run, store: Store) -> None:
     store.put(record(A, name="x\x1b[2J\nfake row"))
-    text = run("ps").stdout
+    text = run("ps", "-a").stdout
     assert "\x1b" not in text and len(text.splitlines()) == 2
 
 
