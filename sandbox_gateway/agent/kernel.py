@@ -177,10 +177,10 @@ class Kernel:
 
     def send(self, channel: str, parts: Sequence[bytes | memoryview]) -> None:
         """Hand a client's message to the kernel; held back until the kernel is ready, dropped when there is none."""
-        if self.phase is Phase.READY or (channel == "control" and self._sockets is not None):
-            self._send(channel, parts)
-        elif self.phase in (Phase.SPAWNING, Phase.BOOTING) or self._busy == "restart":
+        if self._busy == "restart" or self.phase in (Phase.SPAWNING, Phase.BOOTING):
             self._gated.append((channel, parts))
+        elif self.phase is Phase.READY:
+            self._send(channel, parts)
 
     def children_ended(self) -> None:
         """Reap; called by the loop on SIGCHLD."""
@@ -214,12 +214,12 @@ class Kernel:
         try:
             self._directory.prepare(self.generation, launch.key, command.uid, command.gid)
             argv = process.substitute(command.argv, str(self._directory.connection_file))
-            fast = launch.fast_iopub and process.is_ipykernel(argv)
             environment = dict(command.environment)
-            if fast:
-                argv = process.with_fast_iopub(argv)
+            fast = process.with_fast_iopub(argv) if launch.fast_iopub else None
+            if fast is not None:
+                argv = fast
                 environment["SANDBOX_IOPUB_FD"] = str(process.EXTRA_FD)
-            child = process.spawn(replace(command, argv=argv, environment=environment), extra_pipe=fast)
+            child = process.spawn(replace(command, argv=argv, environment=environment), extra_pipe=fast is not None)
         except OSError as error:
             self.phase = Phase.NONE
             answer(KernelError("kernel_failed", f"the kernel's files could not be made: {error.strerror}"))
@@ -440,7 +440,8 @@ class Kernel:
             return
         if self.phase in (Phase.BOOTING, Phase.READY, Phase.SPAWNING):
             self.phase = Phase.EXITING
-            self._gated.clear()
+            if self._busy != "restart":
+                self._gated.clear()
             self._heard = time.monotonic()
             self._last_words(self._heard + _LAST_WORDS)
 

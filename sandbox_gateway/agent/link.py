@@ -107,6 +107,11 @@ class Link:
         if endpoint.ack_pending and self._ack_timer is None:
             self._ack_timer = self._loop.later(_ACK_DELAY, self._acknowledge)
 
+    @property
+    def busy(self) -> bool:
+        """Whether something is still to be written, to a host that can read it."""
+        return not self._ended and self.endpoint.attached and self.endpoint.wants_write
+
     def stats(self) -> dict[str, Any]:
         """Figures for ``stats``: bytes kept and not yet acknowledged, what was dropped."""
         outbox = self.endpoint.outbox

@@ -67,7 +67,7 @@ class Agent:
             link.flush()
             turn()
         deadline = time.monotonic() + _FAREWELL
-        while link.endpoint.attached and link.endpoint.wants_write and time.monotonic() < deadline:
+        while link.busy and time.monotonic() < deadline:
             link.flush()
             self._loop.later(0.05, lambda: None)
             turn()

@@ -241,12 +241,17 @@ def substitute(argv: Sequence[str], connection_file: str) -> tuple[str, ...]:
     return tuple(word.replace("{connection_file}", connection_file) for word in argv)
 
 
-def is_ipykernel(argv: Sequence[str]) -> bool:
-    """Whether this is the standard way to start ipykernel: ``python -m ipykernel_launcher ...``."""
-    return len(argv) >= 3 and argv[1] == "-m" and argv[2] in ("ipykernel_launcher", "ipykernel")
+def with_fast_iopub(argv: Sequence[str]) -> tuple[str, ...] | None:
+    """The same command for our ipykernel application, a script in this folder; None for what is not ipykernel's.
 
-
-def with_fast_iopub(argv: Sequence[str]) -> tuple[str, ...]:
-    """The same for our ipykernel application, which is a script in this folder."""
-    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "ipykernel_app.py")
-    return (argv[0], script, *argv[3:])
+    Options of the interpreter before ``-m ipykernel_launcher`` stay, and so do the arguments behind it.
+    """
+    for index in range(1, min(len(argv) - 1, 8)):
+        if argv[index] == "-m":
+            if argv[index + 1] not in ("ipykernel_launcher", "ipykernel"):
+                return None
+            script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "ipykernel_app.py")
+            return (*argv[:index], script, *argv[index + 2 :])
+        if not argv[index].startswith("-") and argv[index - 1] not in ("-X", "-W"):
+            return None
+    return None

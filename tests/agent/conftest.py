@@ -73,15 +73,19 @@ def open_python(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str
     for candidate in (sys.executable, shutil.which("python3", path="/usr/bin:/usr/local/bin")):
         if candidate is None:
             continue
-        tried = subprocess.run(
-            [candidate, "-c", "import sys; print(sys.version_info[:2])"],
-            user=54321,
-            group=54321,
-            cwd="/",
-            capture_output=True,
-            text=True,
-            check=False,
-        ) if _enterable(candidate) else None
+        tried = (
+            subprocess.run(
+                [candidate, "-c", "import sys; print(sys.version_info[:2])"],
+                user=54321,
+                group=54321,
+                cwd="/",
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if _enterable(candidate)
+            else None
+        )
         if tried is not None and tried.stdout.strip() == str(sys.version_info[:2]):
             home = Path(os.path.realpath("/tmp")) / f"agent-test-{os.getpid()}"
             home.mkdir(mode=0o777, exist_ok=True)

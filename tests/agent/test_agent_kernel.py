@@ -46,6 +46,7 @@ def test_input_reaches_the_client_that_asked(kernel: Host) -> None:
 
 def test_subshells_run_beside_a_busy_cell(kernel: Host) -> None:
     """A subshell answers while the main shell is occupied."""
+    kernel.run("pass")
     created = kernel.reply(kernel.ask("create_subshell_request", {}, channel="control"), "control")
     busy = kernel.execute("import threading; gate = threading.Event(); gate.wait(20); print('main')", wait=False)
     kernel.until(lambda: kernel.parsed("iopub", busy))
@@ -222,7 +223,9 @@ def test_wrong_requests_are_refused_and_harm_nothing(kernel: Host) -> None:
 def test_the_kernel_holds_no_descriptor_of_the_link(kernel: Host, agent: AgentProcess) -> None:
     """None of the agent's pipes is open in the kernel, and its environment is the given one."""
     link = {os.readlink(f"/proc/{os.getpid()}/fd/{fd}") for fd in (agent.up, agent.down)}
-    listed = kernel.run("import os\nfor f in os.listdir('/proc/self/fd'):\n  print(os.path.realpath('/proc/self/fd/' + f))")
+    listed = kernel.run(
+        "import os\nfor f in os.listdir('/proc/self/fd'):\n  print(os.path.realpath('/proc/self/fd/' + f))"
+    )
     assert not [line for line in listed.splitlines() if any(pipe.split(":")[1] in line for pipe in link)]
     names = set(kernel.run("import os; print(*os.environ)").split())
     assert "VIRTUAL_ENV" not in names
