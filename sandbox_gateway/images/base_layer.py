@@ -23,24 +23,27 @@ from sandbox_gateway.images.ldcache import ld_so_cache
 from sandbox_gateway.images.store import Recipe
 from sandbox_gateway.images.tree import Tree
 
-RECIPE = "base-2"
+RECIPE = "base-3"
 HOME = "/home/jovyan"
+VOLATILE = ("/tmp", "/run", "/dev", "/proc", "/sys", HOME)
+"""Where a runtime mounts memory or devices: what the root layer has there is not seen."""
 _ETC = "/share/sandbox_gateway/etc"
 """In the ``/usr`` layer: what comes from the host's ``/etc``; ``/etc`` holds links to it."""
 
 COMMANDS: tuple[str, ...] = tuple(
     """
     [ arch awk b2sum base32 base64 basename basenc bash bc bunzip2 bzcat bzip2 c_rehash cat chgrp chmod chown cksum
-    clear cmp column comm cp csplit curl cut date dd df diff diff3 dircolors dirname du echo ed egrep env expand expr factor
-    false fgrep file find flock fmt fold free getconf getent getopt git grep groups gunzip gzip head hexdump hostname
-    hostid iconv id infocmp install join jq kill ldd less link ln locale logname look ls lsblk lscpu lzma make mawk gawk
-    md5sum mkdir mkfifo mknod mktemp more mv namei nano nice nl nohup nproc numfmt od openssl paste patch pathchk pgrep
-    pinky pkill pmap pr printenv printf ps ptx pwd readlink realpath reset rev rm rmdir rsync runcon sdiff sed seq
-    setsid sh sha1sum sha224sum sha256sum sha384sum sha512sum shred shuf sleep sort split sqlite3 stat stdbuf strings
-    strace stty sum sync tac tail tar taskset tee test tic time timeout top touch tput tr tree true truncate tset tsort
-    tty uname uncompress unexpand uniq unlink unlzma unxz unzip unzstd uptime users vdir vi vim.tiny watch wc wget which
-    who whoami xargs xxd xz xzcat yes zcat zcmp zdiff zgrep zip zless zstd zstdcat dash busybox ldconfig nologin
-    """.split()  # noqa: SIM905 - a text is easier to read and to compare than 200 quoted lines
+    clear cmp column comm cp csplit curl cut date dd df diff diff3 dircolors dirname du echo ed egrep env expand
+    expr factor false fgrep file find flock fmt fold free getconf getent getopt git grep groups gunzip gzip head
+    hexdump hostname hostid iconv id infocmp install join jq kill ldd less link ln locale logname look ls lsblk
+    lscpu lzma make mawk gawk md5sum mkdir mkfifo mknod mktemp more mv namei nano nice nl nohup nproc numfmt od
+    openssl paste patch pathchk pgrep pinky pkill pmap pr printenv printf ps ptx pwd readlink realpath reset rev rm
+    rmdir rsync runcon sdiff sed seq setsid sh sha1sum sha224sum sha256sum sha384sum sha512sum shred shuf sleep sort
+    split sqlite3 stat stdbuf strings strace stty sum sync tac tail tar taskset tee test tic time timeout top touch
+    tput tr tree true truncate tset tsort tty uname uncompress unexpand uniq unlink unlzma unxz unzip unzstd uptime
+    users vdir vi vim.tiny watch wc wget which who whoami xargs xxd xz xzcat yes zcat zcmp zdiff zgrep zip zless
+    zstd zstdcat dash busybox ldconfig nologin
+    """.split()
 )
 """Programs taken where the host has them."""
 
@@ -48,15 +51,16 @@ LIBRARIES: tuple[str, ...] = tuple(
     """
     libc.so.6 libm.so.6 libdl.so.2 libpthread.so.0 librt.so.1 libutil.so.1 libresolv.so.2 libnsl.so.1 libanl.so.1
     libBrokenLocale.so.1 libthread_db.so.1 libnss_files.so.2 libnss_dns.so.2 libnss_compat.so.2 libgcc_s.so.1
-    libstdc++.so.6 libgomp.so.1 libatomic.so.1 libquadmath.so.0 libgfortran.so.5 libz.so.1 libbz2.so.1.0 liblzma.so.5
-    libzstd.so.1 liblz4.so.1 libssl.so.3 libcrypto.so.3 libssl.so.1.1 libcrypto.so.1.1 libffi.so.8 libffi.so.7
-    libffi.so.6 libsqlite3.so.0 libreadline.so.8 libhistory.so.8 libncurses.so.6 libncursesw.so.6 libpanel.so.6
-    libpanelw.so.6 libtinfo.so.6 libform.so.6 libformw.so.6 libmenu.so.6 libuuid.so.1 libexpat.so.1 libcrypt.so.1
-    libcrypt.so.2 libgdbm.so.6 libgdbm_compat.so.4 libdb-5.3.so libtirpc.so.3 libnsl.so.2 libmpdec.so.3 libyaml-0.so.2
-    libxml2.so.2 libxslt.so.1 libfreetype.so.6 libfontconfig.so.1 libpng16.so.16 libjpeg.so.62 libtiff.so.6 libwebp.so.7
-    libGL.so.1 libEGL.so.1 libGLdispatch.so.0 libX11.so.6 libXext.so.6 libXrender.so.1 libSM.so.6 libICE.so.6
-    libglib-2.0.so.0 libgthread-2.0.so.0 libsndfile.so.1 libgmp.so.10 libgsl.so.27 libnuma.so.1 libcap.so.2
-    """.split()  # noqa: SIM905
+    libstdc++.so.6 libgomp.so.1 libatomic.so.1 libquadmath.so.0 libgfortran.so.5 libz.so.1 libbz2.so.1.0
+    liblzma.so.5 libzstd.so.1 liblz4.so.1 libssl.so.3 libcrypto.so.3 libssl.so.1.1 libcrypto.so.1.1 libffi.so.8
+    libffi.so.7 libffi.so.6 libsqlite3.so.0 libreadline.so.8 libhistory.so.8 libncurses.so.6 libncursesw.so.6
+    libpanel.so.6 libpanelw.so.6 libtinfo.so.6 libform.so.6 libformw.so.6 libmenu.so.6 libuuid.so.1 libexpat.so.1
+    libcrypt.so.1 libcrypt.so.2 libgdbm.so.6 libgdbm_compat.so.4 libdb-5.3.so libtirpc.so.3 libnsl.so.2
+    libmpdec.so.3 libyaml-0.so.2 libxml2.so.2 libxslt.so.1 libfreetype.so.6 libfontconfig.so.1 libpng16.so.16
+    libjpeg.so.62 libtiff.so.6 libwebp.so.7 libGL.so.1 libEGL.so.1 libGLdispatch.so.0 libX11.so.6 libXext.so.6
+    libXrender.so.1 libSM.so.6 libICE.so.6 libglib-2.0.so.0 libgthread-2.0.so.0 libsndfile.so.1 libgmp.so.10
+    libgsl.so.27 libnuma.so.1 libcap.so.2
+    """.split()
 )
 """Libraries taken where the host has them, with all that they need."""
 
@@ -117,7 +121,7 @@ def build_usr(needs: Iterable[str], programs: Iterable[str], directories: Iterab
     libraries = closure(usr.programs, [*LIBRARIES, *needs], usr.machine)
     for name, path in libraries.files.items():
         usr.library(name, path)
-    usr.cache()
+    usr.cache(libraries.files)
     usr.etc()
     for path in directories:
         usr.tree.directory(path.removeprefix("/usr"))
@@ -194,11 +198,11 @@ class _Usr:
                 self.programs += [node.source for _, node in part if node.source and node.mode & 0o111]
             return
 
-    def cache(self) -> None:
-        """The loader's cache, of all libraries in its own directory (those from elsewhere have a link there)."""
-        folder = self.tree.get(os.path.dirname(self.libraries))
-        names = [name for name in folder.children if name.startswith("lib") and ".so" in name] if folder else []
-        content = ld_so_cache({n: f"/usr{os.path.dirname(self.libraries)}/{n}" for n in names}, self.machine)
+    def cache(self, names: Iterable[str]) -> None:
+        """The loader's cache; every library has its name in the loader's own directory, see :meth:`library`."""
+        folder = os.path.dirname(self.libraries)
+        known = {name: f"/usr{folder}/{name}" for name in names if self.tree.get(f"{folder}/{name}") is not None}
+        content = ld_so_cache(known, self.machine)
         if content is not None:
             self.tree.file(f"{_ETC}/ld.so.cache", content)
 

@@ -123,7 +123,7 @@ def interpreter(root: Path) -> str:
         raise SandboxGatewayError("image_source", f"{root} is made for another kind of processor")
     if not has_ipykernel:
         raise SandboxGatewayError(
-            "image_source", f"{found} in {root} has no ipykernel", f"chroot {root} {found} -m pip install ipykernel"
+            "image_source", f"{found} in {root} has no ipykernel", "Install it there, with pip or as python3-ipykernel."
         )
     return found
 

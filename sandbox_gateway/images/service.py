@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +61,10 @@ class ImageService:
             self.store.sweep()
             self._swept = True
         kind, _, argument = source.partition(":")
-        agent = self._agent(progress)
         if kind == "directory" and argument:
-            return self._directory(source, Path(argument), kernel_uid, require_python, agent, progress)
+            return self._directory(source, Path(argument), kernel_uid, require_python, progress)
         if kind == "host" and source != "host:":
-            return self._host(source, argument or None, editable, kernel_uid, agent, progress)
+            return self._host(source, argument or None, editable, kernel_uid, progress)
         raise SandboxGatewayError(
             "image_source", f"unknown image {source!r}", "Use host, host:/path/to/python or directory:/path."
         )
@@ -82,7 +81,6 @@ class ImageService:
         path: str | None,
         editable: bool,
         kernel_uid: int,
-        agent: Layer,
         progress: ProgressCallback | None,
     ) -> Image:
         interpreter = self._interpreter(path)
@@ -105,6 +103,7 @@ class ImageService:
         directories = sorted(layer.destination for layer in layers)
         usr = self._usr(sorted(needs - provides), plan.programs, directories, progress)
         root = self._root(directories, dict(plan.links), kernel_uid, progress)
+        layers += _aliases(dict(plan.links), layers)
         layers.sort(key=lambda layer: layer.destination)
         binary = os.path.dirname(interpreter.executable)
         environment = {**_ENVIRONMENT, "PATH": _path(binary)}
@@ -115,7 +114,7 @@ class ImageService:
             layers=(_layer(root, "/"), _layer(usr, "/usr"), *layers),
             interpreter=interpreter.executable,
             environment=environment,
-            agent=agent,
+            agent=self._agent(progress),
         )
 
     def _directory(
@@ -124,7 +123,6 @@ class ImageService:
         path: Path,
         kernel_uid: int,
         require_python: bool,
-        agent: Layer,
         progress: ProgressCallback | None,
     ) -> Image:
         root = directory.check(path, (self._paths.home, self._paths.runtime))
@@ -143,7 +141,7 @@ class ImageService:
             layers=(_layer(stored, "/"),),
             interpreter=interpreter,
             environment={**_ENVIRONMENT, "PATH": _path(binary)},
-            agent=agent,
+            agent=self._agent(progress),
         )
 
     def _interpreter(self, path: str | None) -> Interpreter:
@@ -213,6 +211,27 @@ _ENVIRONMENT = {
     "LANG": "C.UTF-8",
     "TERM": "xterm-256color",
 }
+
+
+def _aliases(links: Mapping[str, str], layers: Sequence[Layer]) -> list[Layer]:
+    """Layers once more under the name of a link to them, where the link itself would be hidden.
+
+    A runtime mounts memory over :data:`base_layer.VOLATILE`, so that links of the root layer are not seen there.
+    """
+    found: list[Layer] = []
+    for link in links:
+        if not any(link.startswith(f"{place}/") for place in base_layer.VOLATILE):
+            continue
+        real = os.path.realpath(link)
+        below = [layer for layer in layers if f"{layer.destination}/".startswith(f"{real}/")]
+        if not below:
+            raise SandboxGatewayError(
+                "image_source",
+                f"the interpreter is reached through the link {link}, which a sandbox cannot have",
+                f"Name it by its real path, {real}, or make the environment anew with that path.",
+            )
+        found += [dataclasses.replace(x, destination=link + x.destination.removeprefix(real)) for x in below]
+    return found
 
 
 def _path(binary: str) -> str:
