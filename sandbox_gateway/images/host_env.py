@@ -21,16 +21,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.images.bytecode import compile_missing
 from sandbox_gateway.images.editable import editable_installs
 from sandbox_gateway.images.elf import read_elf
 from sandbox_gateway.images.interpreter import Interpreter, link_trail
 from sandbox_gateway.images.store import Recipe
 from sandbox_gateway.images.tree import Keep, Tree
 
-RECIPE = "env-1"
+RECIPE = "env-2"
 BIG_PACKAGE = 300 << 20
 """Bytes from which a package's folder is a layer of its own."""
 SYSTEM_PREFIXES = ("/", "/usr", "/usr/local")
+_PACKAGES = ("site-packages", "dist-packages")
 _SECRET_NAMES = frozenset(
     {
         "pip.conf",
@@ -126,11 +128,12 @@ def plan(interpreter: Interpreter, *, editable: bool = False, private: Iterable[
     )
 
 
-def build(layer: EnvironmentLayer) -> Recipe:
+def build(layer: EnvironmentLayer, interpreter: Interpreter | None = None) -> Recipe:
     """The tree of a layer, with what later steps must know of it in its facts.
 
     ``big``: relative paths of the packages that are to be layers of their own; ``needs``: shared libraries that its
-    files want and it does not have; ``provides``: those it has; ``uncompiled``: modules without a ``.pyc``.
+    files want and it does not have; ``provides``: those it has; ``compiled_bytes``: of the ``.pyc``
+    files that were missing and that ``interpreter`` made.
     """
     tree = Tree(_OPEN_DIRECTORY)
     tree.host_tree("/", layer.path, _keep(layer), _OPEN_DIRECTORY)
@@ -146,7 +149,6 @@ def build(layer: EnvironmentLayer) -> Recipe:
                 big.append(os.path.join(site, name))
     needs: set[str] = set()
     provides: set[str] = set()
-    modules, compiled = 0, 0
     for path, node in tree:
         name = os.path.basename(path)
         if node.source is None:
@@ -156,20 +158,18 @@ def build(layer: EnvironmentLayer) -> Recipe:
             if elf is not None:
                 needs.update(elf.needed)
                 provides.add(name)
-        elif name.endswith(".py"):
-            modules += 1
-        elif name.endswith(".pyc"):
-            compiled += 1
     for path, node in tree:
         if node.source is None and node.data and ".so" in path:
             provides.add(os.path.basename(path))
+    before = tree.total_bytes()
+    scratch = compile_missing(tree, interpreter) if interpreter is not None else None
     facts = {
         "big": big,
         "needs": sorted(n for n in needs - provides if "/" not in n),
         "provides": sorted(p for p in provides if p.startswith("lib")),
-        "uncompiled": max(0, modules - compiled),
+        "compiled_bytes": tree.total_bytes() - before,
     }
-    return Recipe(tree, facts)
+    return Recipe(tree, facts, scratch.cleanup if scratch is not None else None)
 
 
 def fingerprint(layer: EnvironmentLayer) -> str:
@@ -232,7 +232,10 @@ def _system_pieces(
     chosen = sorted(p for p in candidates if os.path.isdir(p) and os.path.realpath(p) == p and _inside(p, root))
     for path in chosen:
         inside = tuple(os.path.relpath(s, path) for s in sites if _inside(s, path) and s != path)
-        layers.append(EnvironmentLayer("interpreter", path, _stdlib_omits(path, ""), inside))
+        if not inside and os.path.basename(path) == "python3":
+            continue  # Debian's packages, which a virtual environment mostly does not see
+        unseen = {leaf for leaf in _PACKAGES if leaf not in inside and os.path.isdir(os.path.join(path, leaf))}
+        layers.append(EnvironmentLayer("interpreter", path, _stdlib_omits(path, "") | unseen, inside))
     programs = []
     binary = os.path.join(root, "bin")
     if root == "/usr/local" and os.path.isdir(binary):
@@ -254,7 +257,7 @@ def _prefix_pieces(root: str, interpreter: Interpreter, sites: Iterable[str]) ->
     lib = os.path.join("lib", interpreter.directory_name)
     omit |= _stdlib_omits(os.path.join(root, lib), lib)
     # A base's packages change more often than its interpreter, and a virtual environment mostly does not see them.
-    own = [os.path.join(lib, leaf) for leaf in ("site-packages", "dist-packages")]
+    own = [os.path.join(lib, leaf) for leaf in _PACKAGES]
     omit |= {path for path in own if os.path.isdir(os.path.join(root, path))}
     layers = [EnvironmentLayer("interpreter", root, frozenset(omit))]
     layers += [EnvironmentLayer("packages", os.path.join(root, path), sites=("",)) for path in inside]

@@ -22,6 +22,7 @@ print(json.dumps({
     "prefix": sys.prefix, "base_prefix": sys.base_prefix, "version": list(sys.version_info[:3]),
     "stdlib": os.path.dirname(os.__file__), "platstdlib": paths["platstdlib"],
     "sites": list(dict.fromkeys(p for p in [paths["purelib"], paths["platlib"], *sites] if os.path.isdir(p))),
+    "cache_tag": sys.implementation.cache_tag or "",
     "has_ipykernel": importlib.util.find_spec("ipykernel") is not None,
 }))
 """
@@ -42,6 +43,8 @@ class Interpreter:
     sites: tuple[str, ...]
     """Existing site-packages and dist-packages folders, the environment's and those it also sees."""
     has_ipykernel: bool
+    cache_tag: str = ""
+    """``cpython-312``: the middle of its ``.pyc`` files' names; empty when it keeps none."""
 
     @property
     def is_venv(self) -> bool:
@@ -89,6 +92,7 @@ def probe(path: str | None = None) -> Interpreter:
         platstdlib=str(facts["platstdlib"]),
         sites=tuple(facts["sites"]),
         has_ipykernel=bool(facts["has_ipykernel"]),
+        cache_tag=str(facts["cache_tag"]),
     )
 
 

@@ -92,7 +92,7 @@ class ImageService:
         pending = list(plan.layers)
         while pending:
             part = pending.pop(0)
-            stored = self._environment(part, progress)
+            stored = self._environment(part, interpreter, progress)
             layers.append(_layer(stored, part.path))
             needs.update(stored.facts.get("needs", ()))
             provides.update(stored.facts.get("provides", ()))
@@ -153,11 +153,13 @@ class ImageService:
         self._probed[key] = (state_key(found.executable), found)
         return found
 
-    def _environment(self, part: host_env.EnvironmentLayer, progress: ProgressCallback | None) -> StoredLayer:
+    def _environment(
+        self, part: host_env.EnvironmentLayer, interpreter: Interpreter, progress: ProgressCallback | None
+    ) -> StoredLayer:
         return self.store.ensure(
             part.slot,
             host_env.fingerprint(part),
-            lambda: host_env.build(part),
+            lambda: host_env.build(part, interpreter),
             what=f"{part.what} {part.path}",
             sources=(part.path,),
             progress=progress,

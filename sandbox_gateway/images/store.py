@@ -28,7 +28,7 @@ from typing import Any, TypeAlias
 
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host.paths import Paths
-from sandbox_gateway.images.erofs import SourceChanged, write_image
+from sandbox_gateway.images.erofs import SourceChanged, Written, write_image
 from sandbox_gateway.images.tree import Tree
 
 CURRENT_FOR = 30 * 86400.0
@@ -60,6 +60,8 @@ class Recipe:
     tree: Tree
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Kept in the layer's metadata under ``facts`` (JSON)."""
+    release: Callable[[], None] | None = None
+    """Called when the tree's sources are no longer needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +137,12 @@ class LayerStore:
                 return self._build(slot, key, build, what, sources, progress)
 
     def get(self, digest: str) -> StoredLayer | None:
-        """The layer with this digest, or None."""
+        """The layer with this digest; None when it is absent or has lost bytes."""
         name = digest.removeprefix("sha256:")
         path = self.directory / f"{name}.erofs"
         meta = _read_json(self.directory / f"{name}.json")
-        if meta is None or not path.is_file():
-            return None
+        if meta is None or _size(path) != meta.get("size"):
+            return None  # absent, or damaged: as good as absent
         return StoredLayer(
             f"sha256:{name}",
             path,
@@ -222,20 +224,14 @@ class LayerStore:
         report(Progress(what, 0, 0, f"reading {what}"))
         temporary = self._tmp / f"{_name(slot)}-{os.getpid()}"
         try:
-            for attempt in range(_ATTEMPTS):
-                recipe = build()
-                fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            for attempt in range(1, _ATTEMPTS + 1):
                 try:
-                    written = write_image(fd, recipe.tree, lambda done, total: report(Progress(what, done, total)))
-                    os.fsync(fd)
+                    written, recipe = _write(temporary, build, lambda done, total: report(Progress(what, done, total)))
                     break
                 except SourceChanged as error:
-                    if attempt + 1 == _ATTEMPTS:
-                        raise SandboxGatewayError(
-                            "image_failed", f"{what}: {error}", "Try again when it is still."
-                        ) from error
-                finally:
-                    os.close(fd)
+                    if attempt == _ATTEMPTS:
+                        hint = "Try again when nothing writes there."
+                        raise SandboxGatewayError("image_failed", f"{what}: {error}", hint) from error
             name = written.digest.removeprefix("sha256:")
             meta = {
                 "size": written.size,
@@ -277,8 +273,9 @@ class LayerStore:
         oldest = time.time() - CURRENT_FOR
         for path in self._index.glob("*.json") if self._index.is_dir() else ():
             entry = _read_json(path)
-            if entry is not None and _mtime(path) >= oldest:
-                digests.add(str(entry.get("digest")))
+            if entry is None or _mtime(path) < oldest:
+                continue
+            digests.add(str(entry.get("digest")))
         return digests
 
     @contextlib.contextmanager
@@ -332,6 +329,21 @@ class LayerStore:
             os.rename(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _write(path: Path, build: Callable[[], Recipe], report: Callable[[int, int], None]) -> tuple[Written, Recipe]:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        recipe = build()
+        try:
+            written = write_image(fd, recipe.tree, report)
+        finally:
+            if recipe.release is not None:
+                recipe.release()
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    return written, recipe
 
 
 @contextlib.contextmanager

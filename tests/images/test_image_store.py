@@ -76,6 +76,24 @@ def test_a_layer_whose_file_was_deleted_is_built_again(paths: Paths) -> None:
     assert store.ensure("slot", "1", content("a"), what="test").path.exists()
 
 
+def test_a_layer_that_lost_bytes_is_built_again(paths: Paths) -> None:
+    store = LayerStore(paths)
+    layer = store.ensure("slot", "1", content("a"), what="test")
+    os.truncate(layer.path, layer.size - 1)
+    assert store.get(layer.digest) is None
+    assert store.ensure("slot", "1", content("a"), what="test").digest == layer.digest
+    assert read(layer.path)["/text"].content == b"a"
+
+
+def test_a_slot_that_nobody_asked_for_in_a_month_keeps_nothing(paths: Paths) -> None:
+    store = LayerStore(paths)
+    layer = store.ensure("slot", "1", content("a"), what="test")
+    for path in [*(paths.layers / "index").iterdir(), layer.path.with_suffix(".json")]:
+        os.utime(path, (1, 1))
+    assert [x.digest for x in store.collect([])] == [layer.digest]
+    assert list((paths.layers / "index").iterdir()) == []
+
+
 _BUILDER = """
 import sys
 from pathlib import Path
