@@ -21,7 +21,7 @@ from sandbox_gateway.images.store import Recipe
 from sandbox_gateway.images.tree import Tree
 
 DESTINATION = "/opt/agent"
-RECIPE = "agent-1"
+RECIPE = "agent-2"
 _STDLIB_OUT = frozenset(
     {"test", "tests", "idlelib", "tkinter", "turtledemo", "turtle.py", "ensurepip", "lib2to3", "site-packages",
      "dist-packages", "pydoc_data", "__pycache__", "distutils", "LICENSE.txt", "EXTERNALLY-MANAGED"}
@@ -101,7 +101,8 @@ def build() -> Recipe:
     if dynload.is_dir():
         tree.host_tree(f"{target}/lib-dynload", str(dynload), _keep_dynload)
         native += [str(path) for path in dynload.glob("*.so") if _keep_dynload(path.name, False)]
-    site = f"{target}/site-packages"
+    # Beside the standard library: Debian's interpreter looks into no site-packages of its prefix.
+    site = target
     for package in _zmq_directories():
         _python_tree(tree, f"{site}/{package.name}", package, _keep_zmq)
         native += [str(path) for path in package.rglob("*.so*")]
@@ -109,7 +110,7 @@ def build() -> Recipe:
         if package.is_dir():
             _python_tree(tree, f"{site}/sandbox_gateway/{package.name}", package, _keep_sources)
     tree.file(f"{site}/sandbox_gateway/__init__.py", "")
-    tree.symlink("/lib/sandbox_gateway", f"{_VERSION}/site-packages/sandbox_gateway")
+    tree.symlink("/lib/sandbox_gateway", f"{_VERSION}/sandbox_gateway")
     libraries = closure(native)
     bundled = {path.name for package in _zmq_directories() for path in package.rglob("*.so*")}
     for name, path in libraries.files.items():

@@ -8,7 +8,8 @@ Each layer is mounted at its own absolute path, so that nothing in the environme
 - very big packages (torch, nvidia...) each apart, so that another ``pip install`` does not rewrite them;
 - sources of editable installs, when they are asked for.
 
-``fingerprint`` of a layer is taken at every kernel start and must stay far below 50 ms: it looks at names, at the
+``fingerprint`` of a layer is taken at every kernel start and must stay far below 50 ms (measured: 8-10 ms for 270
+entries of site-packages and the base interpreter, 20 ms for all of ``resolve``): it looks at names, at the
 ``RECORD`` of each distribution and at the files at the top of each package, not at every file. A hand-made change
 deeper in a package is not noticed until something else changes or the image is built anew.
 """

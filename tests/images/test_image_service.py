@@ -156,6 +156,42 @@ async def test_links_on_the_way_to_the_interpreter_work_inside(
     assert done.stdout.strip() == str(tmp_path / "alias")
 
 
+async def test_an_editable_install_works_inside_only_when_it_is_asked_for(
+    small_venv: Path, tmp_path: Path, image_home: Paths, sandboxed: Sandboxed
+) -> None:
+    (tmp_path / "project/src").mkdir(parents=True)
+    (tmp_path / "project/src/mine.py").write_text("answer = 42\n")
+    (tmp_path / "project/private").write_text("not asked for")
+    (site_of(small_venv) / "mine.pth").write_text(f"{tmp_path}/project/src\n")
+    service = ImageService(image_home)
+    code = f"import mine, os; print(mine.answer, os.listdir({str(tmp_path / 'project')!r}))"
+    without = await service.resolve(f"host:{small_venv}/bin/python")
+    done = sandboxed(without, [str(without.interpreter), "-c", code])
+    assert "No module named 'mine'" in done.stderr
+    image = await service.resolve(f"host:{small_venv}/bin/python", editable=True)
+    done = sandboxed(image, [str(image.interpreter), "-c", code])
+    assert done.stdout.strip() == "42 ['src']", done.stderr
+
+
+async def test_an_environment_on_the_systems_python_works(
+    tmp_path: Path, image_home: Paths, sandboxed: Sandboxed
+) -> None:
+    system = "/usr/bin/python3"
+    place = tmp_path / "system"
+    command = [system, "-m", "venv", "--without-pip", str(place)]
+    try:
+        made = await asyncio.to_thread(subprocess.run, command, capture_output=True, timeout=60, check=False)
+    except OSError:
+        pytest.skip(f"no {system}")
+    if made.returncode != 0:
+        pytest.skip(f"{system} makes no virtual environments: {made.stderr.decode().strip()[:200]}")
+    add_distribution(site_of(place), "ipykernel", "7.9")
+    image = await ImageService(image_home).resolve(f"host:{place}/bin/python")
+    code = "import sys, ssl, sqlite3, lzma, ctypes, readline, curses, ipykernel; print(sys.prefix, sys.base_prefix)"
+    done = sandboxed(image, [str(image.interpreter), "-c", code])
+    assert done.stdout.split() == [str(place), "/usr"], done.stderr
+
+
 def _suite() -> str:
     """The distribution's release that this machine has package sources for."""
     try:
@@ -197,7 +233,7 @@ def test_the_agents_interpreter_is_the_one_that_runs_us(image: Image) -> None:
     assert image.agent is not None
     entries = read(image.agent.source)
     version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
-    assert f"/lib/{version}/site-packages/sandbox_gateway/wire/__init__.py" in entries
-    assert entries[f"/lib/{version}/site-packages/sandbox_gateway/__init__.py"].content == b""
-    assert entries["/lib/sandbox_gateway"].content.decode() == f"{version}/site-packages/sandbox_gateway"
+    assert f"/lib/{version}/sandbox_gateway/wire/__init__.py" in entries
+    assert entries[f"/lib/{version}/sandbox_gateway/__init__.py"].content == b""
+    assert entries["/lib/sandbox_gateway"].content.decode() == f"{version}/sandbox_gateway"
     assert not [path for path in entries if "/tkinter" in path or "/idlelib" in path or path.endswith("/test")]
