@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,10 +91,10 @@ class GvisorRuntime:
         handle = Handle(spec.id, self.name, directory, "files", data)
         yield handle
         group = tree.path(self.cgroup_parent, spec.id) if grouped and not self._rootless else None
-        await asyncio.to_thread(self._make_files, spec, directory, group)
+        await _to_its_end(self._make_files, spec, directory, group)
         if grouped:
             yield replace(handle, step="cgroup")
-            await asyncio.to_thread(tree.create, self.cgroup_parent, spec.id, spec.limits)
+            await _to_its_end(tree.create, self.cgroup_parent, spec.id, spec.limits)
         yield replace(handle, step="container")
         pid_file = directory / BUNDLE / "pid"
         command = ("create", f"--bundle={directory / BUNDLE}", f"--pid-file={pid_file}", spec.id)
@@ -111,6 +111,7 @@ class GvisorRuntime:
 
     def _make_files(self, spec: SandboxSpec, directory: Path, group: str | None) -> None:
         bundle = directory / BUNDLE
+        _check_sources(spec)
         try:
             self.paths.runsc_root.mkdir(mode=0o700, parents=True, exist_ok=True)
             (bundle / "rootfs").mkdir(mode=0o755, parents=True)
@@ -217,8 +218,7 @@ class GvisorRuntime:
             with contextlib.suppress(SandboxGatewayError):  # what it leaves is removed by hand below
                 await self._runsc().call(handle.data.get("flags", ()), "delete", "--force", handle.id)
                 known = "holder" in handle.data
-        # Not cancelled half-way: a thread goes on anyway.
-        await asyncio.shield(asyncio.to_thread(self._remove, handle, known))
+        await _to_its_end(self._remove, handle, known)
 
     def _remove(self, handle: Handle, known: bool) -> None:
         refs = [ProcessRef.from_json(handle.data.get(name)) for name in ("sandbox", "holder")]
@@ -260,6 +260,17 @@ class GvisorRuntime:
         return Runsc(self.binary, self.paths.runsc_root)
 
 
+async def _to_its_end(work: Callable[..., None], *arguments: object) -> None:
+    """Run short blocking work in a thread. A cancelled caller is held until it is done: the thread would go on anyway,
+    beside the removal that follows."""
+    running = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+    try:
+        await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait({running})
+        raise
+
+
 def open_link(handle: Handle) -> LinkFds:
     """The host's ends of the pipes in a sandbox's directory, read-write so that no side's end is an end of file."""
     fifos = launcher.Fifos.inside(handle.directory)
@@ -273,6 +284,20 @@ def open_link(handle: Handle) -> LinkFds:
             raise
     except OSError as error:
         raise SandboxGatewayError("link_failed", f"sandbox {handle.id} has no link: {error.strerror}") from error
+
+
+def _check_sources(spec: SandboxSpec) -> None:
+    """runsc says no more than "EOF" of a source that is missing."""
+    layers = (*spec.image.layers, *((spec.image.agent,) if spec.image.agent is not None else ()))
+    for layer in layers:
+        if not os.path.exists(layer.source):
+            raise SandboxGatewayError("image_failed", f"{layer.source}, the layer at {layer.destination}, is not there")
+    for mount in spec.mounts:
+        if not os.path.exists(mount.source):
+            hint = "Make it, or correct the mount in the profile."
+            raise SandboxGatewayError(
+                "invalid_request", f"{mount.source}, to be seen at {mount.destination}, is not there", hint
+            )
 
 
 def _cores(spec: SandboxSpec) -> list[int] | None:

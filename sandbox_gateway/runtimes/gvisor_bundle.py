@@ -105,6 +105,8 @@ def mounts(spec: SandboxSpec) -> list[dict[str, Any]]:
     """All mounts, parents before children, the specification's own last among equals."""
     disk = [f"size={spec.limits.disk}"] if spec.limits.disk is not None else []
     shm = spec.limits.memory // 2 if spec.limits.memory is not None else DEFAULT_SHM
+    if spec.limits.disk is not None:
+        shm = min(shm, spec.limits.disk)
     kernel = [f"uid={spec.kernel_uid}", f"gid={spec.kernel_uid}"]
     agent = [f"uid={spec.agent_uid}", f"gid={spec.agent_uid}"]
     entries = [

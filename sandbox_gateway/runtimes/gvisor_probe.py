@@ -121,7 +121,8 @@ async def _trial(paths: Paths, binary: Path) -> None:
         root.mkdir()
         (root / "home").mkdir()
         image = Image("trial", (Layer(str(root), "/", "bind"), Layer(str(binary.parent), "/bin", "bind")))
-        spec = SandboxSpec(directory.name, "", "gvisor", image)
+        # As guest uid 0, which is this user: the binary may be for its owner only.
+        spec = SandboxSpec(directory.name, "", "gvisor", image, agent_uid=0)
         config = gvisor_bundle.config(spec, (f"/bin/{binary.name}", "--version"), empty_root=str(root))
         (directory / "bundle" / "config.json").write_text(json.dumps(config))
         command = runsc.Runsc(binary, directory / "state").argv(

@@ -1,0 +1,143 @@
+"""What a sandbox can leave behind, looked for after every test.
+
+Only what belongs to directories that this very test process made counts: other runs, and other users of the machine,
+are not our business. Processes are known by the variable that the launcher gives them and by runsc's own arguments,
+never by a name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sandbox_gateway.host import processes
+from sandbox_gateway.host.cgroups import discover as discover_cgroups
+from sandbox_gateway.host.paths import discover
+from sandbox_gateway.host.processes import ProcessRef
+from sandbox_gateway.runtimes.launcher import MARKER
+
+
+@dataclass
+class Watched:
+    """The directories that this process made, and what of ours is in or around them."""
+
+    roots: set[str] = field(default_factory=set)
+    _runtimes: set[Path] = field(default_factory=set)
+
+    def install(self) -> None:
+        """Record every temporary directory that is made from now on."""
+        make: Callable[..., Any] = tempfile.mkdtemp
+
+        def recording(*args: Any, **kwargs: Any) -> Any:
+            made = make(*args, **kwargs)
+            if isinstance(made, str):
+                self.roots.add(os.path.realpath(made))
+            return made
+
+        tempfile.mkdtemp = recording
+
+    def add(self, directory: Path) -> None:
+        """Watch one more directory."""
+        self.roots.add(os.path.realpath(directory))
+
+    def runtimes(self) -> set[Path]:
+        """Runtime directories of all installations in the watched directories, those that are gone included."""
+        for root in self.roots:
+            # A directory made for a test is often the home itself, and removed with the test.
+            for home in (Path(root), *_homes(Path(root))):
+                self._runtimes.add(discover({"SANDBOX_GATEWAY_HOME": str(home)}).runtime)
+        return self._runtimes
+
+    def look(self) -> Found:
+        """What is there now."""
+        runtimes = self.runtimes()
+        prefixes = tuple(f"{path}/" for path in {*self.roots, *map(str, runtimes)})
+        return Found(
+            frozenset(_processes(prefixes)),
+            frozenset(_mounts(prefixes)),
+            frozenset(_cgroups(runtimes)),
+            frozenset(_pipes(runtimes)),
+        )
+
+
+@dataclass(frozen=True)
+class Found:
+    """Processes, mounts, control groups and named pipes (or bundles) of ours."""
+
+    processes: frozenset[tuple[ProcessRef, str]]
+    mounts: frozenset[str]
+    cgroups: frozenset[str]
+    files: frozenset[str]
+
+    def since(self, before: Found) -> list[str]:
+        """What is there that was not before, in words."""
+        known = {ref for ref, _ in before.processes}
+        lines = [f"process {ref.pid}: {text}" for ref, text in self.processes if ref not in known]
+        lines += [f"mount {path}" for path in self.mounts - before.mounts]
+        lines += [f"cgroup {path}" for path in self.cgroups - before.cgroups]
+        lines += [f"file {path}" for path in self.files - before.files]
+        return sorted(lines)
+
+    def end_processes(self, before: Found) -> None:
+        """End what a test left, so that it harms no other."""
+        known = {ref for ref, _ in before.processes}
+        processes.kill_all([ref for ref, _ in self.processes if ref not in known], 5)
+
+
+def _homes(root: Path) -> Iterator[Path]:
+    """Installations in a directory made for tests: a few levels down at most."""
+    todo = [(root, 0)]
+    while todo:
+        path, depth = todo.pop()
+        try:
+            names = os.listdir(path)
+        except OSError:
+            continue
+        if {"run", "store.sqlite", "layers", "bin"} & set(names):
+            yield path
+        elif depth < 3 and len(names) < 100:
+            todo += [(path / name, depth + 1) for name in names if (path / name).is_dir()]
+
+
+def _processes(prefixes: tuple[str, ...]) -> Iterator[tuple[ProcessRef, str]]:
+    def ours(argv: list[str], environment: list[str]) -> bool:
+        marked = (entry.partition("=")[2] for entry in environment if entry.startswith(f"{MARKER}="))
+        rooted = (word.removeprefix("--root=") for word in argv if word.startswith("--root="))
+        return any(f"{path}/".startswith(prefixes) for path in (*marked, *rooted))
+
+    for ref in processes.find(ours):
+        yield ref, " ".join(processes.command_line(ref.pid))[:200]
+
+
+def _mounts(prefixes: tuple[str, ...]) -> Iterator[str]:
+    with open("/proc/self/mounts") as file:
+        for line in file:
+            point = line.split()[1]
+            if f"{point}/".startswith(prefixes):
+                yield point
+
+
+def _cgroups(runtimes: set[Path]) -> Iterator[str]:
+    tree = discover_cgroups()
+    for runtime in runtimes:
+        parent = f"sandbox_gateway-{hashlib.sha256(os.fsencode(runtime)).hexdigest()[:10]}"
+        for root in tree.roots.values():
+            if (root / parent).is_dir():
+                yield from (str(path) for path in (root / parent).rglob("*") if path.is_dir())
+                yield str(root / parent)
+
+
+def _pipes(runtimes: set[Path]) -> Iterator[str]:
+    for runtime in runtimes:
+        for path in (*runtime.glob("*/*"), *runtime.glob("runsc/*")):
+            try:
+                if stat.S_ISFIFO(path.lstat().st_mode) or path.name == "bundle" or path.parent.name == "runsc":
+                    yield str(path)
+            except OSError:
+                continue
