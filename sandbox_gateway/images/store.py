@@ -200,15 +200,19 @@ class LayerStore:
         removed = 0
         if not self._tmp.is_dir():
             return 0
-        for path in list(self._tmp.iterdir()):
-            lock = self._try_lock(self._locks / f"{path.name.split('-')[0]}.lock")
-            if lock is None:
-                continue
-            try:
-                path.unlink(missing_ok=True)
-                removed += 1
-            finally:
-                os.close(lock)
+        try:
+            for path in list(self._tmp.iterdir()):
+                lock = self._try_lock(self._locks / f"{path.name.split('-')[0]}.lock")
+                if lock is None:
+                    continue
+                try:
+                    path.unlink(missing_ok=True)
+                    removed += 1
+                finally:
+                    os.close(lock)
+        except OSError:
+            # A data directory that cannot be written is reported by what wants to write there.
+            return removed
         return removed
 
     def _build(
