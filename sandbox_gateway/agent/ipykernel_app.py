@@ -23,11 +23,13 @@ if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False):
     del sys.path[0]  # this folder; its modules must not hide the user's
 
 import contextlib
+import fcntl
 import os
 import stat
 import struct
 import threading
 import time
+import traceback
 import types
 from collections import defaultdict, deque
 from datetime import datetime, timezone
@@ -42,6 +44,7 @@ iostream: Any = import_module("ipykernel.iostream")
 kernelapp: Any = import_module("ipykernel.kernelapp")
 
 _MAGIC = b"SGio"
+_PIPE_FD = 120
 _JOIN = 64 * 1024
 _WRITEV = 512
 
@@ -213,7 +216,10 @@ class PipeOutStream(iostream.OutStream):  # type: ignore[misc]
         if pipe is None or not pipe.usable or not self._is_plain():
             lock = pipe.flush_lock if pipe is not None else contextlib.nullcontext()
             with lock:
-                super()._flush()
+                try:
+                    super()._flush()
+                except UnicodeError:  # stock, this is raised in the IOPub thread, where it ends nobody's cell
+                    traceback.print_exc(file=sys.__stderr__)
             return
         # Both streams share the lock, and it is held until the text is in the queue: lines keep their order.
         with pipe.flush_lock:
@@ -281,8 +287,9 @@ class PipeOutStream(iostream.OutStream):  # type: ignore[misc]
         header = f'{{"msg_id": "{session.msg_id}{self._head[1]}{now}Z{self._head[2]}'.encode()
         try:
             content = f'{{"name": "{self.name}", "text": {encode_basestring(text)}}}'.encode()
-        except UnicodeEncodeError:  # lone surrogates: ipykernel's packer knows what to do
-            content = session.pack({"name": self.name, "text": text})
+        except UnicodeEncodeError:  # lone surrogates, over which ipykernel's packer fails: show them as escapes
+            text = text.encode("utf-8", "backslashreplace").decode()
+            content = f'{{"name": "{self.name}", "text": {encode_basestring(text)}}}'.encode()
         parts = [header, self._cached[1], b"{}", content]
         return [self.topic, b"<IDS|MSG>", session.sign(parts), *parts]
 
@@ -329,13 +336,15 @@ def _take_pipe() -> Pipe | None:
     try:
         if not stat.S_ISFIFO(os.fstat(fd).st_mode):
             return None
-        os.set_inheritable(fd, False)
+        # Out of the way of code that closes or reuses low numbers, and not for programs that are run from here.
+        moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _PIPE_FD)
+        os.close(fd)
     except OSError:
         return None
     known = ("_rotate_buffers", "_schedule_flush", "_flush", "_hooks", "flush")
     if all(hasattr(iostream.OutStream, name) for name in known):
-        return Pipe(fd)
-    os.close(fd)
+        return Pipe(moved)
+    os.close(moved)  # the agent sees that, and listens to the socket
     return None
 
 

@@ -24,7 +24,7 @@ from sandbox_gateway.wire.reliable import Outbox
 
 ROOT = Path(__file__).parents[2]
 KEY = "secret-of-the-test"
-PATIENCE = 30.0
+PATIENCE = 20.0
 """Seconds after which a test that waits has failed."""
 
 
@@ -44,6 +44,7 @@ class Host:
         self.endpoint = HostEndpoint(Outbox(), epoch=epoch)
         self.session = Session(key=KEY.encode())
         self.messages: list[tuple[str, list[bytes]]] = []
+        self.heard: dict[str, set[str]] = {}
         self.events: list[dict[str, Any]] = []
         self.other: list[Any] = []
         self.answers: dict[int, dict[str, Any]] = {}
@@ -80,7 +81,9 @@ class Host:
                 else:
                     self.events.append(value)
             else:
-                self.messages.append((Channel(event.channel).name.lower(), [bytes(part) for part in event.parts]))
+                name, parts = Channel(event.channel).name.lower(), [bytes(part) for part in event.parts]
+                self.messages.append((name, parts))
+                self._note(name, parts)
         elif isinstance(event, StreamData):
             self.streams[event.stream] += event.data
             self.endpoint.stream_consumed(event.stream, len(event.data))
@@ -164,18 +167,12 @@ class Host:
 
     def done(self, msg_id: str) -> None:
         """Wait for the reply and for ``idle``."""
-        needle = msg_id.encode()
+        self.until(lambda: {"shell", "idle"} <= self.heard.get(msg_id, set()), 60)
 
-        def idle() -> bool:
-            heard = {
-                name
-                for name, parts in reversed(self.messages)
-                if any(needle in part for part in parts)
-                and (name == "shell" or (name == "iopub" and any(b'"idle"' in part for part in parts)))
-            }
-            return heard == {"shell", "iopub"}
-
-        self.until(idle, 120)
+    def _note(self, channel: str, parts: list[bytes]) -> None:
+        at = parts.index(b"<IDS|MSG>")
+        parent = json.loads(parts[at + 3]).get("msg_id")
+        self.heard.setdefault(parent, set()).add("idle" if b'"idle"' in parts[at + 5][:100] else channel)
 
     def text(self, msg_id: str, name: str = "stdout") -> str:
         """Everything that a request printed."""
