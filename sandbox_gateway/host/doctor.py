@@ -207,7 +207,7 @@ def check_cgroups(tree: cgroups.CgroupTree) -> list[Check]:
             "limits",
             "warn",
             f"{where}: {', '.join(missing)} not enforced by the kernel{why}",
-            "Run as root, or get a delegated cgroup: `systemd-run --user --scope -p Delegate=yes ...`.",
+            "Run as root with /sys/fs/cgroup writable, or in `systemd-run --user --scope -p Delegate=yes`.",
         )
     ]
 
