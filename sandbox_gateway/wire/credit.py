@@ -55,8 +55,8 @@ class ReceiveCredit:
         self._open -= size
 
     def consume(self, size: int) -> None:
-        """The application has taken ``size`` bytes away."""
-        self._consumed += size
+        """The application has taken ``size`` bytes away (of those that came: more does not count)."""
+        self._consumed += min(size, self._window - self._open - self._consumed)
 
     def take_grant(self) -> int:
         """Bytes to grant now: 0 until half a window has been consumed, so that grants stay few."""

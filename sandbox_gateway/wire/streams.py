@@ -36,7 +36,7 @@ _MAX_QUEUE = 8192
 
 
 class _Stream:
-    __slots__ = ("ended_here", "ended_there", "receive", "send", "starved")
+    __slots__ = ("ended_here", "ended_there", "receive", "send", "spoke", "starved")
 
     def __init__(self) -> None:
         self.send = SendCredit()
@@ -44,6 +44,8 @@ class _Stream:
         self.ended_here = False
         self.ended_there = False
         self.starved = False
+        self.spoke = False
+        """Whether frames for it were ever queued, which an abort then has to look for."""
 
 
 class Streams:
@@ -95,6 +97,7 @@ class Streams:
         view = memoryview(data).cast("B")
         size = stream.send.spend(len(view))
         stream.starved = size < len(view)
+        stream.spoke = True
         for pos in range(0, size, MAX_DATA):
             self._frames.append(Frame(Kind.DATA, number, payload=bytes(view[pos : min(pos + MAX_DATA, size)])))
         return size
@@ -107,6 +110,7 @@ class Streams:
         stream.receive.consume(size)
         grant = 0 if stream.ended_there else stream.receive.take_grant()
         if grant:
+            stream.spoke = True
             self._frames.append(Frame(Kind.CREDIT, number, payload=encode_grant(grant)))
 
     def end(self, number: int) -> bool:
@@ -114,7 +118,7 @@ class Streams:
         stream = self._streams.get(number)
         if stream is None or stream.ended_here:
             return False
-        stream.ended_here = True
+        stream.ended_here = stream.spoke = True
         self._frames.append(Frame(Kind.CLOSE, number))
         if stream.ended_there:
             del self._streams[number]
@@ -123,9 +127,11 @@ class Streams:
 
     def abort(self, number: int, error: str) -> None:
         """End both directions now, telling the other side why."""
-        if self._streams.pop(number, None) is None:
+        stream = self._streams.pop(number, None)
+        if stream is None:
             return
-        self._discard(number)
+        if stream.spoke:
+            self._discard(number)
         payload = json.dumps({"error": error[:1000]}).encode()
         self._frames.append(Frame(Kind.CLOSE, number, payload=payload))
 
@@ -186,7 +192,8 @@ class Streams:
             if not isinstance(error, str):
                 raise WireError("a stream is aborted without a reason")
             del self._streams[number]
-            self._discard(number)
+            if stream.spoke:
+                self._discard(number)
             events.append(StreamClosed(number, error))
             return
         if stream.ended_there:
