@@ -28,7 +28,7 @@ def second_host(agent: AgentProcess, received: dict[int, int], epoch: int = 1) -
 def test_a_second_host_gets_what_the_first_did_not_acknowledge(
     start: Callable[..., Any], agent: AgentProcess, fast_iopub: bool
 ) -> None:
-    """The first host dies in the middle of a flood, with half a frame read; the second misses nothing, doubles nothing."""
+    """The first host dies in a flood with half a frame read; the second misses nothing, doubles nothing."""
     first = agent.host
     start(fast_iopub=fast_iopub)
     msg_id = first.execute("for i in range(3000): print(i, flush=True)", wait=False)
