@@ -51,6 +51,8 @@ REATTACH_LIMIT = 3
 MAX_CONTROL_MESSAGE = 4 * 1024 * 1024
 """Bytes of an answer or event of the agent's at most."""
 MAX_CALLS = 1000
+MAX_LOGGED = 20
+"""Failures of callbacks that are logged per link: what comes in must not fill the log either."""
 _AGENT_CODES = frozenset({"kernel_failed", "invalid_request", "unsupported", "timeout"})
 _AGENT = int(Channel.AGENT)
 
@@ -99,6 +101,7 @@ class Link:
         self._losses: list[float] = []
         self._recovery: asyncio.Task[None] | None = None
         self._ever_attached = False
+        self._failures = 0
         self.closed = False
         """Whether the link is gone: closed by this side, or lost for good."""
 
@@ -307,7 +310,9 @@ class Link:
             except WireError as error:
                 self._lost(error)
             except Exception:
-                log.exception("a callback of the link failed")
+                self._failures += 1
+                if self._failures <= MAX_LOGGED:
+                    log.exception("a callback of the link failed")
 
     def _other(self, event: Event) -> None:
         match event:

@@ -31,7 +31,7 @@ Buffer = bytes | bytearray | memoryview
 
 MAX_PAYLOAD = 256 * 1024
 """Bytes of payload in one frame at most: a decoder never holds more than one such frame."""
-MAX_HANDSHAKE = 16 * 1024
+MAX_HANDSHAKE = 4 * 1024
 """Bytes of payload in an ATTACH or HELLO at most: bounds the work of searching for one in garbage."""
 MAX_SEQ = 2**63 - 1
 
@@ -126,7 +126,7 @@ class Decoder:
     because that may have swallowed what was sent after a tear.
     """
 
-    __slots__ = ("_buffer", "_hunted", "_max", "_need", "_open", "_scanned", "_token", "error")
+    __slots__ = ("_buffer", "_hunted", "_max", "_need", "_open", "_scanned", "_token", "_token_at", "error")
 
     def __init__(self, max_payload: int = MAX_PAYLOAD) -> None:
         self._max = max_payload
@@ -136,6 +136,7 @@ class Decoder:
         """Why the decoder is lost, or None."""
         self._hunted: Kind | None = None
         self._token: bytes | None = None
+        self._token_at = -1
         self._scanned = 0
         self._open: list[int] = []
 
@@ -256,6 +257,7 @@ class Decoder:
         buffer = self._buffer
         buffer += data
         end = len(buffer)
+        self._token_at = -1
         still_open: list[int] = []
         for pos in self._open:
             if self._candidate(pos, end, frames, still_open):
@@ -286,9 +288,15 @@ class Decoder:
         if stop > end:
             still_open.append(pos)
             return False
+        if self._token is not None:
+            if self._token_at < pos:
+                # One search serves all candidates up to the next occurrence: bait costs nothing while there is none.
+                self._token_at = buffer.find(self._token, pos)
+                if self._token_at < 0:
+                    self._token_at = end
+            if self._token_at + len(self._token) > stop:
+                return False
         payload = bytes(buffer[pos + HEADER_SIZE : stop])
-        if self._token is not None and self._token not in payload:
-            return False
         if crc32(payload, crc32(buffer[pos : pos + _CHECKED])) != crc:
             return False
         frames.append(Frame(Kind(number), channel, epoch, seq, flags, payload))
