@@ -6,36 +6,21 @@ goes through the three functions of :class:`Hooks`.
 
 from __future__ import annotations
 
-import contextlib
 import enum
-import fcntl
-import hashlib
-import hmac
-import json
 import os
 import signal
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Final
 
-import zmq
-
 from sandbox_gateway.agent import process, relay
+from sandbox_gateway.agent.channels import ChannelHooks, KernelChannels
 from sandbox_gateway.agent.logring import LogRing, tail
 from sandbox_gateway.agent.loop import Loop
-from sandbox_gateway.agent.outpipe import PipeError, PipeReader
-from sandbox_gateway.agent.sources import Source
 
-BATCH: Final = 512
-"""Messages taken from one socket before the link gets its turn."""
-_PIPE_READ: Final = 1024 * 1024
 _APPEAR_INTERVAL: Final = 0.01
-_WELCOME_WAIT: Final = 0.25
-_QUIET: Final = 0.03
 _LAST_WORDS: Final = 2.0
 _FAREWELL_GRACE: Final = 0.5
 _KILL_INTERVAL: Final = 0.02
@@ -105,20 +90,14 @@ class Kernel:
         self.last_exit: dict[str, Any] | None = None
         self._stderr = LogRing(_TAIL)
         self._child: process.Child | None = None
-        self._sockets: relay.KernelSockets | None = None
+        self._channels: KernelChannels | None = None
         self._gated: list[tuple[str, Sequence[bytes | memoryview]]] = []
-        self._reader: PipeReader | None = None
-        self._output: Source | None = None
-        self._heard = 0.0
-        self._welcomed = False
-        self._silent = False
-        self._heartbeat_at: float | None = None
         self._status: int | None = None
         self._expected = False
         self._reason = ""
         self._started: Answer | None = None
+        self._failed: Callable[[], None] | None = None
         self._busy: str | None = None
-        self._interrupts = 0
 
     # -- operations -----------------------------------------------------------------------------------------------
 
@@ -162,10 +141,8 @@ class Kernel:
         if self.pid is None or self.launch is None or self._status is not None:
             raise KernelError("invalid_request", "no kernel is running")
         if self.launch.interrupt_mode == "message":
-            if self._sockets is None:
+            if self._channels is None or not self._channels.interrupt(self.launch.key):
                 raise KernelError("invalid_request", "the kernel is not up yet")
-            self._sockets.requests["control"].send_multipart(self._interrupt_request(self.launch.key), zmq.NOBLOCK)
-            self._loop.soon(self._service)
         else:
             process.signal_group(self.pid, signal.SIGINT)
 
@@ -179,8 +156,8 @@ class Kernel:
         """Hand a client's message to the kernel; held back until the kernel is ready, dropped when there is none."""
         if self._busy == "restart" or self.phase in (Phase.SPAWNING, Phase.BOOTING):
             self._gated.append((channel, parts))
-        elif self.phase is Phase.READY:
-            self._send(channel, parts)
+        elif self.phase is Phase.READY and self._channels is not None:
+            self._channels.send(channel, parts)
 
     def children_ended(self) -> None:
         """Reap; called by the loop on SIGCHLD."""
@@ -206,7 +183,7 @@ class Kernel:
     def _spawn(self, launch: Launch, answer: Answer) -> None:
         self.generation += 1
         self.launch = launch
-        self._expected = self._silent = self._welcomed = False
+        self._expected = False
         self._reason = ""
         self._status = None
         self._stderr = LogRing(_TAIL)
@@ -235,11 +212,8 @@ class Kernel:
         self._loop.watch(child.failure, self._exec_done)
         self._loop.watch(child.stdout, partial(self._read_log, child.stdout, is_error=False))
         self._loop.watch(child.stderr, partial(self._read_log, child.stderr, is_error=True))
-        if child.extra is not None:
-            with contextlib.suppress(OSError):
-                fcntl.fcntl(child.extra, fcntl.F_SETPIPE_SZ, _PIPE_READ)
-            self._reader = PipeReader()
-            self._output = Source(self._loop, child.extra, self._look_at_pipe, self._hooks.hungry)
+        hooks = ChannelHooks(self._hooks.message, self._ready, self._pipe_broken, self._hooks.hungry)
+        self._channels = KernelChannels(self._loop, hooks, child.extra, launch.welcome)
 
     def _exec_done(self) -> None:
         child = self._child
@@ -254,12 +228,12 @@ class Kernel:
         answer, self._started = self._started, None
         assert answer is not None
         if text:
-            self._silent = True  # the answer says it; no second report
+            # Answered when the child is reaped and its place is free again; there is no second report.
+            self._failed = lambda: answer(KernelError("kernel_failed", text))
             self._gated.clear()
             self.phase = Phase.BOOTING
             if self._status is not None:
                 self._exited()
-            answer(KernelError("kernel_failed", text))
             return
         self.phase = Phase.BOOTING
         self._hooks.event({"event": "kernel_started", "pid": child.pid, "generation": self.generation})
@@ -269,153 +243,26 @@ class Kernel:
             self._exited()
 
     def _await_sockets(self, generation: int) -> None:
-        if generation != self.generation or self.phase is not Phase.BOOTING:
+        if generation != self.generation or self.phase is not Phase.BOOTING or self._channels is None:
             return
-        if not self._directory.present(generation):
+        if self._directory.present(generation):
+            self._channels.connect(self._directory.sockets(generation))
+        else:
             self._loop.later(_APPEAR_INTERVAL, lambda: self._await_sockets(generation))
-            return
-        self._sockets = relay.KernelSockets(self._directory.sockets(generation))
-        for socket in self._sockets.all():
-            if socket is not self._sockets.iopub:
-                self._loop.watch(self._sockets.descriptor(socket), self._service)
-        if self._reader is None:
-            self._subscribe()
-        self._heartbeat_at = None
-        self._sockets.ping()
-        self._service()
-        if self._welcomed:  # through the pipe, before the sockets were found
-            self._ready()
 
     def _ready(self) -> None:
-        if self.phase is not Phase.BOOTING or self._sockets is None:
+        if self.phase is not Phase.BOOTING or self._channels is None:
             return
         self.phase = Phase.READY
         self._hooks.event({"event": "kernel_ready", "generation": self.generation})
         gated, self._gated = self._gated, []
         for channel, parts in gated:
-            self._send(channel, parts)
+            self._channels.send(channel, parts)
 
-    def _heard_heartbeat(self) -> None:
-        assert self.launch is not None
-        if self._heartbeat_at is not None or self.phase is not Phase.BOOTING:
-            return
-        self._heartbeat_at = time.monotonic()
-        if self.launch.welcome is False:
-            self._ready()
-        elif self.launch.welcome is None and self._reader is None:
-            generation = self.generation
-            self._loop.later(_WELCOME_WAIT, lambda: self._ready() if generation == self.generation else None)
-
-    # -- relay ----------------------------------------------------------------------------------------------------
-
-    def _send(self, channel: str, parts: Sequence[bytes | memoryview]) -> None:
-        if self._sockets is None:
-            return
-        if self._output is not None:
-            self._output.relax()
-        with contextlib.suppress(zmq.ZMQError):  # the kernel is going down: its exit will be reported
-            self._sockets.requests[channel].send_multipart(parts, zmq.NOBLOCK)
-        # A send may swallow the signal of a message that has just come in: look.
-        self._loop.soon(self._service)
-
-    def _service(self) -> None:
-        """Take replies, requests for input and heartbeats. Outputs go before the reply that followed them."""
-        sockets = self._sockets
-        if sockets is None:
-            return
-        more = False
-        for name, socket in sockets.requests.items():
-            messages, rest = relay.receive(socket, BATCH)
-            more = more or rest
-            if messages and self._output is not None:
-                self._output.relax()
-                self._output.look()
-            for parts in messages:
-                if name != "control" or not self._own_reply(parts):
-                    self._hooks.message(name, parts)
-        beats, _ = relay.receive(sockets.heartbeat, BATCH)
-        if beats:
-            self._heard_heartbeat()
-        if more:
-            self._loop.soon(self._service)
-
-    def _look_at_iopub(self) -> tuple[int, bool]:
-        sockets = self._sockets
-        if sockets is None:
-            return 0, False
-        messages, more = relay.receive(sockets.iopub, BATCH)
-        self._publish(messages)
-        return len(messages), more
-
-    def _look_at_pipe(self) -> tuple[int, bool]:
-        child, reader = self._child, self._reader
-        if child is None or reader is None or child.extra is None:
-            return 0, False
-        try:
-            data = os.read(child.extra, _PIPE_READ)
-        except BlockingIOError:
-            return 0, False
-        if not data:
-            self._pipe_ended()
-            return 0, False
-        try:
-            messages = reader.feed(data)
-        except PipeError as error:
-            self._pipe_ended()
-            self._reason = f"the kernel was ended: {error}"
-            if self.pid is not None and self._status is None:
-                process.signal_group(self.pid, signal.SIGKILL)
-            return 0, False
-        self._publish(messages)
-        return len(messages), reader.waiting or len(data) > _PIPE_READ // 4
-
-    def _pipe_ended(self) -> None:
-        """Go on without the pipe: a kernel that closed it, or never used it, publishes on its socket."""
-        child = self._child
-        if child is None or child.extra is None:
-            return
-        if self._output is not None:
-            self._output.close()
-            self._output = None
-        os.close(child.extra)
-        child.extra = None
-        self._reader = None
-        if self._sockets is not None and self._status is None:
-            self._subscribe()
-
-    def _subscribe(self) -> None:
-        assert self._sockets is not None
-        self._sockets.subscribe()
-        self._output = Source(self._loop, self._sockets.descriptor(self._sockets.iopub), self._look_at_iopub)
-        self._output.look()
-
-    def _publish(self, messages: Sequence[Sequence[bytes]]) -> None:
-        for parts in messages:
-            if relay.is_welcome(parts):  # the host greets its own subscribers
-                self._welcomed = True
-                self._loop.soon(self._ready)
-            else:
-                self._hooks.message("iopub", parts)
-        if messages:
-            self._heard = time.monotonic()
-
-    def _own_reply(self, parts: Sequence[bytes]) -> bool:
-        """Whether this control reply answers a request of the agent's own (those carry no client's identity)."""
-        return bool(self._interrupts) and bool(parts) and parts[0] == relay.DELIMITER
-
-    def _interrupt_request(self, key: str) -> list[bytes]:
-        self._interrupts += 1
-        header = {
-            "msg_id": uuid.uuid4().hex,
-            "msg_type": "interrupt_request",
-            "username": "sandbox",
-            "session": "agent",
-            "date": datetime.now(UTC).isoformat().replace("+00:00", "Z"),
-            "version": "5.3",
-        }
-        frames = [json.dumps(header).encode(), b"{}", b"{}", b"{}"]
-        digest = hmac.new(key.encode(), b"".join(frames), hashlib.sha256).hexdigest() if key else ""
-        return [relay.DELIMITER, digest.encode(), *frames]
+    def _pipe_broken(self, reason: str) -> None:
+        self._reason = f"the kernel was ended: {reason}"
+        if self.pid is not None and self._status is None:
+            process.signal_group(self.pid, signal.SIGKILL)
 
     def _read_log(self, fd: int, *, is_error: bool) -> bool:
         try:
@@ -442,21 +289,14 @@ class Kernel:
             self.phase = Phase.EXITING
             if self._busy != "restart":
                 self._gated.clear()
-            self._heard = time.monotonic()
-            self._last_words(self._heard + _LAST_WORDS)
+            self._last_words(time.monotonic() + _LAST_WORDS)
 
     def _last_words(self, deadline: float) -> None:
-        if self._output is not None:
-            self._output.relax()
-            self._output.look()
-        self._service()
-        now = time.monotonic()
-        waits = self._reader is None and self._sockets is not None and now - self._heard < _QUIET
-        busy = self._reader is not None and self._reader.waiting
-        if (waits or busy) and now < deadline:
-            self._loop.later(0.01, lambda: self._last_words(deadline))
-            return
-        self._report()
+        assert self._channels is not None
+        if self._channels.last_words() or time.monotonic() >= deadline:
+            self._report()
+        else:
+            self._loop.later(_APPEAR_INTERVAL, lambda: self._last_words(deadline))
 
     def _report(self) -> None:
         child, status = self._child, self._status
@@ -477,24 +317,20 @@ class Kernel:
         }
         self.phase = Phase.NONE
         self.pid = None
-        if not self._silent:
+        failed, self._failed = self._failed, None
+        if failed is not None:
+            failed()
+        else:
             self._hooks.event({"event": "kernel_exit", **self.last_exit})
 
     def _close_generation(self, child: process.Child) -> None:
-        if self._output is not None:
-            self._output.close()
-            self._output = None
-        if self._sockets is not None:
-            for socket in self._sockets.all():
-                self._loop.forget(self._sockets.descriptor(socket))
-            self._sockets.close()
-            self._sockets = None
-        for fd in (child.stdout, child.stderr, child.extra):
-            if fd is not None:
-                self._loop.forget(fd)
-                os.close(fd)
+        if self._channels is not None:
+            self._channels.close()
+            self._channels = None
+        for fd in (child.stdout, child.stderr):
+            self._loop.forget(fd)
+            os.close(fd)
         self._child = None
-        self._reader = None
         self._directory.forget(self.generation)
 
     def _end(self, grace: float, done: Callable[[KernelError | None], None]) -> None:

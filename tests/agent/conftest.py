@@ -65,7 +65,7 @@ def kernel(start: Callable[..., dict[str, Any]], host: Host, fast_iopub: bool) -
 
 
 @pytest.fixture
-def open_python(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, str], Path]:
+def open_python() -> Iterator[tuple[str, dict[str, str], Path]]:
     """An interpreter with ipykernel that any uid may run: program, environment, home. Skips where there is none."""
     if os.getuid() != 0:
         pytest.skip("switching to another uid needs root")
@@ -90,7 +90,9 @@ def open_python(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str
             home = Path(os.path.realpath("/tmp")) / f"agent-test-{os.getpid()}"
             home.mkdir(mode=0o777, exist_ok=True)
             home.chmod(0o777)
-            return candidate, {"PYTHONPATH": packages, "PATH": "/usr/bin:/bin", "HOME": str(home)}, home
+            yield candidate, {"PYTHONPATH": packages, "PATH": "/usr/bin:/bin", "HOME": str(home)}, home
+            shutil.rmtree(home)
+            return
     pytest.skip("no Python of this version that another uid may run")
 
 

@@ -59,7 +59,7 @@ def test_subshells_run_beside_a_busy_cell(kernel: Host) -> None:
 
 def test_an_interrupt_ends_a_cell(kernel: Host) -> None:
     """SIGINT becomes KeyboardInterrupt in the running cell, and the kernel goes on."""
-    msg_id = kernel.execute("import time; print('in', flush=True); time.sleep(60)", wait=False)
+    msg_id = kernel.execute("import time; print('in', flush=True); time.sleep(60)", wait=False, stop_on_error=False)
     kernel.until(lambda: kernel.text(msg_id))
     kernel.call("interrupt")
     assert kernel.reply(msg_id)["content"]["ename"] == "KeyboardInterrupt"
@@ -69,7 +69,7 @@ def test_an_interrupt_ends_a_cell(kernel: Host) -> None:
 def test_an_interrupt_by_message(start: Callable[..., Any], host: Host) -> None:
     """In message mode the agent sends a signed request on control and keeps the reply to itself."""
     start(interrupt_mode="message")
-    msg_id = host.execute("import time; print('in', flush=True); time.sleep(60)", wait=False)
+    msg_id = host.execute("import time; print('in', flush=True); time.sleep(60)", wait=False, stop_on_error=False)
     host.until(lambda: host.text(msg_id))
     host.call("interrupt")
     assert host.reply(msg_id)["content"]["ename"] == "KeyboardInterrupt"
@@ -162,7 +162,6 @@ def test_a_program_that_cannot_run_is_an_error_of_the_start(
     assert caught.value.code == "kernel_failed"
     assert argv[0] in str(caught.value)
     assert words in str(caught.value)
-    host.until(lambda: host.call("stats")["phase"] == "none")
     start()
     assert host.run("print(1)") == "1\n"
 

@@ -1,0 +1,246 @@
+"""One generation's ways in and out: its sockets, its output pipe if it has one, and when it is ready.
+
+Replies and requests for input come over ZMQ. IOPub messages come over ZMQ too, or through the pipe of our ipykernel
+application. Outputs that were published before a reply are handed on before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import hmac
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+import zmq
+
+from sandbox_gateway.agent import relay
+from sandbox_gateway.agent.loop import Loop
+from sandbox_gateway.agent.outpipe import PipeError, PipeReader
+from sandbox_gateway.agent.sources import Source
+
+BATCH: Final = 512
+"""Messages taken from one socket before the link gets its turn."""
+_PIPE_READ: Final = 1024 * 1024
+_WELCOME_WAIT: Final = 0.25
+_QUIET: Final = 0.03
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelHooks:
+    """Where messages and news of the channels go."""
+
+    message: Callable[[str, Sequence[bytes]], None]
+    """Channel name and parts."""
+    ready: Callable[[], None]
+    """The kernel can be spoken to and heard; called once."""
+    broken: Callable[[str], None]
+    """The output pipe carried garbage, with the reason; it is closed."""
+    hungry: Callable[[], bool]
+    """False while the buffer towards the host takes no more of what could wait in the kernel."""
+
+
+class KernelChannels:
+    """Made when the kernel was spawned; :meth:`connect` when its sockets are there; :meth:`close` after its end.
+
+    ``pipe`` is the read end of the kernel's output pipe and is closed here. ``welcome`` says whether the kernel
+    greets subscribers on IOPub, None if that is not known: readiness then waits for the greeting, or a moment.
+    """
+
+    def __init__(self, loop: Loop, hooks: ChannelHooks, pipe: int | None, welcome: bool | None) -> None:
+        self._loop = loop
+        self._hooks = hooks
+        self._welcome = welcome
+        self._sockets: relay.KernelSockets | None = None
+        self._pipe = pipe
+        self._reader: PipeReader | None = None
+        self._output: Source | None = None
+        self._heard = time.monotonic()
+        self._welcomed = self._beating = self._is_ready = self._closed = False
+        self._interrupts = 0
+        if pipe is not None:
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_READ)
+            self._reader = PipeReader()
+            self._output = Source(loop, pipe, self._look_at_pipe, hooks.hungry)
+
+    def connect(self, paths: Mapping[str, Path]) -> None:
+        """Speak to the kernel, whose sockets exist."""
+        self._sockets = sockets = relay.KernelSockets(paths)
+        for socket in sockets.all():
+            if socket is not sockets.iopub:
+                self._loop.watch(sockets.descriptor(socket), self._service)
+        if self._pipe is None:
+            self._subscribe()
+        sockets.ping()
+        self._service()
+        self._check_ready()
+
+    def send(self, channel: str, parts: Sequence[bytes | memoryview]) -> None:
+        """Hand a message to the kernel. Lost when it is going down: its exit will be reported."""
+        if self._sockets is None:
+            return
+        if self._output is not None:
+            self._output.relax()
+        with contextlib.suppress(zmq.ZMQError):
+            self._sockets.requests[channel].send_multipart(parts, zmq.NOBLOCK)
+        # A send may swallow the signal of a message that has just come in: look.
+        self._loop.soon(self._service)
+
+    def interrupt(self, key: str) -> bool:
+        """Send an ``interrupt_request`` of the agent's own; False while there is nobody to send it to."""
+        if self._sockets is None:
+            return False
+        self._interrupts += 1
+        self.send("control", _interrupt_request(key))
+        return True
+
+    def last_words(self) -> bool:
+        """Take what a kernel that has ended left behind; False while more may be on its way."""
+        for _ in range(64):
+            if self._pipe is None or not self._look_at_pipe()[0]:
+                break
+        if self._pipe is None and self._output is not None:
+            self._output.relax()
+            self._output.look()
+        self._service()
+        if self._pipe is not None or self._sockets is None:
+            return True
+        return time.monotonic() - self._heard >= _QUIET
+
+    def close(self) -> None:
+        """Give everything back."""
+        self._closed = True
+        self._close_pipe()
+        if self._output is not None:
+            self._output.close()
+            self._output = None
+        if self._sockets is not None:
+            for socket in self._sockets.all():
+                self._loop.forget(self._sockets.descriptor(socket))
+            self._sockets.close()
+            self._sockets = None
+
+    # -- readiness
+
+    def _check_ready(self) -> None:
+        if self._is_ready or self._closed or self._sockets is None:
+            return
+        if self._welcomed or (self._beating and self._welcome is False and self._pipe is None):
+            self._is_ready = True
+            self._hooks.ready()
+
+    def _greeted(self) -> None:
+        self._welcomed = True
+        self._check_ready()
+
+    def _await_welcome(self) -> None:
+        """A kernel whose heart beats and that does not greet is ready after a moment, in which it hears us."""
+        if self._beating and self._welcome is None and self._pipe is None and self._sockets is not None:
+            self._loop.later(_WELCOME_WAIT, self._greeted)
+
+    # -- taking
+
+    def _service(self) -> None:
+        """Take replies, requests for input and heartbeats."""
+        sockets = self._sockets
+        if sockets is None:
+            return
+        more = False
+        for name, socket in sockets.requests.items():
+            messages, rest = relay.receive(socket, BATCH)
+            more = more or rest
+            if messages and self._output is not None:
+                self._output.relax()
+                self._output.look()
+            for parts in messages:
+                if name != "control" or not self._own_reply(parts):
+                    self._hooks.message(name, parts)
+        if relay.receive(sockets.heartbeat, BATCH)[0] and not self._beating:
+            self._beating = True
+            self._check_ready()
+            self._await_welcome()
+        if more:
+            self._loop.soon(self._service)
+
+    def _look_at_iopub(self) -> tuple[int, bool]:
+        if self._sockets is None:
+            return 0, False
+        messages, more = relay.receive(self._sockets.iopub, BATCH)
+        self._publish(messages)
+        return len(messages), more
+
+    def _look_at_pipe(self) -> tuple[int, bool]:
+        if self._pipe is None or self._reader is None:
+            return 0, False
+        try:
+            data = os.read(self._pipe, _PIPE_READ)
+        except BlockingIOError:
+            return 0, False
+        try:
+            messages = self._reader.feed(data) if data else []
+        except PipeError as error:
+            self._close_pipe()
+            self._hooks.broken(str(error))
+            return 0, False
+        if not data:
+            self._close_pipe()
+            if self._sockets is not None:
+                self._subscribe()
+            return 0, False
+        self._publish(messages)
+        return max(len(messages), 1), self._reader.waiting or len(data) > _PIPE_READ // 4
+
+    def _close_pipe(self) -> None:
+        """Go on without the pipe: a kernel that closed it, or never used it, publishes on its socket."""
+        if self._pipe is None:
+            return
+        if self._output is not None:
+            self._output.close()
+            self._output = None
+        os.close(self._pipe)
+        self._pipe = None
+        self._reader = None
+
+    def _subscribe(self) -> None:
+        assert self._sockets is not None
+        self._sockets.subscribe()
+        self._output = Source(self._loop, self._sockets.descriptor(self._sockets.iopub), self._look_at_iopub)
+        self._output.look()
+        self._await_welcome()
+
+    def _publish(self, messages: Sequence[Sequence[bytes]]) -> None:
+        for parts in messages:
+            if relay.is_welcome(parts):  # the host greets its own subscribers
+                self._loop.soon(self._greeted)
+            else:
+                self._hooks.message("iopub", parts)
+        if messages:
+            self._heard = time.monotonic()
+
+    def _own_reply(self, parts: Sequence[bytes]) -> bool:
+        """Whether this control reply answers a request of the agent's own (those carry no client's identity)."""
+        return bool(self._interrupts) and bool(parts) and parts[0] == relay.DELIMITER
+
+
+def _interrupt_request(key: str) -> list[bytes]:
+    """A signed ``interrupt_request`` (Jupyter's messaging protocol 5.3) without identities in front."""
+    header = {
+        "msg_id": uuid.uuid4().hex,
+        "msg_type": "interrupt_request",
+        "username": "sandbox",
+        "session": "agent",
+        "date": datetime.now(UTC).isoformat().replace("+00:00", "Z"),
+        "version": "5.3",
+    }
+    frames = [json.dumps(header).encode(), b"{}", b"{}", b"{}"]
+    digest = hmac.new(key.encode(), b"".join(frames), hashlib.sha256).hexdigest() if key else ""
+    return [relay.DELIMITER, digest.encode(), *frames]
