@@ -8,7 +8,6 @@ types that were checked, nothing more.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import secrets
@@ -16,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.link.calls import Calls
 from sandbox_gateway.link.stream import LinkStream
 from sandbox_gateway.wire.endpoint import HostEndpoint
 from sandbox_gateway.wire.events import (
@@ -32,7 +32,7 @@ from sandbox_gateway.wire.events import (
     StreamWritable,
 )
 from sandbox_gateway.wire.frames import Buffer, Channel, WireError
-from sandbox_gateway.wire.handshake import Hello, load_object
+from sandbox_gateway.wire.handshake import Hello
 from sandbox_gateway.wire.reliable import Outbox
 
 log = logging.getLogger(__name__)
@@ -48,12 +48,8 @@ ATTACH_RETRY_MAX = 3.0
 REATTACH_TIMEOUT = 10.0
 REATTACH_LIMIT = 3
 """Losses per minute that are repaired silently."""
-MAX_CONTROL_MESSAGE = 4 * 1024 * 1024
-"""Bytes of an answer or event of the agent's at most."""
-MAX_CALLS = 1000
 MAX_LOGGED = 20
 """Failures of callbacks that are logged per link: what comes in must not fill the log either."""
-_AGENT_CODES = frozenset({"kernel_failed", "invalid_request", "unsupported", "timeout"})
 _AGENT = int(Channel.AGENT)
 
 
@@ -90,8 +86,7 @@ class Link:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._owner = ""
         self._hello: asyncio.Future[Hello] | None = None
-        self._calls: dict[int, asyncio.Future[dict[str, Any]]] = {}
-        self._next_call = 0
+        self._calls = Calls()
         self._pings: dict[bytes, asyncio.Future[None]] = {}
         self._streams: dict[int, LinkStream] = {}
         self._drains: list[tuple[int, asyncio.Future[None]]] = []
@@ -199,13 +194,8 @@ class Link:
         Raises the agent's error (``kernel_failed``, ``invalid_request``, ``unsupported``; others as ``link_failed``),
         ``timeout`` after that many seconds, or ``link_failed`` when the link is lost for good meanwhile.
         """
-        if len(self._calls) >= MAX_CALLS:
-            raise SandboxGatewayError("link_failed", "too many calls are waiting for the agent")
-        self._next_call += 1
-        number = self._next_call
-        request = json.dumps({**params, "id": number, "op": op}, separators=(",", ":")).encode()
-        future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self._calls[number] = future
+        self._check_open()
+        request, future = self._calls.begin(op, params)
         try:
             self.send(_AGENT, [request])
             async with asyncio.timeout(timeout):
@@ -213,7 +203,7 @@ class Link:
         except TimeoutError:
             raise SandboxGatewayError("timeout", f"the agent did not answer {op!r} within {timeout:g} s") from None
         finally:
-            self._calls.pop(number, None)
+            self._calls.end(future)
 
     async def ping(self, timeout: float = 5.0) -> float:
         """Seconds that the agent took to answer; ``timeout`` when it did not."""
@@ -345,29 +335,9 @@ class Link:
                 pass
 
     def _agent_message(self, parts: list[bytes | memoryview]) -> None:
-        if len(parts) != 1:
-            raise WireError("a message of the agent's that is not one part")
-        message = load_object(parts[0], MAX_CONTROL_MESSAGE)
-        if "event" in message:
-            if not isinstance(message["event"], str):
-                raise WireError("an event without a name")
-            self._on_event(message)
-            return
-        number = message.get("id")
-        if type(number) is not int:
-            raise WireError("an answer without an id")
-        future = self._calls.get(number)
-        if future is None or future.done():
-            return
-        answer, error = message.get("ok"), message.get("error")
-        if isinstance(answer, dict):
-            future.set_result(answer)
-        elif isinstance(error, dict):
-            code = error.get("code")
-            known = code if isinstance(code, str) and code in _AGENT_CODES else "link_failed"
-            future.set_exception(SandboxGatewayError(known, str(error.get("message", "the agent failed"))[:4000]))
-        else:
-            raise WireError("an answer that is neither a result nor an error")
+        event = self._calls.handle(parts)
+        if event is not None:
+            self._on_event(event)
 
     # -- writing
 
@@ -462,7 +432,7 @@ class Link:
         os.close(self._read_fd)
         if self._write_fd != self._read_fd:
             os.close(self._write_fd)
-        waiting: list[asyncio.Future[Any]] = [*self._calls.values(), *self._pings.values()]
+        waiting: list[asyncio.Future[Any]] = [*self._calls.waiting(), *self._pings.values()]
         waiting += [waiter for _, waiter in self._drains]
         if self._hello is not None:
             waiting.append(self._hello)
