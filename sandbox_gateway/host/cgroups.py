@@ -164,6 +164,25 @@ class CgroupTree:
             _keyed(group, "memory.events").get("oom_kill", 0),
         )
 
+    def memory_alarm(self, parent: str, name: str) -> int | None:
+        """An eventfd that becomes readable when the group's memory runs out, closed by the caller.
+
+        Only version 1 needs it: there the kernel kills one process of the group, with version 2 (``memory.oom.group``)
+        all of them. None where it cannot be had.
+        """
+        root = self.roots.get("memory")
+        if self.version != 1 or root is None:
+            return None
+        group = root / parent / name
+        alarm = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        try:
+            with open(group / "memory.oom_control", "rb") as control:
+                _write(group / "cgroup.event_control", f"{alarm} {control.fileno()}")
+        except OSError:
+            os.close(alarm)
+            return None
+        return alarm
+
     def remove(self, parent: str, name: str) -> None:
         """Remove the group, which no process is in any more, and the parent when it was the last one.
 

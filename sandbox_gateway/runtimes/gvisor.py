@@ -28,7 +28,7 @@ from sandbox_gateway.host.processes import ProcessRef
 from sandbox_gateway.model import Death, DeathKind, SandboxSpec
 from sandbox_gateway.runtimes import gvisor_bundle, gvisor_probe, launcher
 from sandbox_gateway.runtimes.base import Handle, LinkFds, RuntimeReport, Stats
-from sandbox_gateway.runtimes.memory import MemoryWatch, sandbox_memory
+from sandbox_gateway.runtimes.memory import MemoryWatch, end_on_alarm, sandbox_memory
 from sandbox_gateway.runtimes.runsc import Runsc
 
 _KILL_TIMEOUT = 10.0
@@ -141,7 +141,8 @@ class GvisorRuntime:
         return open_link(handle)
 
     async def wait(self, handle: Handle) -> Death:
-        """Return when the sandbox has ended. While it is awaited, a soft memory limit is watched."""
+        """Return when the sandbox has ended, which running out of memory is: while this is awaited, a soft memory limit
+        is watched, and a control group's kill of one guest process becomes the end of the whole."""
         sandbox = ProcessRef.from_json(handle.data.get("sandbox"))
         if sandbox is None:
             return Death(DeathKind.FAILED, f"the sandbox was never finished (step {handle.step})")
@@ -153,8 +154,12 @@ class GvisorRuntime:
                 fd = os.open(launcher.Fifos.inside(handle.directory).stderr, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
                 stack.callback(os.close, fd)
             limit = handle.data.get("soft_memory")
+            alarm = self.tree.memory_alarm(self.cgroup_parent, handle.id) if handle.data.get("grouped") else None
             if isinstance(limit, int):
                 over = await MemoryWatch(sandbox, limit).run()
+            elif alarm is not None:
+                stack.callback(os.close, alarm)
+                over = await end_on_alarm(sandbox, alarm)
             else:
                 await processes.wait_exit(sandbox)
             said = await asyncio.to_thread(launcher.last_words, handle.directory)

@@ -58,6 +58,29 @@ def next_look(used: int, limit: int) -> float:
     return 0.25 if room > 256 << 20 else 0.05
 
 
+async def end_on_alarm(sandbox: ProcessRef, alarm: int) -> bool:
+    """Return when the sandbox has ended; end it when ``alarm`` (an eventfd, not closed here) rings, True if we did.
+
+    A control group of version 1 kills only the one process it finds the biggest, which may be a guest's process: the
+    kernel would die by an unexplained SIGKILL in a sandbox that lives on. Out of memory is the end of the sandbox.
+    """
+    rang = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    ended = asyncio.ensure_future(processes.wait_exit(sandbox))
+    ringing = asyncio.ensure_future(rang.wait())
+    loop.add_reader(alarm, rang.set)
+    try:
+        await asyncio.wait({ended, ringing}, return_when=asyncio.FIRST_COMPLETED)
+        # It rings at the removal of the group as well: then there is nothing left to end.
+        killed = rang.is_set() and sandbox.kill()
+        await ended
+        return killed
+    finally:
+        loop.remove_reader(alarm)
+        ringing.cancel()
+        ended.cancel()
+
+
 class MemoryWatch:
     """Kills a sandbox that uses more than its limit (DESIGN 4.14: the owner watches and kills; a soft limit)."""
 

@@ -108,6 +108,26 @@ async def test_gvisor_memory_bomb_in_files_counts_too(paths: Paths, runsc_binary
     assert death.kind is DeathKind.OUT_OF_MEMORY
 
 
+async def test_gvisor_memory_bomb_beside_the_agent_ends_the_sandbox(
+    paths: Paths, runsc_binary: Path, agent_image: Image
+) -> None:
+    """The bomb may be any process inside: the sandbox ends as out of memory, not with a kernel killed by nobody."""
+    code = """
+print('go')
+if os.fork() == 0:
+    drop()
+    a = []
+    while True: a.append(bytearray(b'x' * (4 << 20)))
+os.wait()
+import time; time.sleep(100)
+"""
+    limits = Limits(memory=192 * MIB)
+    async with program(paths, runsc_binary, agent_image, code, limits=limits) as sandbox:
+        waiting = asyncio.create_task(wait(sandbox))
+        assert await sandbox.line() == "go"
+        assert (await waiting).kind is DeathKind.OUT_OF_MEMORY
+
+
 FORK_BOMB = """
 drop()
 import time
@@ -260,7 +280,7 @@ async def test_gvisor_writable_layer_takes_writes_in_memory_only(
     layer = replace(agent_image.agent, destination="/layer", writable=True)
     readonly = replace(agent_image.agent, destination="/fixed")
     image = replace(agent_image, layers=(*agent_image.layers, layer, readonly))
-    before = Path(layer.source).stat()
+    before = os.stat(layer.source)
     workspace = paths.home / "workspace"
     workspace.mkdir()
     mounts = (Mount(str(workspace), "/home/jovyan/work", readonly=False),) if with_workspace else ()
@@ -282,7 +302,7 @@ import time; time.sleep(100)
     async with program(paths, runsc_binary, image, code, **changes) as sandbox:
         assert await sandbox.line() == "written"
         assert await sandbox.line() == "EROFS"
-    after = Path(layer.source).stat()
+    after = os.stat(layer.source)
     assert (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
 
 
@@ -343,8 +363,8 @@ async def test_gvisor_creation_cancelled_in_the_middle_leaves_nothing(
 
     async def create() -> None:
         nonlocal last
-        async for last in runtime.create(SandboxSpec(sandbox_id, "t", "gvisor", agent_image), directory):
-            pass
+        async for handle in runtime.create(SandboxSpec(sandbox_id, "t", "gvisor", agent_image), directory):
+            last = handle
 
     task = asyncio.create_task(create())
     await asyncio.wait({task}, timeout=delay)

@@ -37,6 +37,7 @@ class User:
             env={
                 "PATH": os.environ.get("PATH", os.defpath),
                 "HOME": str(self.home),
+                "TMPDIR": str(self.home),  # what they leave is found below a directory of ours
                 "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *(entry for entry in sys.path if entry)]),
                 **environment,
             },
