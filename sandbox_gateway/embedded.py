@@ -6,8 +6,6 @@ across restarts and across the death of a sandbox.
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from sandbox_gateway.images.service import Progress
 from sandbox_gateway.lifecycle import Lifecycle
 from sandbox_gateway.live import LiveSandbox
 from sandbox_gateway.model import Death, DeathKind, KernelSpec
+from sandbox_gateway.owner import OwnerLock
 from sandbox_gateway.profiles import load_profiles
 from sandbox_gateway.request import CreateRequest
 from sandbox_gateway.zmq_bridge import ZmqBridge
@@ -52,7 +51,7 @@ class SandboxedKernel:
         self._sandbox: LiveSandbox | None = None
         self._channels: KernelChannels | None = None
         self._bridge: ZmqBridge | None = None
-        self._request: CreateRequest | None = None
+        self._lock: OwnerLock | None = None
 
     async def launch(
         self,
@@ -67,39 +66,41 @@ class SandboxedKernel:
         owner = lifecycle()
         profile = load_profiles(owner.paths).get(self._profile_name)
         wanted = CreateRequest(self.id, profile, kernel, self._key, directory, client_environment, name)
+        if self._lock is None:
+            self._lock = await owner.claim(self.id)
         if self._bridge is None:
-            self._open_bridge(owner, wanted)
+            self._open_bridge(self._lock.directory, wanted)
         assert self._channels is not None and self._bridge is not None
         sandbox = self._sandbox
         if sandbox is not None and sandbox.death is None:
-            image = await owner.images.resolve(profile.image, editable=profile.editable)
+            image = await owner.image(profile, sandbox.kernel_uid)
             await sandbox.reboot(requests.kernel(wanted, image))
         else:
             lost = sandbox.death if sandbox is not None else None
             try:
-                self._sandbox = await owner.create(wanted, self._channels, _phases(progress))
+                self._sandbox = await owner.create(wanted, self._lock, self._channels, _phases(progress))
             except BaseException:
                 if sandbox is None:
-                    self._close_bridge()
+                    self._let_go()
                 raise
             if lost is not None:
                 self._channels.notice(f"[sandbox] A new sandbox was made ({lost.describe()}); earlier files are lost\n")
         self._bridge.publish_endpoints()
         return self._bridge.connection_info
 
-    def _open_bridge(self, owner: Lifecycle, wanted: CreateRequest) -> None:
-        directory = owner.paths.sandbox(self.id)
-        directory.mkdir(mode=0o700, exist_ok=True)
+    def _open_bridge(self, directory: Path, wanted: CreateRequest) -> None:
         self._channels = KernelChannels(self._key, missing_file_hint=requests.missing_file_hint(wanted))
         self._bridge = ZmqBridge(directory, self._key, self._channels.request)
         self._channels.subscribe(self._bridge.deliver)
 
-    def _close_bridge(self) -> None:
+    def _let_go(self) -> None:
+        """Close the endpoints and give the id up; the directory goes with it."""
         bridge, self._bridge = self._bridge, None
         if bridge is not None:
             bridge.close()
-            with contextlib.suppress(OSError):
-                os.rmdir(bridge.directory)
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            lock.release(remove=True)
 
     def poll(self) -> int | None:
         """None while the kernel lives, else its return code. Thread-safe: it only reads."""
@@ -123,7 +124,7 @@ class SandboxedKernel:
         """End the sandbox and the endpoints; nothing of this kernel is left."""
         if self._sandbox is not None:
             await self._sandbox.destroy(Death(DeathKind.STOPPED, "shut down by its application"))
-        self._close_bridge()
+        self._let_go()
 
 
 def _phases(say: Callable[[str], None]) -> Callable[[Progress], None]:

@@ -24,8 +24,8 @@ from sandbox_gateway.host.machine import boot_id
 from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.images.service import ImageService, Progress
 from sandbox_gateway.live import LiveSandbox
-from sandbox_gateway.model import LIVE, Death, DeathKind, Limits, OnOwnerExit, SandboxRecord, State
-from sandbox_gateway.owner import NoOwner, OwnerLock, OwnerServer, ask, holder
+from sandbox_gateway.model import LIVE, Death, DeathKind, Image, Limits, OnOwnerExit, SandboxRecord, State
+from sandbox_gateway.owner import LOCK_NAME, OWNERS, NoOwner, OwnerLock, OwnerServer, ask, holder
 from sandbox_gateway.profiles import Profile
 from sandbox_gateway.request import CreateRequest
 from sandbox_gateway.runtimes.base import Handle, Runtime, RuntimeReport
@@ -35,6 +35,7 @@ from sandbox_gateway.store import Store
 log = logging.getLogger(__name__)
 
 OnProgress = Callable[[Progress], None]
+_OTHER_DIRECTORIES = frozenset({OWNERS, "empty", "runsc"})
 KEPT_TOMBSTONES = 100
 """Records of ended sandboxes kept for `ps --all`, newest first."""
 
@@ -58,19 +59,41 @@ class Lifecycle:
         self._probing = asyncio.Lock()
         self._server: OwnerServer | None = None
         self._starting = asyncio.Lock()
+        self._sweeping: asyncio.Task[None] | None = None
 
     # Creating
 
-    async def create(
-        self, wanted: CreateRequest, channels: KernelChannels, progress: OnProgress | None = None
-    ) -> LiveSandbox:
-        """Make a sandbox and boot its kernel; on any failure nothing is left and the reason is raised."""
-        requests.checked_id(wanted.id)
+    async def claim(self, sandbox_id: str) -> OwnerLock:
+        """Take the right to an id, before anything is made under it; the caller releases it when it is done with it.
+
+        Raises ``owned_elsewhere`` when another process has it. What owners that are gone have left is removed
+        beside it, in the background.
+        """
+        requests.checked_id(sandbox_id)
         await self._serve()
+        lock = OwnerLock(self.paths.sandbox(sandbox_id))
+        lock.acquire()
+        if self._sweeping is None or self._sweeping.done():
+            self._sweeping = asyncio.create_task(self._sweep_aside())
+        return lock
+
+    async def _sweep_aside(self) -> None:
+        try:
+            await self.sweep()
+        except Exception:
+            log.exception("what others left could not be removed; the next start tries again")
+
+    async def create(
+        self, wanted: CreateRequest, lock: OwnerLock, channels: KernelChannels, progress: OnProgress | None = None
+    ) -> LiveSandbox:
+        """Make a sandbox and boot its kernel; on any failure nothing is left and the reason is raised.
+
+        ``lock`` is that of the id, from :meth:`claim`.
+        """
         runtime, report = await self.runtime(wanted.profile.runtime)
         notes, limits = _enforceable(report, wanted.profile)
-        image = await self.images.resolve(wanted.profile.image, editable=wanted.profile.editable, progress=progress)
         who = requests.identity(wanted, root=os.geteuid() == 0)
+        image = await self.image(wanted.profile, who.uid, progress)
         spec = requests.compose(
             wanted, image, who, limits, private=(self.paths.home, self.paths.runtime), empty=self._empty()
         )
@@ -90,12 +113,7 @@ class Lifecycle:
             notes=notes,
             name=wanted.name,
         )
-        lock = self._claim(wanted.id)
-        try:
-            await asyncio.to_thread(self.store.put, record)
-        except BaseException:
-            self._drop(lock)
-            raise
+        await asyncio.to_thread(self.store.put, record)
         sandbox = LiveSandbox(
             spec,
             record,
@@ -105,7 +123,8 @@ class Lifecycle:
             lock=lock,
             channels=channels,
             key=wanted.key,
-            on_end=lambda ended: self._ended(ended, lock),
+            log_file=self.paths.logs / f"{wanted.id}.log",
+            on_end=lambda ended: self.live.pop(ended.id, None),
         )
         self.live[wanted.id] = sandbox
         try:
@@ -139,29 +158,20 @@ class Lifecycle:
                 self._runtimes[name] = (runtime, report)
             return self._runtimes[name]
 
-    def _claim(self, sandbox_id: str) -> OwnerLock:
-        directory = self.paths.sandbox(sandbox_id)
-        try:
-            directory.mkdir(mode=0o700, exist_ok=True)
-        except OSError as error:
-            raise SandboxGatewayError("data_directory", f"cannot create {directory}: {error.strerror}") from error
-        lock = OwnerLock(directory)
-        if not lock.try_acquire():
-            raise SandboxGatewayError("owned_elsewhere", f"sandbox {sandbox_id} belongs to process {holder(directory)}")
-        return lock
+    async def image(self, profile: Profile, kernel_uid: int, progress: OnProgress | None = None) -> Image:
+        """The profile's root filesystem as it is now, built where it is missing or stale."""
+        return await self.images.resolve(
+            profile.image,
+            editable=profile.editable,
+            kernel_uid=kernel_uid,
+            require_python=profile.argv is None,
+            progress=progress,
+        )
 
     def _empty(self) -> Path:
         empty = self.paths.runtime / "empty"
         empty.mkdir(mode=0o555, exist_ok=True)
         return empty
-
-    def _ended(self, sandbox: LiveSandbox, lock: OwnerLock) -> None:
-        self.live.pop(sandbox.id, None)
-        self._drop(lock)
-
-    def _drop(self, lock: OwnerLock) -> None:
-        # The bridge's sockets may still be in use (a restart keeps them): then the directory stays until they close.
-        lock.release(remove=True)
 
     # The owner's socket (DESIGN 4.8)
 
@@ -171,7 +181,6 @@ class Lifecycle:
                 server = OwnerServer(self.paths, self._answer)
                 await server.start()
                 self._server = server
-                await self.sweep()
 
     async def _answer(self, op: str, sandbox_id: str, params: Mapping[str, Any]) -> dict[str, Any]:
         sandbox = self.live.get(sandbox_id)
@@ -191,6 +200,8 @@ class Lifecycle:
 
     async def close(self) -> None:
         """End what this process owns, by each sandbox's ``on_owner_exit``; then stop answering."""
+        if self._sweeping is not None:
+            await asyncio.wait({self._sweeping}, timeout=5.0)
         for sandbox in tuple(self.live.values()):
             if sandbox.record.on_owner_exit is OnOwnerExit.TERMINATE:
                 with contextlib.suppress(Exception):
@@ -217,6 +228,7 @@ class Lifecycle:
         """End a sandbox and forget it."""
         await self.stop(sandbox_id)
         await asyncio.to_thread(self.store.delete, sandbox_id)
+        (self.paths.logs / f"{sandbox_id}.log").unlink(missing_ok=True)
 
     async def sweep(self) -> list[str]:
         """Remove what owners that are gone have left; returns the ids of sandboxes that were ended.
@@ -248,10 +260,7 @@ class Lifecycle:
         return None
 
     async def _destroy_unowned(self, record: SandboxRecord, death: Death) -> bool:
-        directory = self.paths.sandbox(record.id)
-        with contextlib.suppress(FileExistsError):
-            directory.mkdir(mode=0o700)
-        lock = OwnerLock(directory)
+        lock = OwnerLock(self.paths.sandbox(record.id))
         if not lock.try_acquire():
             return False
         try:
@@ -269,27 +278,40 @@ class Lifecycle:
                     record = record.moved(State.TERMINATED, time.time(), owner_pid=None)
                 await asyncio.to_thread(self.store.put, record)
         finally:
-            shutil.rmtree(directory, ignore_errors=True)
-            lock.release()
+            _empty_directory(lock.directory)
+            lock.release(remove=True)
         return True
 
     async def _remove_strays(self) -> None:
-        """Sandboxes that a runtime knows and the store does not: their record was lost or never written."""
-        known = {record.id for record in await asyncio.to_thread(self.store.list)}
+        """What has no record: a crash came before it was written, or between a sandbox's end and its endpoints'."""
+        live = {record.id for record in await asyncio.to_thread(self.store.list) if record.state in LIVE}
         for runtime, _ in tuple(self._runtimes.values()):
             for sandbox_id in await runtime.list():
-                directory = self.paths.sandbox(sandbox_id)
-                if sandbox_id in known or sandbox_id in self.live or holder(directory) is not None:
-                    continue
-                log.warning("removing sandbox %s, which has no record", sandbox_id)
-                await runtime.destroy(Handle(sandbox_id, runtime.name, directory))
-                shutil.rmtree(directory, ignore_errors=True)
+                await self._remove_stray(sandbox_id, live, runtime)
+        for name in await asyncio.to_thread(os.listdir, self.paths.runtime):
+            if name not in _OTHER_DIRECTORIES and not name.startswith("trial-"):
+                await self._remove_stray(name, live, None)
+
+    async def _remove_stray(self, sandbox_id: str, live: set[str], runtime: Runtime | None) -> None:
+        if sandbox_id in live or sandbox_id in self.live:
+            return
+        lock = OwnerLock(self.paths.sandbox(sandbox_id))
+        if not lock.try_acquire():
+            return
+        try:
+            log.info("removing what is left of %s, which has no live record", sandbox_id)
+            if runtime is not None:
+                await runtime.destroy(Handle(sandbox_id, runtime.name, lock.directory))
+            _empty_directory(lock.directory)
+        finally:
+            lock.release(remove=True)
 
     def _trim_tombstones(self) -> None:
         ended = [record for record in self.store.list() if record.state in {State.TERMINATED, State.FAILED}]
         ended.sort(key=lambda record: record.changed, reverse=True)
         for record in ended[KEPT_TOMBSTONES:]:
             self.store.delete(record.id)
+            (self.paths.logs / f"{record.id}.log").unlink(missing_ok=True)
 
 
 def _enforceable(report: RuntimeReport, profile: Profile) -> tuple[tuple[str, ...], Limits]:
@@ -321,3 +343,13 @@ def _handle(record: SandboxRecord) -> Handle | None:
         return None
     data = dict(record.handle)
     return Handle(data["id"], data["runtime"], Path(data["directory"]), data.get("step", ""), data.get("data", {}))
+
+
+def _empty_directory(directory: Path) -> None:
+    """Remove what is in a sandbox's directory but the owner's lock, which is removed as it is released."""
+    for path in directory.iterdir():
+        if path.name != LOCK_NAME:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from sandbox_gateway.channels import KernelChannels
@@ -32,6 +34,7 @@ HEARTBEAT = 5.0
 """Seconds between two signs of life to the agent."""
 SILENCE = 60.0
 """Seconds without an answer after which a sandbox counts as dead."""
+_LOG_PATIENCE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,8 @@ class KernelExit:
     signal: int | None
     stderr_tail: str
     expected: bool
+    reason: str = ""
+    """Why the agent ended it, where it did so by itself."""
 
     @property
     def returncode(self) -> int:
@@ -52,6 +57,8 @@ class KernelExit:
 
     def describe(self) -> str:
         """One line for people."""
+        if self.reason:
+            return self.reason
         if self.signal:
             with contextlib.suppress(ValueError):
                 return f"the kernel was ended by {signal.Signals(self.signal).name}"
@@ -73,7 +80,8 @@ class LiveSandbox:
         lock: OwnerLock,
         channels: KernelChannels,
         key: bytes,
-        on_end: Callable[[LiveSandbox], None],
+        on_end: Callable[[LiveSandbox], object],
+        log_file: Path,
     ) -> None:
         self.spec = spec
         self.record = record
@@ -88,11 +96,17 @@ class LiveSandbox:
         self._lock = lock
         self._key = key
         self._on_end = on_end
+        self._log_file = log_file
         self._handle: Handle | None = None
         self._link: Link | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._ending = False
         self._serial = asyncio.Lock()
+
+    @property
+    def kernel_uid(self) -> int:
+        """The kernel's uid inside."""
+        return self._who.uid
 
     @property
     def id(self) -> str:
@@ -227,12 +241,22 @@ class LiveSandbox:
 
     # The end
 
+    async def _keep_log(self) -> None:
+        """Keep the kernel's raw output for `jupyter sandbox logs`: a short try, never a reason to fail."""
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(_LOG_PATIENCE):
+                text = await self.log()
+            if text:
+                await asyncio.to_thread(_write_private, self._log_file, text)
+
     async def destroy(self, death: Death) -> None:
         """End and remove everything; idempotent. ``death`` is recorded unless there is an earlier reason."""
         async with self._serial:
             if self._ending:
                 return
             self._ending = True
+            if self._link is not None:
+                await self._keep_log()
             await self._finish(death, State.TERMINATED)
 
     async def _finish(self, death: Death, final: State) -> None:
@@ -332,6 +356,12 @@ class LiveSandbox:
         await asyncio.to_thread(self._store.put, self.record)
 
 
+def _write_private(path: Path, content: bytes) -> None:
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as file:
+        file.write(content)
+
+
 def is_ipykernel(argv: tuple[str, ...]) -> bool:
     """Whether the command starts IPython's kernel, which our own application can stand in for."""
     return len(argv) >= 3 and argv[1] == "-m" and argv[2] in {"ipykernel_launcher", "ipykernel"}
@@ -341,7 +371,9 @@ def _kernel_exit(event: Mapping[str, Any]) -> KernelExit | None:
     code, number, tail = event.get("code"), event.get("signal"), event.get("stderr_tail", "")
     if not isinstance(code, int | None) or not isinstance(number, int | None) or not isinstance(tail, str):
         return None
-    return KernelExit(code, number, tail[-4000:], bool(event.get("expected")))
+    reason = event.get("reason", "")
+    reason = reason[:500] if isinstance(reason, str) else ""
+    return KernelExit(code, number, tail[-4000:], bool(event.get("expected")), reason)
 
 
 def _handle_json(handle: Handle) -> dict[str, Any]:

@@ -158,8 +158,7 @@ def _workspace_stat(request: CreateRequest) -> os.stat_result:
 def _masks(mount: Mount, private: tuple[Path, ...], empty: Path) -> list[Mount]:
     found = []
     source = os.path.realpath(mount.source)
-    for path in private:
-        inside = os.path.realpath(path)
+    for inside in _outermost(private):
         if os.path.commonpath([inside, source]) == inside:
             raise SandboxGatewayError(
                 "invalid_request",
@@ -169,6 +168,12 @@ def _masks(mount: Mount, private: tuple[Path, ...], empty: Path) -> list[Mount]:
         if os.path.commonpath([inside, source]) == source and os.path.isdir(inside):
             found.append(Mount(str(empty), os.path.join(mount.destination, os.path.relpath(inside, source)), True))
     return found
+
+
+def _outermost(paths: tuple[Path, ...]) -> list[str]:
+    """The real paths of those that lie in none of the others: one mask covers what is below it."""
+    real = sorted({os.path.realpath(path) for path in paths})
+    return [path for path in real if not any(path.startswith(other + os.sep) for other in real)]
 
 
 def _is_bare_python(command: str) -> bool:

@@ -156,6 +156,8 @@ class Client:
     def __init__(self, manager: KernelManager, client: BlockingKernelClient) -> None:
         self.manager = manager
         self.client = client
+        self.refused: list[str] = []
+        """Why jupyter_client refused messages of this kernel."""
 
     @property
     def id(self) -> str:
@@ -196,6 +198,8 @@ class Client:
                     idle |= _take(found, result)
             except Empty:
                 pass
+            except ValueError as error:  # jupyter_client refuses what is badly signed or not JSON
+                self.refused.append(str(error))
             if not replied:
                 try:
                     reply = client.get_shell_msg(timeout=0 if not idle else 0.1)
@@ -317,6 +321,14 @@ class Bystander:
         """End the thread."""
         self._stop.set()
         self._thread.join(self.patience + 5)
+
+
+def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    """Wait for ``condition()`` to be true: for what offers no event to wait for."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        threading.Event().wait(0.02)
 
 
 def short_directory() -> Path:
