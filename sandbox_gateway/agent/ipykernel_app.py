@@ -45,6 +45,9 @@ kernelapp: Any = import_module("ipykernel.kernelapp")
 
 _MAGIC = b"SGio"
 _PIPE_FD = 120
+_MAX_PARTS = 1024
+_MAX_MESSAGE = 512 * 1024 * 1024
+"""As on the link; more would cost the kernel the pipe, and with it its life."""
 _JOIN = 64 * 1024
 _WRITEV = 512
 
@@ -60,9 +63,13 @@ class Writer:
 
     def entry(self, parts: list[Any]) -> tuple[list[Any], int, list[int], list[Any]]:
         """A queue entry for a message: buffers to write, their length, bytes written so far, the message."""
+        if len(parts) > _MAX_PARTS:
+            raise ValueError(f"a message of {len(parts)} parts; at most {_MAX_PARTS} can leave the sandbox")
         views = [part if isinstance(part, bytes) else memoryview(part).cast("B") for part in parts]
         lengths = [len(view) for view in views]
         total = 4 + 4 * len(lengths) + sum(lengths)
+        if total > _MAX_MESSAGE:
+            raise ValueError(f"a message of {total} bytes; at most {_MAX_MESSAGE} can leave the sandbox")
         head = struct.pack(f"!4sII{len(lengths)}I", _MAGIC, total, len(lengths), *lengths)
         if total <= _JOIN:
             whole = b"".join([head, *views])

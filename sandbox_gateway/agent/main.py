@@ -24,6 +24,7 @@ from sandbox_gateway.agent.loop import Loop
 from sandbox_gateway.agent.owner import OwnerWatch
 from sandbox_gateway.wire.events import Event, Message
 from sandbox_gateway.wire.frames import Buffer, Channel
+from sandbox_gateway.wire.messages import MAX_MESSAGE, MAX_PARTS
 
 DIRECTORY: Final = "/run/kernel"
 """Where the kernel's sockets are, in a sandbox. Elsewhere a temporary directory is made."""
@@ -94,6 +95,12 @@ class Agent:
     # -- to the host
 
     def _to_host(self, channel: str, parts: Sequence[Buffer]) -> None:
+        size = sum(map(len, parts))
+        if len(parts) > MAX_PARTS or size > MAX_MESSAGE:
+            # What the link cannot carry is left out and logged: user code must not be able to end PID 1 with it.
+            text = f"[sandbox] a message of {len(parts)} parts and {size} bytes on {channel} was left out: too big\n"
+            self._kernel.log.write(text.encode())
+            return
         self._link.send(_CHANNELS[channel], parts)
 
     def _to_owner(self, value: dict[str, Any]) -> None:

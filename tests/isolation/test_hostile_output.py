@@ -96,7 +96,7 @@ def test_a_flood_of_tiny_messages_on_iopub(attacker: Client, bystander: Bystande
     ],
 )
 def test_garbage_on_iopub_harms_neither_host_nor_neighbour(attacker: Client, bystander: Bystander, parts: str) -> None:
-    """Messages that no kernel sends, put on the real iopub socket."""
+    """Messages that no kernel sends, put on the real iopub socket; a client may refuse them, as the plain kernel's."""
     result = attacker.run(
         "import os\nfrom IPython import get_ipython\nk = get_ipython().kernel\n"
         f"parts = {parts}\n"
@@ -106,6 +106,36 @@ def test_garbage_on_iopub_harms_neither_host_nor_neighbour(attacker: Client, bys
     assert result.status in ("ok", "error"), result
     assert _goes_on(attacker)
     bystander.check()
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        "[b'']",
+        "[b'x'] * 3000",
+        "[b'<IDS|MSG>', b'sig']",
+        "[b'<IDS|MSG>', b'', b'{', b'[', b'', b'']",
+        "[b'G' * 40_000_000]",
+    ],
+)
+def test_garbage_as_a_reply_harms_neither_host_nor_neighbour(
+    attacker: Client, bystander: Bystander, parts: str
+) -> None:
+    """Answers that no kernel gives, sent to the agent's identity from the real shell socket."""
+    result = attacker.run(
+        "from IPython import get_ipython\nk = get_ipython().kernel\n"
+        f"parts = {parts}\n"
+        "socket = getattr(k.shell_stream, 'socket', k.shell_stream)\n"
+        "sent = 0\n"
+        "for _ in range(3):\n    socket.send_multipart([b'agent', *parts]); sent += 1\n",
+        timeout=60,
+    )
+    assert result.status in ("ok", "error", "timeout"), result
+    bystander.check()
+    if not _goes_on(attacker):
+        attacker.manager.restart_kernel(now=True)
+        attacker.client.wait_for_ready(timeout=60)
+        assert _goes_on(attacker)
 
 
 def test_properly_signed_nonsense_is_relayed_without_harm(attacker: Client, bystander: Bystander) -> None:

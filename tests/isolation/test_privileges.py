@@ -21,7 +21,7 @@ def call(name, *arguments):
 
 def test_no_capability_and_no_way_to_one(inside: Client) -> None:
     status = inside.value(
-        "import json\nprint(json.dumps(dict(line.rstrip().split(':\\t', 1) "
+        "import json\nprint(json.dumps(dict(line.rstrip('\\n').split(':\\t', 1) "
         "for line in open('/proc/self/status') if ':\\t' in line)))"
     )
     for name in ("CapInh", "CapPrm", "CapEff", "CapBnd"):
@@ -165,7 +165,9 @@ def test_a_signal_to_pid_1_harms_nobody_else(attacker: Client, number: int) -> N
 
 
 def test_killing_everything_ends_the_kernel_with_a_reason(attacker: Client) -> None:
-    result = attacker.run("import os\nos.kill(-1, 9)\nos.kill(os.getpid(), 9)", timeout=60)
+    result = attacker.run(
+        "import os\ntry:\n    os.kill(-1, 9)\nexcept OSError:\n    pass\nos.kill(os.getpid(), 9)", timeout=60
+    )
     assert result.status == "dead"
     assert "signal 9" in result.stderr or "SIGKILL" in result.stderr, result.stderr
     assert os.path.exists("/proc/1")
