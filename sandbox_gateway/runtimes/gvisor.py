@@ -32,6 +32,7 @@ from sandbox_gateway.runtimes.memory import MemoryWatch, end_on_alarm, sandbox_m
 from sandbox_gateway.runtimes.runsc import Runsc
 
 _KILL_TIMEOUT = 10.0
+_ROUNDS = 20
 BUNDLE = "bundle"
 
 
@@ -148,11 +149,7 @@ class GvisorRuntime:
             return Death(DeathKind.FAILED, f"the sandbox was never finished (step {handle.step})")
         before = self._oom_kills(handle)
         over = False
-        # Held open so that what init says last is not lost with its last writer.
-        with contextlib.ExitStack() as stack:
-            with contextlib.suppress(OSError):
-                fd = os.open(launcher.Fifos.inside(handle.directory).stderr, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-                stack.callback(os.close, fd)
+        with launcher.LastWords(handle.directory) as words, contextlib.ExitStack() as stack:
             limit = handle.data.get("soft_memory")
             alarm = self.tree.memory_alarm(self.cgroup_parent, handle.id) if handle.data.get("grouped") else None
             if isinstance(limit, int):
@@ -162,7 +159,7 @@ class GvisorRuntime:
                 over = await end_on_alarm(sandbox, alarm)
             else:
                 await processes.wait_exit(sandbox)
-            said = await asyncio.to_thread(launcher.last_words, handle.directory)
+            said = words.read()
         if handle.id in self._ending:
             return Death(DeathKind.STOPPED, stderr_tail=said)
         if over or self._oom_kills(handle) > before:
@@ -226,16 +223,20 @@ class GvisorRuntime:
         await _to_its_end(self._remove, handle, known)
 
     def _remove(self, handle: Handle, known: bool) -> None:
-        refs = [ProcessRef.from_json(handle.data.get(name)) for name in ("sandbox", "holder")]
-        if not known:
-            refs += processes.find(lambda argv, environment: self._is_ours(handle, argv, environment))
-        refs += self.tree.processes(self.cgroup_parent, handle.id)
         holder = ProcessRef.from_json(handle.data.get("holder"))
-        rest = [ref for ref in refs if ref is not None and ref != holder]
+        # Nothing can be launched any more from here on: the launcher opens the pipes first.
+        launcher.Fifos.inside(handle.directory).remove()
+        left: list[ProcessRef] = []
+        quiet = 0
+        # Twice nothing: one look over /proc can miss a process that is forked meanwhile.
+        for _ in range(_ROUNDS):
+            refs = [ref for ref in self._processes(handle, known) if ref != holder and ref.alive()]
+            quiet = 0 if refs else quiet + 1
+            if quiet == (1 if known else 2):
+                break
+            left = processes.kill_all(refs, _KILL_TIMEOUT)
         # The holder last: it reaps the others.
-        left = processes.kill_all(dict.fromkeys(rest), _KILL_TIMEOUT)
-        if holder is not None:
-            left += processes.kill_all([holder], _KILL_TIMEOUT)
+        left += processes.kill_all([holder] if holder is not None else [], _KILL_TIMEOUT)
         if left:
             pids = ", ".join(str(ref.pid) for ref in left)
             raise SandboxGatewayError("runtime_failed", f"processes of sandbox {handle.id} will not end: {pids}")
@@ -243,7 +244,16 @@ class GvisorRuntime:
             path.unlink(missing_ok=True)
         self.tree.remove(self.cgroup_parent, handle.id)
         shutil.rmtree(handle.directory / BUNDLE, ignore_errors=True)
-        launcher.Fifos.inside(handle.directory).remove()
+
+    def _processes(self, handle: Handle, known: bool) -> set[ProcessRef]:
+        """All that may run of the sandbox; ``known`` when the recorded ones and the group's are all there can be."""
+        found = set(self.tree.processes(self.cgroup_parent, handle.id))
+        sandbox = ProcessRef.from_json(handle.data.get("sandbox"))
+        if sandbox is not None:
+            found.add(sandbox)
+        if not known:
+            found.update(processes.find(lambda argv, environment: self._is_ours(handle, argv, environment)))
+        return found
 
     def _is_ours(self, handle: Handle, argv: Sequence[str], environment: Sequence[str]) -> bool:
         if f"{launcher.MARKER}={handle.directory}" in environment:

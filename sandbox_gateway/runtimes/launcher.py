@@ -22,6 +22,8 @@ MARKER = "SANDBOX_GATEWAY_DIRECTORY"
 PIPE_SIZE = 1 << 20
 """Bytes that each direction of the link can hold while nobody reads."""
 
+_WORDS = 1 << 20
+
 _HOLDER_INTERVAL = 20
 """Seconds between the holder's looks whether its sandbox still lives; destroy() does not wait for them."""
 
@@ -128,24 +130,36 @@ def holder_command() -> list[str] | None:
     return [tail, "--pid={pid}", f"--sleep-interval={_HOLDER_INTERVAL}", "-f", os.devnull]
 
 
-def last_words(directory: Path) -> str:
-    """What init wrote to its standard error and nobody read, while its holder or a reader keeps it; non-blocking."""
-    try:
-        fd = os.open(Fifos.inside(directory).stderr, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return ""
-    try:
-        return drain(fd)
-    finally:
-        os.close(fd)
+class LastWords:
+    """What init writes to its standard error and nobody has read.
 
+    Held open by who waits for the end: a pipe's contents go with the last one that has it open. Never blocks.
+    """
 
-def drain(fd: int) -> str:
-    """Everything that a non-blocking descriptor has now, the last 4,000 characters of it."""
-    data = b""
-    try:
-        while chunk := os.read(fd, 1 << 16):
-            data = (data + chunk)[-(1 << 16) :]
-    except OSError:
-        pass
-    return data.decode("utf-8", "replace")[-4000:]
+    def __init__(self, directory: Path) -> None:
+        try:
+            path = Fifos.inside(directory).stderr
+            self._fd: int | None = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            self._fd = None
+
+    def __enter__(self) -> LastWords:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def read(self) -> str:
+        """Everything that is there now, the last 4,000 characters of it."""
+        data = b""
+        try:
+            while self._fd is not None and (chunk := os.read(self._fd, 1 << 16)):
+                # No more than a pipe's worth, even when somebody writes faster than we read.
+                data += chunk
+                if len(data) > _WORDS:
+                    break
+        except OSError:
+            pass
+        return data.decode("utf-8", "replace")[-4000:]

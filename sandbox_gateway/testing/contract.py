@@ -20,6 +20,7 @@ import pickle
 import shutil
 import signal
 import sys
+import threading
 import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -102,6 +103,7 @@ async def running(subject: Subject, runtime: Runtime) -> AsyncIterator[Handle]:
 async def create_and_be_killed(subject: Subject, sandbox_id: str, step: str) -> Handle:
     """Have another process create (and, for step ``"running"``, start) the sandbox; it is killed at ``step``.
 
+    ``"start+0.03"`` is 0.03 seconds into what follows the recording of step ``start``.
     Returns the last handle that it would have recorded, as the store would give it back.
     """
     request = pickle.dumps((subject, sandbox_id, step))
@@ -128,24 +130,34 @@ def _import_path() -> list[str]:
 
 def _creator() -> None:
     subject, sandbox_id, step = pickle.loads(sys.stdin.buffer.read())
+    name, _, delay = step.partition("+")
+
+    def end() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def record(handle: Handle) -> None:
         sys.stdout.buffer.write(pickle.dumps(handle))
         sys.stdout.buffer.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
+        if not delay:
+            end()
+        threading.Timer(float(delay), end).start()
 
     async def main() -> None:
         runtime = subject.make(subject.paths)
         directory = subject.directory(sandbox_id)
         handle: Handle | None = None
         async for handle in runtime.create(subject.spec(sandbox_id), directory):
-            if handle.step == step:
+            if handle.step == name:
                 record(handle)
         assert handle is not None
+        if name == "start":
+            record(handle)
         started = await runtime.start(handle)
-        record(handle if step == "start" else started)
+        if name == "running":
+            record(started)
 
     asyncio.run(main())
+    signal.pause()
 
 
 class RuntimeContract:
@@ -208,7 +220,9 @@ class RuntimeContract:
 
     async def test_creator_killed_at_any_step_leaves_what_destroy_removes(self, subject: Subject) -> None:
         """Whatever step its creator was killed at, the sandbox is listed if it exists, and destroy removes it all."""
-        for step in (*await self._steps(subject), "start"):
+        steps = await self._steps(subject)
+        in_between = [f"{steps[-2]}+{delay}" for delay in (0.01, 0.03, 0.05, 0.08)]
+        for step in (*steps, "start", "start+0.01", "start+0.03", *in_between):
             runtime = subject.make(subject.paths)
             sandbox_id = str(uuid.uuid4())
             handle = await create_and_be_killed(subject, sandbox_id, step)

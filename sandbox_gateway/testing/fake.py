@@ -80,8 +80,9 @@ class FakeRuntime:
         agent = ProcessRef.from_json(handle.data.get("sandbox"))
         if agent is None:
             return Death(DeathKind.FAILED, f"the sandbox was never started (step {handle.step})")
-        await processes.wait_exit(agent)
-        said = await asyncio.to_thread(launcher.last_words, handle.directory)
+        with launcher.LastWords(handle.directory) as words:
+            await processes.wait_exit(agent)
+            said = words.read()
         kind = DeathKind.STOPPED if handle.id in self._ending else DeathKind.AGENT_DIED
         return Death(kind, stderr_tail=said)
 
@@ -112,24 +113,29 @@ class FakeRuntime:
         await asyncio.shield(asyncio.to_thread(self._remove, handle))
 
     def _remove(self, handle: Handle) -> None:
-        holder = ProcessRef.from_json(handle.data.get("holder"))
-        marker = f"{launcher.MARKER}={handle.directory}"
-        found = processes.find(lambda argv, environment: marker in environment)
-        roots = {ref for ref in (holder, ProcessRef.from_json(handle.data.get("sandbox")), *found) if ref is not None}
-        # Orphans come to the holder, which is a subreaper: so it goes last, when nothing is below it any more.
-        holders = {ref for ref in roots if ref == holder or processes.command_line(ref.pid)[1:] == ["infinity"]}
-        left: list[ProcessRef] = []
-        for _ in range(100):
-            below = processes.descendants([ref.pid for ref in roots if ref.alive()])
-            refs = {ref for pid in below if (ref := ProcessRef.of(pid)) is not None} - holders
-            if not refs:
-                break
-            left = processes.kill_all(refs, _KILL_TIMEOUT)
-        left += processes.kill_all(holders, _KILL_TIMEOUT)
-        if left:
-            raise SandboxGatewayError("runtime_failed", f"processes of sandbox {handle.id} will not end: {left}")
-        shutil.rmtree(handle.directory / KIND, ignore_errors=True)
+        # Nothing can be launched any more from here on: the launcher opens the pipes first.
         launcher.Fifos.inside(handle.directory).remove()
+        left: list[ProcessRef] = []
+        quiet = 0
+        # Twice nothing: one look over /proc can miss a process that is forked meanwhile.
+        while quiet < 2:
+            refs, holders = self._processes(handle)
+            quiet = 0 if refs or holders else quiet + 1
+            # Orphans come to the holder, which is a subreaper: so it goes last, when nothing is below it any more.
+            left = processes.kill_all(refs or holders, _KILL_TIMEOUT)
+            if left:
+                raise SandboxGatewayError("runtime_failed", f"processes of sandbox {handle.id} will not end: {left}")
+        shutil.rmtree(handle.directory / KIND, ignore_errors=True)
+
+    def _processes(self, handle: Handle) -> tuple[set[ProcessRef], set[ProcessRef]]:
+        """What runs of the sandbox now, and what holds it."""
+        recorded = [ProcessRef.from_json(handle.data.get(name)) for name in ("holder", "sandbox")]
+        marker = f"{launcher.MARKER}={handle.directory}"
+        marked = processes.find(lambda argv, environment: marker in environment)
+        roots = {ref for ref in (*recorded, *marked) if ref is not None and ref.alive()}
+        holders = {ref for ref in roots if ref == recorded[0] or processes.command_line(ref.pid)[1:] == ["infinity"]}
+        below = processes.descendants([ref.pid for ref in roots])
+        return {ref for pid in below if (ref := ProcessRef.of(pid)) is not None} - holders, holders
 
 
 def _environment(handle: Handle) -> Mapping[str, str]:

@@ -1,0 +1,125 @@
+"""The launcher: what it starts outlives us, is reaped, and is found again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.host import processes
+from sandbox_gateway.host.paths import Paths
+from sandbox_gateway.host.processes import ProcessRef
+from sandbox_gateway.runtimes import launcher
+from sandbox_gateway.runtimes.launcher import MARKER, Fifos, Launched, launch
+
+
+@pytest.fixture
+def directory(paths: Paths) -> Path:
+    """A sandbox's runtime directory with its pipes."""
+    path = paths.sandbox("one")
+    path.mkdir()
+    Fifos.inside(path).make()
+    return path
+
+
+@asynccontextmanager
+async def launched(directory: Path, code: str, **arguments: Any) -> AsyncIterator[Launched]:
+    """A Python program under a holder; both are ended afterwards."""
+    found = await launch([sys.executable, "-S", "-c", code], directory, **arguments)
+    try:
+        yield found
+    finally:
+        processes.kill_all([found.process], 10)
+        processes.kill_all([found.holder], 10)
+
+
+async def test_program_runs_on_the_pipes_and_carries_the_mark(directory: Path) -> None:
+    """Its output is in the pipe for whoever opens it, and its environment names the sandbox."""
+    code = "import os, time; os.write(1, b'hello\\n'); time.sleep(100)"
+    async with launched(directory, code) as found:
+        fd = os.open(Fifos.inside(directory).stdout, os.O_RDWR)
+        try:
+            assert os.read(fd, 100) == b"hello\n"
+        finally:
+            os.close(fd)
+        for ref in (found.process, found.holder):
+            assert f"{MARKER}={directory}" in processes.environment(ref.pid)
+
+
+async def test_holder_reaps_what_is_left_to_it(directory: Path) -> None:
+    """The ended process is no zombie, and neither is an orphan below it."""
+    code = "import os, time\nif os.fork() == 0:\n    time.sleep(100)\nos._exit(0)"
+    async with launched(directory, code) as found:
+        await asyncio.wait_for(processes.wait_exit(found.process), 10)
+        (orphan,) = [pid for pid in processes.descendants([found.holder.pid]) if pid != found.holder.pid]
+        ref = ProcessRef.of(orphan)
+        assert ref is not None
+        ref.kill()
+        await asyncio.wait_for(processes.wait_exit(ref), 10)
+        for _ in range(200):
+            if not os.path.exists(f"/proc/{orphan}"):
+                break
+            await asyncio.sleep(0.01)
+        assert not os.path.exists(f"/proc/{orphan}")
+
+
+async def test_without_gnu_tail_python_holds(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fallback holder ends by itself with the process."""
+    monkeypatch.setattr(launcher, "holder_command", lambda: None)
+    async with launched(directory, "import time; time.sleep(100)") as found:
+        assert found.holder.alive()
+        found.process.kill()
+        await asyncio.wait_for(processes.wait_exit(found.holder), 10)
+
+
+async def test_failure_is_told_in_the_programs_own_words(directory: Path, tmp_path: Path) -> None:
+    """A command that fails gives its last line, and nothing stays."""
+    code = "import sys; print('first', file=sys.stderr); sys.exit('out of luck')"
+    with pytest.raises(SandboxGatewayError, match="out of luck"):
+        await launch([sys.executable, "-S", "-c", code], directory, pid_file=tmp_path / "pid")
+    assert processes.find(lambda argv, environment: f"{MARKER}={directory}" in environment) == []
+
+
+async def test_missing_program_and_missing_group_are_errors(directory: Path) -> None:
+    """What cannot be started or joined is an error of the runtime, not a hang."""
+    with pytest.raises(SandboxGatewayError, match="No such file"):
+        await launch(["/nonexistent/program"], directory)
+    with pytest.raises(SandboxGatewayError, match=r"cgroup\.procs"):
+        await launch([sys.executable], directory, join=["/nonexistent/cgroup.procs"])
+
+
+async def test_cores_are_bound(directory: Path) -> None:
+    """Where time cannot be limited the program gets some of the cores."""
+    core = min(os.sched_getaffinity(0))
+    async with launched(directory, "import time; time.sleep(100)", cores=[core]) as found:
+        assert os.sched_getaffinity(found.process.pid) == {core}
+
+
+async def test_last_words_survive_their_speaker(directory: Path) -> None:
+    """What was said on standard error can be read after the end, by who held it or while the holder is there."""
+    async with launched(directory, "import os; os.write(2, b'farewell')") as found:
+        with launcher.LastWords(directory) as held:
+            await asyncio.wait_for(processes.wait_exit(found.process), 10)
+            with launcher.LastWords(directory) as later:
+                assert later.read() == "farewell"
+            assert held.read() == ""
+    with launcher.LastWords(directory / "none") as nothing:
+        assert nothing.read() == ""
+
+
+async def test_our_own_process_is_no_subreaper(directory: Path) -> None:
+    """An embedding application's children stay what they were: nothing global is changed."""
+    import ctypes
+
+    async with launched(directory, "import time; time.sleep(100)") as found:
+        value = ctypes.c_int(-1)
+        assert ctypes.CDLL(None).prctl(37, ctypes.byref(value), 0, 0, 0) == 0
+        assert value.value == 0
+        assert found.holder.pid not in processes.descendants([os.getpid()])
