@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sandbox_gateway import guard
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.model import WorkspaceMode
 from sandbox_gateway.profiles import Profile
@@ -119,7 +120,7 @@ def kernel_json(profile: Profile) -> dict[str, Any]:
         # DESIGN 4.12: the runtime without isolation says so wherever it shows.
         display_name += " (not isolated)"
     return {
-        "argv": list(kernel_argv(profile)),
+        "argv": list(guard.wrap(kernel_argv(profile))),
         "display_name": display_name,
         "language": profile.language,
         "interrupt_mode": profile.interrupt_mode,

@@ -17,6 +17,7 @@ from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.provisioning.provisioner_base import KernelProvisionerBase
 from traitlets import Unicode
 
+from sandbox_gateway import guard
 from sandbox_gateway.background import background_loop
 from sandbox_gateway.embedded import SandboxedKernel
 from sandbox_gateway.model import KernelSpec
@@ -53,7 +54,7 @@ class SandboxProvisioner(KernelProvisionerBase):
         else:
             key = self.connection_info.get("key", b"")
         spec = KernelSpec(
-            argv=(*self.kernel_spec.argv, *extra_arguments),
+            argv=(*guard.unwrap(self.kernel_spec.argv), *extra_arguments),
             environment={str(name): str(value) for name, value in (self.kernel_spec.env or {}).items()},
             interrupt_mode=self.kernel_spec.interrupt_mode,
         )

@@ -22,7 +22,7 @@ class Capability:
     """One thing a runtime can or cannot do here."""
 
     name: str
-    """``run``, ``limits.memory``, ``limits.cpu``, ``limits.processes``, ``limits.disk``, ``pause``, ``snapshots``, ``gpu``..."""
+    """``run``, ``limits.<name of a limit>``, ``pause``, ``snapshots``, ``gpu``..."""
     available: bool
     reason: str = ""
     """Why not, or in which way only (``soft: the owner watches and kills``)."""
