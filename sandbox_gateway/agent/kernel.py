@@ -198,11 +198,11 @@ class Kernel:
                 environment["SANDBOX_IOPUB_FD"] = str(process.EXTRA_FD)
             child = process.spawn(replace(command, argv=argv, environment=environment), extra_pipe=fast is not None)
         except OSError as error:
-            self.phase = Phase.NONE
+            self._directory.forget(self.generation)
             answer(KernelError("kernel_failed", f"the kernel's files could not be made: {error.strerror}"))
             return
         except process.SpawnError as error:
-            self.phase = Phase.NONE
+            self._directory.forget(self.generation)
             answer(KernelError("kernel_failed", str(error)))
             return
         self.phase = Phase.SPAWNING
