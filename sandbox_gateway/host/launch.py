@@ -65,6 +65,7 @@ def _open_fifos(request: dict[str, Any]) -> list[int]:
     fds = []
     for name in ("stdin", "stdout", "stderr"):
         # Read-write: opening never waits for the other side, and no side's death is an end of file for the other.
+        # Nobody reads the standard error while all is well: rather refused than blocked when it is full.
         flags = os.O_RDWR | os.O_CLOEXEC | (os.O_NONBLOCK if name == "stderr" else 0)
         fd = os.open(request[name], flags)
         if name != "stderr":
