@@ -6,6 +6,7 @@ across restarts and across the death of a sandbox.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,19 @@ from sandbox_gateway.request import CreateRequest
 from sandbox_gateway.zmq_bridge import ZmqBridge
 
 _lifecycles: dict[Paths, Lifecycle] = {}
+_of_parents: list[Lifecycle] = []
+
+
+def _after_fork() -> None:
+    """A forked child owns nothing of its parent's: not its sandboxes, nor its socket, nor locks of its loop.
+
+    They are kept, unused, so that no finaliser touches what they share with the parent.
+    """
+    _of_parents.extend(_lifecycles.values())
+    _lifecycles.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def lifecycle() -> Lifecycle:
