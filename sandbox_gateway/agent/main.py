@@ -8,6 +8,7 @@ import fcntl
 import gc
 import json
 import os
+import shutil
 import signal
 import tempfile
 import time
@@ -155,6 +156,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     gc.freeze()
     agent.run()
     if own is not None:
-        with contextlib.suppress(OSError):
-            os.rmdir(own)
+        shutil.rmtree(own, ignore_errors=True)
     return 0
