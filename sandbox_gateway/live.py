@@ -35,6 +35,7 @@ HEARTBEAT = 5.0
 SILENCE = 60.0
 """Seconds without an answer after which a sandbox counts as dead."""
 _LOG_PATIENCE = 0.5
+_KILL_PATIENCE = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,7 @@ class LiveSandbox:
         self._link: Link | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._ending = False
+        self._boots = 0
         self._serial = asyncio.Lock()
 
     @property
@@ -178,6 +180,7 @@ class LiveSandbox:
             await self._move(State.RESTARTING)
             self.channels.disconnect()
             await self.link.call("restart_kernel", timeout=30.0, **self._kernel_parameters(kernel))
+            self._boots += 1
             self.kernel_exit = None
             self._kernel_gone.clear()
             self.channels.connect(self.link)
@@ -337,9 +340,18 @@ class LiveSandbox:
         if gone is None:
             log.warning("sandbox %s: a malformed kernel_exit event was dropped", self.id)
             return
+        if gone.signal == signal.SIGKILL and not gone.expected:
+            # The host may have killed it for memory, and is then ending the rest: that reason comes a moment later.
+            asyncio.get_running_loop().call_later(_KILL_PATIENCE, self._kernel_ended, gone, self._boots)
+        else:
+            self._kernel_ended(gone, self._boots)
+
+    def _kernel_ended(self, gone: KernelExit, boot: int) -> None:
+        if self._ending or boot != self._boots:
+            return
         self.kernel_exit = gone
         self._kernel_gone.set()
-        if not gone.expected and not self._ending:
+        if not gone.expected:
             tail = f"\n{gone.stderr_tail.rstrip()}" if gone.stderr_tail.strip() else ""
             log.warning("sandbox %s: %s%s", self.id, gone.describe(), tail)
             self.channels.notice(f"\n[sandbox] {gone.describe()}{tail}\n")
