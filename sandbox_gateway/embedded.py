@@ -26,6 +26,7 @@ from sandbox_gateway.zmq_bridge import ZmqBridge
 
 _lifecycles: dict[Paths, Lifecycle] = {}
 _of_parents: list[Lifecycle] = []
+_open_kernels: set[SandboxedKernel] = set()
 
 
 def _after_fork() -> None:
@@ -35,6 +36,7 @@ def _after_fork() -> None:
     """
     _of_parents.extend(_lifecycles.values())
     _lifecycles.clear()
+    _open_kernels.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork)
@@ -50,6 +52,8 @@ def lifecycle() -> Lifecycle:
         async def close() -> None:
             _lifecycles.pop(paths, None)
             await made.close()
+            for kernel in tuple(_open_kernels):
+                kernel.let_go()
 
         background_loop().on_shutdown(close)
     return _lifecycles[paths]
@@ -82,6 +86,7 @@ class SandboxedKernel:
         wanted = CreateRequest(self.id, profile, kernel, self._key, directory, client_environment, name)
         if self._lock is None:
             self._lock = await owner.claim(self.id)
+            _open_kernels.add(self)
         if self._bridge is None:
             self._open_bridge(self._lock.directory, wanted)
         assert self._channels is not None and self._bridge is not None
@@ -95,7 +100,7 @@ class SandboxedKernel:
                 self._sandbox = await owner.create(wanted, self._lock, self._channels, _phases(progress))
             except BaseException:
                 if sandbox is None:
-                    self._let_go()
+                    self.let_go()
                 raise
             if lost is not None:
                 self._channels.notice(f"[sandbox] A new sandbox was made ({lost.describe()}); earlier files are lost\n")
@@ -107,8 +112,9 @@ class SandboxedKernel:
         self._bridge = ZmqBridge(directory, self._key, self._channels.request)
         self._channels.subscribe(self._bridge.deliver)
 
-    def _let_go(self) -> None:
+    def let_go(self) -> None:
         """Close the endpoints and give the id up; the directory goes with it."""
+        _open_kernels.discard(self)
         bridge, self._bridge = self._bridge, None
         if bridge is not None:
             bridge.close()
@@ -138,7 +144,7 @@ class SandboxedKernel:
         """End the sandbox and the endpoints; nothing of this kernel is left."""
         if self._sandbox is not None:
             await self._sandbox.destroy(Death(DeathKind.STOPPED, "shut down by its application"))
-        self._let_go()
+        self.let_go()
 
 
 def _phases(say: Callable[[str], None]) -> Callable[[Progress], None]:

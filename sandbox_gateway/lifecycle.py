@@ -202,14 +202,21 @@ class Lifecycle:
         """End what this process owns, by each sandbox's ``on_owner_exit``; then stop answering."""
         if self._sweeping is not None:
             await asyncio.wait({self._sweeping}, timeout=5.0)
-        for sandbox in tuple(self.live.values()):
-            if sandbox.record.on_owner_exit is OnOwnerExit.TERMINATE:
-                with contextlib.suppress(Exception):
-                    await sandbox.destroy(Death(DeathKind.OWNER_GONE, "its application ended"))
+        await asyncio.gather(*(self._leave(sandbox) for sandbox in tuple(self.live.values())))
         if self._server is not None:
             await self._server.stop()
             self._server = None
         self.store.close()
+
+    async def _leave(self, sandbox: LiveSandbox) -> None:
+        try:
+            if sandbox.record.on_owner_exit is OnOwnerExit.TERMINATE:
+                await sandbox.destroy(Death(DeathKind.OWNER_GONE, "its application ended"))
+            else:
+                self.live.pop(sandbox.id, None)
+                await sandbox.detach()
+        except Exception:
+            log.exception("sandbox %s could not be left in order", sandbox.id)
 
     # What others left
 

@@ -262,6 +262,18 @@ class LiveSandbox:
                 await self._keep_log()
             await self._finish(death, State.TERMINATED)
 
+    async def detach(self) -> None:
+        """Leave the sandbox running for its next owner (``on_owner_exit`` is not ``terminate``)."""
+        async with self._serial:
+            if self._ending:
+                return
+            self._ending = True
+            self.channels.disconnect()
+            for task in self._tasks:
+                task.cancel()
+            await self.link.close(detach=True)
+            await self._save(owner_pid=None)
+
     async def _finish(self, death: Death, final: State) -> None:
         first = self.death is None
         self.death = self.death or death

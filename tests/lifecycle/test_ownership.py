@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from acceptance import KERNEL, Product, kernel, until
+from acceptance import KERNEL, Product, kernel, profile_kernelspec, until
 
 OWNER = """
 import sys
@@ -142,3 +142,24 @@ def test_a_creation_cut_short_by_kill_9_leaves_nothing(product: Product, after: 
     with kernel(KERNEL):
         until(lambda: not (run / sandbox_id).exists())
     assert sandbox_processes(sandbox_id) == []
+
+
+@pytest.mark.parametrize(("policy", "lives"), [("terminate", False), ("keep", True)])
+def test_an_application_that_just_ends_leaves_what_its_profile_says(product: Product, policy: str, lives: bool) -> None:
+    profiles = product.home / "profiles.toml"
+    before = profiles.read_text()
+    profiles.write_text(before + f'\n[profiles.leaving]\non_owner_exit = "{policy}"\n')
+    try:
+        with profile_kernelspec(product, "leaving") as name:
+            script = OWNER.replace("sys.stdin.read()", "")
+            done = subprocess.run([sys.executable, "-c", script, name], capture_output=True, text=True, timeout=60)
+    finally:
+        profiles.write_text(before)
+    assert done.returncode == 0, done.stderr
+    sandbox_id = done.stdout.strip()
+    assert bool(sandbox_processes(sandbox_id)) is lives
+    assert [row["id"] for row in product.ps()] == ([sandbox_id] if lives else [])
+    assert (product.home / "run" / sandbox_id).exists() is lives
+    if lives:
+        assert product.command("rm", sandbox_id).returncode == 0
+        assert sandbox_processes(sandbox_id) == []
