@@ -169,13 +169,16 @@ def idle(names: dict[str, str], plan: Plan, say: Callable[[str], None]) -> list[
     cpu = Measure(
         "processor use of an idle kernel", "% of a core", "lower", target_value=0.2, target_from="design, later"
     )
-    owner_memory = Measure("the same in the owning process", "MB", "lower", note="growth for each kernel")
-    owner_cpu = Measure("its processor use", "% of a core", "lower", note="owner with all idle kernels / kernels")
+    private = Measure("of it anonymous or shared memory", "MB", "lower", note="without page cache")
+    owner_memory = Measure("memory in the owning process", "MB", "lower", note="growth for each kernel")
+    owner_cpu = Measure(
+        "processor use of the owning process", "% of a core", "lower", note="owner with all idle kernels / kernels"
+    )
     me = [os.getpid()]
     for side in SIDES:
         start(names[side]).stop()  # what the owner loads once, it has loaded now
         gc.collect()
-        before = processes.pss(me)
+        before = processes.memory(me).pss
         kernels: list[Kernel] = []
         try:
             kernels.extend(start(names[side]) for _ in range(plan.idle_kernels))
@@ -184,11 +187,13 @@ def idle(names: dict[str, str], plan: Plan, say: Callable[[str], None]) -> list[
                 kernel.client.stop_channels()
             time.sleep(2)
             gc.collect()
-            owner_memory.samples[side].append((processes.pss(me) - before) / 1e6 / len(kernels))
+            owner_memory.samples[side].append((processes.memory(me).pss - before) / 1e6 / len(kernels))
             groups = [kernel.pids() for kernel in kernels]
             if not all(groups):
                 raise BenchError(f"no host process of a {side} kernel was found")
-            memory.samples[side] += [processes.pss(group) / 1e6 for group in groups]
+            found = [processes.memory(group) for group in groups]
+            memory.samples[side] += [usage.pss / 1e6 for usage in found]
+            private.samples[side] += [usage.private / 1e6 for usage in found]
             used = [processes.cpu_seconds(group) for group in groups]
             own = processes.cpu_seconds(me)
             begun = time.perf_counter()
@@ -204,7 +209,7 @@ def idle(names: dict[str, str], plan: Plan, say: Callable[[str], None]) -> list[
             for kernel in kernels:
                 kernel.stop()
         say(f"idle, {side}")
-    return [memory, cpu, owner_memory, owner_cpu]
+    return [memory, private, owner_memory, cpu, owner_cpu]
 
 
 MEASURES: tuple[Callable[[dict[str, str], Plan, Callable[[str], None]], list[Measure]], ...] = (

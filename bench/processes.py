@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_KCMP = {"x86_64": 312, "aarch64": 272}
+"""Number of the kcmp system call."""
 
 
 def tree(roots: Iterable[int]) -> set[int]:
@@ -42,9 +49,36 @@ def of_sandbox(sandbox_id: str) -> set[int]:
     return tree(pid for pid in named if pid not in own) - own
 
 
-def pss(pids: Iterable[int]) -> int:
-    """Proportional set size of the processes together, in bytes; one that is gone counts nothing."""
-    return sum(_pss(pid) for pid in pids)
+@dataclass(frozen=True)
+class Memory:
+    """Bytes. Pages that several processes map count for each of them by its share (PSS)."""
+
+    pss: int
+    private: int
+    """What of it is anonymous or shared memory: what one more kernel costs, whatever the page cache holds anyway."""
+
+
+def memory(pids: Iterable[int]) -> Memory:
+    """What the processes use together; one that is gone counts nothing.
+
+    systrap runs the guest's threads in processes that share one address space; each address space counts once.
+    """
+    total = private = 0
+    counted: list[int] = []
+    for pid in sorted(pids):
+        if any(_same_memory(pid, other) for other in counted):
+            continue
+        counted.append(pid)
+        fields = _rollup(pid)
+        total += fields.get("Pss", 0)
+        private += fields.get("Pss_Anon", 0) + fields.get("Pss_Shmem", 0)
+    return Memory(total, private)
+
+
+def _same_memory(one: int, other: int) -> bool:
+    """Whether two processes share one address space (kcmp(2), KCMP_VM); False where that cannot be asked."""
+    number = _KCMP.get(platform.machine())
+    return number is not None and _LIBC.syscall(number, one, other, 1, 0, 0) == 0
 
 
 def cpu_seconds(pids: Iterable[int]) -> float:
@@ -62,14 +96,16 @@ def cpu_seconds(pids: Iterable[int]) -> float:
     return total / 1e9
 
 
-def _pss(pid: int) -> int:
+def _rollup(pid: int) -> dict[str, int]:
+    """The sums of ``smaps_rollup``, in bytes."""
+    fields: dict[str, int] = {}
     try:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1024
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
+            name, _, rest = line.partition(":")
+            fields[name] = int(rest.split()[0]) * 1024
     except OSError:
         pass
-    return 0
+    return fields
 
 
 def _pids() -> list[int]:
