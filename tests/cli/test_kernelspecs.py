@@ -147,11 +147,14 @@ def test_uninstall_removes_the_named_or_all_of_ours(run: Run, prefix: Path) -> N
     assert list(kernels(prefix).iterdir()) == []
 
 
-def test_uninstall_finds_what_jupyter_finds(run: Run, prefix: Path) -> None:
-    run("install", "--prefix", prefix, "python3-gvisor-files")
-    done = run("uninstall", "python3-gvisor-files")
-    assert f"removed python3-gvisor-files in {kernels(prefix)}" in done.stdout
-    assert not (kernels(prefix) / "python3-gvisor-files").exists()
+def test_uninstall_finds_what_jupyter_finds(run: Run, paths: Paths, prefix: Path) -> None:
+    # A name of this test's own: the search goes through the developer's kernelspecs too, and they must stay.
+    name = "only-in-this-test"
+    paths.profiles.write_text(f"[profiles.{name}]\n")
+    run("install", "--prefix", prefix, name)
+    done = run("uninstall", name)
+    assert f"removed {name} in {kernels(prefix)}" in done.stdout
+    assert not (kernels(prefix) / name).exists()
 
 
 def test_uninstall_takes_a_kernelspec_whose_profile_is_gone(run: Run, paths: Paths, prefix: Path) -> None:
