@@ -14,6 +14,7 @@ from typing import Any
 from sandbox_gateway import request as requests
 from sandbox_gateway.background import background_loop
 from sandbox_gateway.channels import KernelChannels
+from sandbox_gateway.errors import storage_error
 from sandbox_gateway.host.paths import Paths, discover
 from sandbox_gateway.images.service import Progress
 from sandbox_gateway.lifecycle import Lifecycle
@@ -87,21 +88,28 @@ class SandboxedKernel:
         if self._lock is None:
             self._lock = await owner.claim(self.id)
             _open_kernels.add(self)
+        try:
+            return await self._start(owner, self._lock, wanted, progress)
+        except BaseException as error:
+            if self._sandbox is None:
+                self.let_go()
+            if isinstance(error, OSError):
+                raise storage_error(error, f"the kernel could not be started in {owner.paths.home}") from error
+            raise
+
+    async def _start(
+        self, owner: Lifecycle, lock: OwnerLock, wanted: CreateRequest, progress: Callable[[str], None]
+    ) -> Any:
         if self._bridge is None:
-            self._open_bridge(self._lock.directory, wanted)
+            self._open_bridge(lock.directory, wanted)
         assert self._channels is not None and self._bridge is not None
         sandbox = self._sandbox
         if sandbox is not None and sandbox.death is None:
-            image = await owner.image(profile, sandbox.kernel_uid)
+            image = await owner.image(wanted.profile, sandbox.kernel_uid)
             await sandbox.reboot(requests.kernel(wanted, image))
         else:
             lost = sandbox.death if sandbox is not None else None
-            try:
-                self._sandbox = await owner.create(wanted, self._lock, self._channels, _phases(progress))
-            except BaseException:
-                if sandbox is None:
-                    self.let_go()
-                raise
+            self._sandbox = await owner.create(wanted, lock, self._channels, _phases(progress))
             if lost is not None:
                 self._channels.notice(f"[sandbox] A new sandbox was made ({lost.describe()}); earlier files are lost\n")
         self._bridge.publish_endpoints()

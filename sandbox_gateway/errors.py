@@ -6,6 +6,8 @@ and a ``hint`` (what to do next). The table is the contract: a code that is not 
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -89,3 +91,19 @@ class SandboxGatewayError(Exception):
         known = code if isinstance(code, str) and code in ERRORS else "internal"
         hint = data.get("hint")
         return cls(known, str(data.get("message", "unknown error")), hint if isinstance(hint, str) else None)
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def storage_error(error: OSError, what: str) -> SandboxGatewayError:
+    """The error of a file operation of ours: ``disk_full``, else ``data_directory``; ``what`` says what failed."""
+    if error.errno in _FULL:
+        return SandboxGatewayError("disk_full", f"no space left: {what}")
+    return SandboxGatewayError("data_directory", f"{what}: {error.strerror or error}")
+
+
+def program_error(code: str, message: str) -> SandboxGatewayError:
+    """The error of another program that failed with ``message``: ``disk_full`` where that is its reason."""
+    full = any(os.strerror(number).lower() in message.lower() for number in _FULL)
+    return SandboxGatewayError("disk_full" if full else code, message)

@@ -31,7 +31,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.errors import SandboxGatewayError, storage_error
 from sandbox_gateway.host.paths import Paths
 
 log = logging.getLogger(__name__)
@@ -98,20 +98,28 @@ class OwnerLock:
             raise SandboxGatewayError("owned_elsewhere", f"sandbox {self.directory.name} is owned by {who}")
 
     def try_acquire(self) -> bool:
-        """Take the lock if it is free; True when it is held now. Raises ``data_directory`` when it cannot be made."""
+        """Take the lock if it is free; True when it is held now.
+
+        Raises ``data_directory`` or ``disk_full`` when it cannot be made.
+        """
         if self._fd is not None:
             return True
         try:
             fd = _open_locked(self.directory)
         except OSError as error:
-            raise SandboxGatewayError("data_directory", f"cannot lock {self.directory}: {error.strerror}") from error
+            raise storage_error(error, f"cannot lock {self.directory}") from error
         if fd is None:
             return False
         self._fd = fd
         _held.add(self)
         text = json.dumps({"pid": os.getpid(), "socket": str(self._server)}).encode() + b"\n"
-        os.pwrite(fd, text, 0)
-        os.ftruncate(fd, len(text))
+        try:
+            os.pwrite(fd, text, 0)
+            os.ftruncate(fd, len(text))
+        except OSError as error:
+            # A directory that was there before is not empty, and stays.
+            self.release(remove=True)
+            raise storage_error(error, f"cannot lock {self.directory}") from error
         return True
 
     def release(self, *, remove: bool = False) -> None:
@@ -278,7 +286,7 @@ class OwnerServer:
             os.rename(fresh, self.path)
         except OSError as error:
             listening.close()
-            raise SandboxGatewayError("data_directory", f"cannot listen on {self.path}: {error}") from error
+            raise storage_error(error, f"cannot listen on {self.path}") from error
         listening.setblocking(False)
         self._server = await asyncio.start_unix_server(self._connected, sock=listening, limit=MAX_REQUEST)
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sandbox_gateway import messages, zmtp
-from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.errors import storage_error
 from sandbox_gateway.messages import Buffer
 from sandbox_gateway.wire.frames import Channel
 
@@ -94,7 +94,7 @@ class ZmqBridge:
                 endpoint.listen()
         except OSError as error:
             self.close()
-            raise SandboxGatewayError("data_directory", f"cannot make sockets in {self.directory}: {error}") from error
+            raise storage_error(error, f"cannot make sockets in {self.directory}") from error
 
     def deliver(self, channel: int, parts: Sequence[Buffer]) -> None:
         """Pass a message of the kernel on: on iopub to all who subscribed, else to the client it is addressed to.

@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.errors import SandboxGatewayError, storage_error
 from sandbox_gateway.host import cgroups, processes
 from sandbox_gateway.host.cgroups import CgroupTree
 from sandbox_gateway.host.paths import Paths
@@ -121,7 +121,7 @@ class GvisorRuntime:
             with open(os.open(bundle / "config.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
                 json.dump(config, file)
         except OSError as error:
-            raise SandboxGatewayError("data_directory", f"cannot write in {directory}: {error.strerror}") from error
+            raise storage_error(error, f"cannot write in {directory}") from error
 
     def _init(self) -> tuple[str, ...]:
         if self._argv is not None:

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from sandbox_gateway.errors import ERRORS, SandboxGatewayError
+from sandbox_gateway.errors import ERRORS, SandboxGatewayError, program_error, storage_error
 from sandbox_gateway.host.cgroups import CgroupTree
 from sandbox_gateway.host.machine import boot_id
 from sandbox_gateway.host.namespaces import why_no_user_namespace, wrap_user_namespace
@@ -103,9 +103,11 @@ async def _run_capability(paths: Paths, binary: Path) -> Capability:
     try:
         await _trial(paths, binary)
     except SandboxGatewayError as error:
+        if error.code in ("disk_full", "data_directory"):
+            raise  # says nothing about what can run here
         return Capability("run", False, f"a trial sandbox failed: {error.message}", error.hint)
     except OSError as error:
-        return Capability("run", False, f"a trial sandbox failed: {error}", "")
+        raise storage_error(error, f"a trial sandbox failed in {paths.runtime}") from error
     cache.write("ok")
     return Capability("run", True)
 
@@ -130,7 +132,7 @@ async def _trial(paths: Paths, binary: Path) -> None:
         )
         outcome = await runsc.run(wrap_user_namespace(command) if os.geteuid() else command, timeout=_TRIAL_TIMEOUT)
         if outcome.code != 0 or "runsc" not in outcome.output:
-            raise SandboxGatewayError("runtime_failed", outcome.reason)
+            raise program_error("runtime_failed", outcome.reason)
     finally:
         with contextlib.suppress(OSError):
             shutil.rmtree(directory)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.errors import SandboxGatewayError, program_error
 from sandbox_gateway.host.namespaces import launch_program
 from sandbox_gateway.host.processes import ProcessRef
 from sandbox_gateway.runtimes import runsc
@@ -107,7 +107,7 @@ async def launch(
         raise SandboxGatewayError("runtime_failed", f"the launcher failed: {outcome.reason}") from None
     if "error" in answer:
         message = runsc.last_line(answer["error"]) or "no reason given"
-        raise SandboxGatewayError("runtime_failed", f"{Path(argv[0]).name}: {message}")
+        raise program_error("runtime_failed", f"{Path(argv[0]).name}: {message}")
     reaper = ProcessRef.from_json(answer.get("holder"))
     process = ProcessRef.from_json(answer.get("process"))
     if reaper is None or process is None:

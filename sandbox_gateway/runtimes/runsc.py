@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.errors import SandboxGatewayError, program_error
 
 TIMEOUT = 60.0
 """Seconds after which a call is given up; the longest ordinary one takes a few tenths."""
@@ -97,5 +97,5 @@ class Runsc:
         """Run a command that must succeed; return what it printed. Raises ``runtime_failed`` with its reason."""
         outcome = await run(self.argv(flags, *command), timeout=timeout)
         if outcome.code != 0:
-            raise SandboxGatewayError("runtime_failed", f"runsc {command[0]}: {outcome.reason}")
+            raise program_error("runtime_failed", f"runsc {command[0]}: {outcome.reason}")
         return outcome.output

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import sandbox_gateway
-from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.errors import SandboxGatewayError, storage_error
 from sandbox_gateway.host import processes
 from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.host.processes import ProcessRef
@@ -56,7 +56,7 @@ class FakeRuntime:
             (directory / KIND).mkdir(mode=0o700)
             launcher.Fifos.inside(directory).make()
         except OSError as error:
-            raise SandboxGatewayError("data_directory", f"cannot write in {directory}: {error.strerror}") from error
+            raise storage_error(error, f"cannot write in {directory}") from error
         yield replace(handle, step="created")
 
     async def start(self, handle: Handle) -> Handle:
