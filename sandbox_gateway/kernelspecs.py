@@ -137,7 +137,8 @@ def kernel_argv(profile: Profile) -> tuple[str, ...]:
         return profile.argv
     kind, _, path = profile.image.partition(":")
     interpreter = "python3" if kind == "directory" else path or sys.executable
-    return (interpreter, "-m", "ipykernel_launcher", "-f", "{connection_file}")
+    # As ipykernel's own kernelspec: with frozen modules the debugger misses breakpoints, and says so in each console.
+    return (interpreter, "-Xfrozen_modules=off", "-m", "ipykernel_launcher", "-f", "{connection_file}")
 
 
 def describe(profile: Profile) -> str:

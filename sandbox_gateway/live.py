@@ -196,7 +196,8 @@ class LiveSandbox:
             "interrupt_mode": kernel.interrupt_mode,
             "key": self._key.decode("ascii"),
             "rlimits": {},
-            "fast_iopub": is_ipykernel(kernel.argv),
+            # The agent takes its own way for ipykernel's output; it knows that command and leaves others alone.
+            "fast_iopub": True,
         }
 
     async def signal(self, number: int) -> None:
@@ -384,11 +385,6 @@ def _write_private(path: Path, content: bytes) -> None:
     path.parent.mkdir(mode=0o700, exist_ok=True)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as file:
         file.write(content)
-
-
-def is_ipykernel(argv: tuple[str, ...]) -> bool:
-    """Whether the command starts IPython's kernel, which our own application can stand in for."""
-    return len(argv) >= 3 and argv[1] == "-m" and argv[2] in {"ipykernel_launcher", "ipykernel"}
 
 
 def _kernel_exit(event: Mapping[str, Any]) -> KernelExit | None:

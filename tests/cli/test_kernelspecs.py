@@ -50,7 +50,14 @@ def test_jupyter_reads_what_was_installed(run: Run, prefix: Path) -> None:
     assert sorted(manager.find_kernel_specs()) == BUILT_IN
     found = manager.get_kernel_spec("python3-gvisor-files")
     assert found.display_name == "Python 3 (gVisor, this folder)" and found.language == "python"
-    assert guard.unwrap(found.argv) == (sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}")
+    assert guard.unwrap(found.argv) == (
+        sys.executable,
+        "-Xfrozen_modules=off",
+        "-m",
+        "ipykernel_launcher",
+        "-f",
+        "{connection_file}",
+    )
     assert found.interrupt_mode == "signal" and found.metadata["debugger"] is True
     assert found.metadata["kernel_provisioner"] == {
         "provisioner_name": "sandbox",
@@ -76,7 +83,7 @@ def test_the_command_follows_the_image_and_the_profiles_own(run: Run, paths: Pat
         'argv = ["python3", "-m", "bash_kernel", "-f", "{connection_file}"]\n'
     )
     run("install", "--prefix", prefix)
-    tail = ["-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    tail = ["-Xfrozen_modules=off", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     assert guard.unwrap(spec(prefix, "other")["argv"]) == ("/opt/conda/bin/python", *tail)
     assert guard.unwrap(spec(prefix, "tree")["argv"]) == ("python3", *tail)
     bash = spec(prefix, "bash")
