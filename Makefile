@@ -19,9 +19,10 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 help: ## say what there is
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
 
-setup: $(STAMP) ## everything needed: system packages, .venv, runsc, the kernelspecs
+setup: $(STAMP) ## everything needed: system packages, .venv, runsc, the kernelspecs, the image
 	@$(BIN)/jupyter sandbox setup
 	@$(BIN)/jupyter sandbox install --sys-prefix
+	@$(BIN)/jupyter sandbox image build
 
 $(STAMP): pyproject.toml sandbox_gateway/__init__.py tools/system_packages.sh
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
