@@ -26,6 +26,7 @@ from sandbox_gateway.images.service import ImageService, Progress
 from sandbox_gateway.live import LiveSandbox
 from sandbox_gateway.model import LIVE, Death, DeathKind, Image, Limits, OnOwnerExit, SandboxRecord, State
 from sandbox_gateway.owner import LOCK_NAME, OWNERS, NoOwner, OwnerLock, OwnerServer, ask, holder
+from sandbox_gateway.owner import sweep as sweep_sockets
 from sandbox_gateway.profiles import Profile
 from sandbox_gateway.request import CreateRequest
 from sandbox_gateway.runtimes.base import Handle, Runtime, RuntimeReport
@@ -249,6 +250,7 @@ class Lifecycle:
                 if death is not None and await self._destroy_unowned(record, death):
                     swept.append(record.id)
         await self._remove_strays()
+        await asyncio.to_thread(sweep_sockets, self.paths.runtime / OWNERS)
         await asyncio.to_thread(self._trim_tombstones)
         return swept
 
