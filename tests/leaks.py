@@ -115,6 +115,15 @@ def _processes(prefixes: tuple[str, ...]) -> Iterator[tuple[ProcessRef, str]]:
         yield ref, " ".join(processes.command_line(ref.pid))[:200]
 
 
+def marked(directory: str, sandbox_id: str) -> list[ProcessRef]:
+    """Processes of one sandbox, whoever started them: by the launcher's variable, or by their arguments."""
+
+    def of_it(argv: list[str], environment: list[str]) -> bool:
+        return f"{MARKER}={directory}" in environment or sandbox_id in argv
+
+    return list(processes.find(of_it))
+
+
 def _mounts(prefixes: tuple[str, ...]) -> Iterator[str]:
     with open("/proc/self/mounts") as file:
         for line in file:
