@@ -143,6 +143,11 @@ class SandboxedKernel:
         if self._sandbox is not None:
             await self._sandbox.signal(number)
 
+    def expect_exit(self) -> None:
+        """The application asks the kernel to shut down. Thread-safe: it only sets a mark."""
+        if self._sandbox is not None:
+            self._sandbox.expect_exit()
+
     async def stop(self, grace: float) -> None:
         """End the kernel's processes; the sandbox stays for a restart."""
         if self._sandbox is not None and self._sandbox.poll() is None:

@@ -103,6 +103,7 @@ class LiveSandbox:
         self._tasks: list[asyncio.Task[None]] = []
         self._ending = False
         self._boots = 0
+        self._asked_to_exit: int | None = None
         self._serial = asyncio.Lock()
 
     @property
@@ -204,6 +205,10 @@ class LiveSandbox:
         """Send a signal to the kernel's process group; a kernel that is gone takes none."""
         if self.kernel_exit is None and self.death is None:
             await self.link.call("signal", signum=number)
+
+    def expect_exit(self) -> None:
+        """The kernel was asked to shut down: its end is no news. Thread-safe: it only sets a mark."""
+        self._asked_to_exit = self._boots
 
     async def interrupt(self) -> None:
         """Interrupt what runs, in the kernelspec's own way."""
@@ -364,7 +369,7 @@ class LiveSandbox:
             return
         self.kernel_exit = gone
         self._kernel_gone.set()
-        if not gone.expected:
+        if not gone.expected and boot != self._asked_to_exit:
             tail = f"\n{gone.stderr_tail.rstrip()}" if gone.stderr_tail.strip() else ""
             log.warning("sandbox %s: %s%s", self.id, gone.describe(), tail)
             self.channels.notice(f"\n[sandbox] {gone.describe()}{tail}\n")

@@ -119,6 +119,8 @@ class SandboxProvisioner(KernelProvisionerBase):
 
     async def shutdown_requested(self, restart: bool = False) -> None:
         """Called by ``KernelManager.request_shutdown``: the message itself goes over the control channel."""
+        if self._kernel is not None:
+            self._kernel.expect_exit()
 
     async def get_provisioner_info(self) -> dict[str, Any]:
         """What a persisted manager needs; called by ``KernelManager`` subclasses that save state."""

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 
+import pytest
 from acceptance import KERNEL, Client, Product, until
 from jupyter_client import AsyncKernelManager, KernelManager
 from leaks import marked
@@ -154,6 +155,20 @@ def test_an_asynchronous_manager_survives_the_end_of_its_loop(product: Product) 
     finally:
         asyncio.run(manager.shutdown_kernel(now=True))
     assert product.ps() == []
+
+
+def test_a_shutdown_by_the_application_is_no_news(product: Product, caplog: pytest.LogCaptureFixture) -> None:
+    """A kernel that ends because it was asked to is not reported as one that died."""
+    manager = KernelManager(kernel_name=KERNEL)
+    manager.start_kernel()
+    client = manager.blocking_client()
+    client.start_channels()
+    try:
+        client.wait_for_ready(timeout=60)
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel()
+    assert [record.message for record in caplog.records if "exited" in record.message] == []
 
 
 def test_an_application_that_forks_keeps_its_kernel(product: Product) -> None:
