@@ -8,24 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
-import hmac
-import json
 import os
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
-
-import zmq
+from typing import TYPE_CHECKING, Final
 
 from sandbox_gateway.agent import relay
 from sandbox_gateway.agent.loop import Loop
 from sandbox_gateway.agent.outpipe import PipeError, PipeReader
 from sandbox_gateway.agent.sources import Source
+
+if TYPE_CHECKING:
+    from sandbox_gateway.agent.sockets import KernelSockets
 
 BATCH: Final = 512
 """Messages taken from one socket before the link gets its turn."""
@@ -59,7 +55,7 @@ class KernelChannels:
         self._loop = loop
         self._hooks = hooks
         self._welcome = welcome
-        self._sockets: relay.KernelSockets | None = None
+        self._sockets: KernelSockets | None = None
         self._pipe = pipe
         self._reader: PipeReader | None = None
         self._output: Source | None = None
@@ -74,7 +70,9 @@ class KernelChannels:
 
     def connect(self, paths: Mapping[str, Path]) -> None:
         """Speak to the kernel, whose sockets exist."""
-        self._sockets = sockets = relay.KernelSockets(paths)
+        from sandbox_gateway.agent.sockets import KernelSockets
+
+        self._sockets = sockets = KernelSockets(paths)
         for socket in sockets.all():
             if socket is not sockets.iopub:
                 self._loop.watch(sockets.descriptor(socket), self._service)
@@ -85,13 +83,12 @@ class KernelChannels:
         self._check_ready()
 
     def send(self, channel: str, parts: Sequence[bytes | memoryview]) -> None:
-        """Hand a message to the kernel. Lost when it is going down: its exit will be reported."""
+        """Hand a message to the kernel, if it can be spoken to."""
         if self._sockets is None:
             return
         if self._output is not None:
             self._output.relax()
-        with contextlib.suppress(zmq.ZMQError):
-            self._sockets.requests[channel].send_multipart(parts, zmq.NOBLOCK)
+        self._sockets.send(channel, parts)
         # A send may swallow the signal of a message that has just come in: look.
         self._loop.soon(self._service)
 
@@ -99,8 +96,10 @@ class KernelChannels:
         """Send an ``interrupt_request`` of the agent's own; False while there is nobody to send it to."""
         if self._sockets is None:
             return False
+        from sandbox_gateway.agent.interrupt import interrupt_request
+
         self._interrupts += 1
-        self.send("control", _interrupt_request(key))
+        self.send("control", interrupt_request(key))
         return True
 
     def last_words(self) -> bool:
@@ -156,7 +155,7 @@ class KernelChannels:
             return
         more = False
         for name, socket in sockets.requests.items():
-            messages, rest = relay.receive(socket, BATCH)
+            messages, rest = sockets.receive(socket, BATCH)
             more = more or rest
             if messages and self._output is not None:
                 self._output.relax()
@@ -164,7 +163,7 @@ class KernelChannels:
             for parts in messages:
                 if name != "control" or not self._own_reply(parts):
                     self._hooks.message(name, parts)
-        if relay.receive(sockets.heartbeat, BATCH)[0] and not self._beating:
+        if sockets.receive(sockets.heartbeat, BATCH)[0] and not self._beating:
             self._beating = True
             self._check_ready()
             self._await_welcome()
@@ -174,7 +173,7 @@ class KernelChannels:
     def _look_at_iopub(self) -> tuple[int, bool]:
         if self._sockets is None:
             return 0, False
-        messages, more = relay.receive(self._sockets.iopub, BATCH)
+        messages, more = self._sockets.receive(self._sockets.iopub, BATCH)
         self._publish(messages)
         return len(messages), more
 
@@ -229,18 +228,3 @@ class KernelChannels:
     def _own_reply(self, parts: Sequence[bytes]) -> bool:
         """Whether this control reply answers a request of the agent's own (those carry no client's identity)."""
         return bool(self._interrupts) and bool(parts) and parts[0] == relay.DELIMITER
-
-
-def _interrupt_request(key: str) -> list[bytes]:
-    """A signed ``interrupt_request`` (Jupyter's messaging protocol 5.3) without identities in front."""
-    header = {
-        "msg_id": uuid.uuid4().hex,
-        "msg_type": "interrupt_request",
-        "username": "sandbox",
-        "session": "agent",
-        "date": datetime.now(UTC).isoformat().replace("+00:00", "Z"),
-        "version": "5.3",
-    }
-    frames = [json.dumps(header).encode(), b"{}", b"{}", b"{}"]
-    digest = hmac.new(key.encode(), b"".join(frames), hashlib.sha256).hexdigest() if key else ""
-    return [relay.DELIMITER, digest.encode(), *frames]

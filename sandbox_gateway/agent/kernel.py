@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib import import_module
 from typing import Any, Final
 
 from sandbox_gateway.agent import process, relay
@@ -238,6 +239,8 @@ class Kernel:
         self.phase = Phase.BOOTING
         self._hooks.event({"event": "kernel_started", "pid": child.pid, "generation": self.generation})
         answer({"pid": child.pid, "generation": self.generation})
+        # Behind the answer: what is needed next takes a while to load, and the kernel boots meanwhile.
+        self._loop.soon(_load_sockets)
         self._await_sockets(self.generation)
         if self._status is not None:
             self._exited()
@@ -354,3 +357,8 @@ class Kernel:
         if left and now >= when:
             process.signal_all(signal.SIGKILL)
         self._loop.later(_KILL_INTERVAL, lambda: self._kill_from(when, deadline, done))
+
+
+def _load_sockets() -> None:
+    """Import libzmq's binding; not before the first kernel runs, since it takes as long as all else of the agent."""
+    import_module("sandbox_gateway.agent.sockets")

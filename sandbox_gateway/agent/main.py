@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import fcntl
 import gc
 import json
 import os
-import shutil
 import signal
-import tempfile
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -139,22 +137,33 @@ def take_link() -> tuple[int, int]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the agent on standard input and output; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="agent", description="The process inside a sandbox that runs its kernel.")
-    parser.add_argument("--directory", help=f"where the kernel's sockets go (as PID 1: {DIRECTORY})")
-    options = parser.parse_args(argv)
+    wanted = _directory_option(sys.argv[1:] if argv is None else argv)
     read_fd, write_fd = take_link()
     privileges.protect_self()
     with contextlib.suppress(OSError):
         os.chdir("/")
     os.umask(0o022)
     own = None
-    directory = options.directory or (DIRECTORY if os.getpid() == 1 else None)
+    directory = wanted or (DIRECTORY if os.getpid() == 1 else None)
     if directory is None:
+        import tempfile
+
         own = tempfile.mkdtemp(prefix="kernel-")
         directory = own
     agent = Agent(read_fd, write_fd, Path(directory))
     gc.freeze()
     agent.run()
     if own is not None:
+        import shutil
+
         shutil.rmtree(own, ignore_errors=True)
     return 0
+
+
+def _directory_option(argv: Sequence[str]) -> str | None:
+    """Where the kernel's sockets go, if it was said. By hand: ``argparse`` is a tenth of PID 1's time to start."""
+    if not argv:
+        return None
+    if len(argv) == 2 and argv[0] == "--directory":
+        return argv[1]
+    raise SystemExit("usage: agent [--directory DIRECTORY]")
