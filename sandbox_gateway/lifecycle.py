@@ -132,7 +132,12 @@ class Lifecycle:
             await sandbox.create()
             await sandbox.boot(requests.kernel(wanted, image))
         except BaseException as error:
+            died = sandbox.death
             await asyncio.shield(self._undo(sandbox, error))
+            if died is not None and isinstance(error, SandboxGatewayError):
+                # What failed is only that nobody answers any more.
+                text = f"the sandbox ended while starting: {died.describe()}"
+                raise SandboxGatewayError("runtime_failed", text) from error
             raise
         return sandbox
 
