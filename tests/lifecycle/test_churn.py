@@ -273,12 +273,9 @@ def test_kernels_come_and_go_and_nothing_is_left(
 
 
 def _files(home: Path) -> set[str]:
-    """All files of an installation but kept logs and what SQLite has open."""
-    return {
-        str(path.relative_to(home))
-        for path in home.rglob("*")
-        if path.parent.name != "logs" and not path.name.startswith("store.sqlite-")
-    }
+    """All files of an installation but finished layers (a cache), kept logs and what SQLite has open."""
+    found = {str(path.relative_to(home)) for path in home.rglob("*") if not path.name.startswith("store.sqlite-")}
+    return {name for name in found if not name.startswith(("logs/", "layers/")) or name.startswith("layers/tmp/")}
 
 
 def test_a_worker_that_is_interrupted_while_it_waits_leaves_nothing(product: Product) -> None:
