@@ -163,6 +163,15 @@ def mounted(point: Path, options: str) -> Iterator[Path]:
         subprocess.run(["umount", str(point)], check=True)
 
 
+@contextlib.contextmanager
+def removed(directory: Path) -> Iterator[None]:
+    """Take ``directory`` away at the end."""
+    try:
+        yield
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
 def test_no_runsc(bare: Machine) -> None:
     outcome = bare.execute("python3-gvisor")
     bare.refused(outcome, "there is no runsc", "Run `jupyter sandbox setup`")
@@ -247,7 +256,8 @@ def test_a_full_disk_while_the_image_is_built(runsc_binary: Path) -> None:
 def test_a_full_disk_when_a_sandbox_is_made(product: Product, room: int) -> None:
     """The layers are there; not a byte (or not enough of them) is left for lock, record, pipes and bundle."""
     assert product.command("image", "build", "python3-gvisor").returncode == 0
-    with mounted(short_directory(), "size=8m,mode=700") as home:
+    base = short_directory()
+    with removed(base), mounted(base / "full", "size=8m,mode=700") as home:
         (home / "layers").symlink_to(product.home / "layers")
         (home / "bin").symlink_to(product.home / "bin")
         (home / "cache").mkdir()
@@ -266,7 +276,6 @@ def test_a_full_disk_when_a_sandbox_is_made(product: Product, room: int) -> None
                 assert row["state"] == "terminated" and "no space left" in row["death"]["reason"].lower(), row
                 assert full.product.command("rm", row["id"]).returncode == 0
             full.refused(outcome, "[Nn]o space left", "Free some space")
-    home.rmdir()
 
 
 def test_a_read_only_data_directory(runsc_binary: Path) -> None:
