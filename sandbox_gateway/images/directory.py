@@ -17,21 +17,32 @@ from pathlib import Path
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.images import base_layer
 from sandbox_gateway.images.elf import read_elf
+from sandbox_gateway.images.host_env import SECRET_NAMES
 from sandbox_gateway.images.store import Recipe
 from sandbox_gateway.images.tree import Tree
 
-RECIPE = "directory-1"
+RECIPE = "directory-2"
 _EMPTIED = frozenset({"proc", "sys", "dev", "run", "tmp", "var/tmp", "var/run", "var/cache/apt/archives", "lost+found"})
 _LEFT_OUT = (
     "etc/shadow*",
     "etc/gshadow*",
+    "etc/passwd-",
+    "etc/group-",
+    "etc/security/opasswd",
     "etc/ssh/ssh_host_*",
+    "etc/ssl/private/*",
+    "etc/krb5.keytab",
+    "etc/pip.conf",
+    "etc/netrc",
+    "etc/sudoers*",
     "root/.*",
-    "home/*/.ssh",
-    "home/*/.netrc",
+    *(f"home/*/{name}" for name in sorted(SECRET_NAMES)),
+    "home/*/.config/pip",
     ".dockerenv",
 )
 _LINKS = 40
+_TEXT_LIMIT = 1 << 20
+"""Bytes that are read of a list of accounts."""
 
 
 def check(path: Path, private: tuple[Path, ...]) -> Path:
@@ -83,10 +94,17 @@ def fingerprint(root: Path, kernel_uid: int) -> str:
 
 
 def build(root: Path, kernel_uid: int) -> Recipe:
-    """The tree of the root layer."""
+    """The tree of the root layer. Raises ``image_source`` where our files have no place in it."""
+    try:
+        return _build(root, kernel_uid)
+    except ValueError as error:
+        raise SandboxGatewayError("image_source", f"{root} is no root filesystem for a sandbox: {error}") from None
+
+
+def _build(root: Path, kernel_uid: int) -> Recipe:
     tree = Tree()
     tree.host_tree("/", os.fspath(root), _keep)
-    accounts = {name: _read(root / "etc" / name) for name in ("passwd", "group")}
+    accounts = {name: _read(root, f"/etc/{name}") for name in ("passwd", "group")}
     base_layer.skeleton(tree, kernel_uid)
     generated = base_layer.etc_files(kernel_uid)
     for name, old in accounts.items():
@@ -200,11 +218,20 @@ def _merged(ours: str, theirs: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _read(path: Path) -> str:
+def _read(root: Path, inside: str) -> str:
+    """The text of a small regular file of the tree, links followed inside it only; empty when there is none."""
+    real = _real(root, inside)
+    if real is None:
+        return ""
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        # Not blocking: opening a FIFO would wait for a writer.
+        fd = os.open(real, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return ""
+    with open(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return ""
+        return file.read(_TEXT_LIMIT).decode("utf-8", "replace")
 
 
 def _names(folder: str) -> list[str]:

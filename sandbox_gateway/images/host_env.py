@@ -29,12 +29,12 @@ from sandbox_gateway.images.interpreter import Interpreter, link_trail
 from sandbox_gateway.images.store import Recipe
 from sandbox_gateway.images.tree import Keep, Tree
 
-RECIPE = "env-2"
+RECIPE = "env-3"
 BIG_PACKAGE = 300 << 20
 """Bytes from which a package's folder is a layer of its own."""
 SYSTEM_PREFIXES = ("/", "/usr", "/usr/local")
 _PACKAGES = ("site-packages", "dist-packages")
-_SECRET_NAMES = frozenset(
+SECRET_NAMES = frozenset(
     {
         "pip.conf",
         "netrc",
@@ -47,8 +47,21 @@ _SECRET_NAMES = frozenset(
         ".ssh",
         ".aws",
         ".git-credentials",
+        ".hg",
+        ".svn",
+        ".envrc",
+        ".npmrc",
+        ".docker",
+        ".kube",
+        ".gnupg",
+        "pip.ini",
+        "condarc.d",
+        ".condarc.d",
     }
 )
+"""Files and folders that hold credentials wherever they lie."""
+_SECRET_PATHS = frozenset({"etc/jupyter", "conda-meta/state", "etc/conda/activate.d/env_vars.sh"})
+"""Paths in a prefix that hold secrets: `conda env config vars` writes the second, and conda's guide shows the third."""
 _SOURCE_LEFT_OUT = frozenset({"node_modules", ".venv", "venv", ".tox", ".nox", ".mypy_cache", ".ruff_cache"})
 """Folders of a project that are no source; only for editable installs."""
 _UNWATCHED = _SOURCE_LEFT_OUT | {"__pycache__", ".git"}
@@ -275,11 +288,11 @@ def _keep(layer: EnvironmentLayer) -> Keep:
 
     def keep(path: str, is_dir: bool) -> bool:
         name = os.path.basename(path)
-        if name in _SECRET_NAMES or name.startswith(".env."):
+        if name in SECRET_NAMES or name.startswith(".env."):
             return False
         if layer.what == "editable source" and is_dir and name in _SOURCE_LEFT_OUT:
             return False
-        if path == "etc/jupyter" or f"{path}/".startswith(omitted):
+        if path in _SECRET_PATHS or f"{path}/".startswith(omitted):
             return False
         return is_dir or not name.endswith(".a")
 

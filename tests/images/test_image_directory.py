@@ -74,6 +74,57 @@ def test_links_cannot_lead_out_of_the_tree(root: Path) -> None:
     assert directory.find_python(root) == (None, False)
 
 
+@pytest.mark.parametrize("kind", ["absolute link", "relative link", "linked folder", "FIFO"])
+def test_the_lists_of_accounts_are_read_inside_the_tree_only(root: Path, tmp_path: Path, kind: str) -> None:
+    """A tree from anywhere must not make its builder, who may be root, copy the host's password hashes."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "passwd").write_text("stolen:$6$hash:19000:0:99999:7:::\n")
+    passwd = root / "etc/passwd"
+    passwd.unlink()
+    if kind == "absolute link":
+        passwd.symlink_to(outside / "passwd")
+    elif kind == "relative link":
+        passwd.symlink_to("../../outside/passwd")
+    elif kind == "FIFO":
+        os.mkfifo(passwd)
+    else:
+        (root / "usr/accounts").symlink_to(outside)
+        passwd.symlink_to("../usr/accounts/passwd")
+    recipe = directory.build(root, 1000)
+    node = recipe.tree.get("/etc/passwd")
+    assert node is not None
+    assert b"jovyan" in node.data
+    assert b"stolen" not in node.data
+
+
+def test_a_tree_whose_etc_is_a_link_is_refused_with_a_reason(root: Path) -> None:
+    shutil.rmtree(root / "etc")
+    (root / "etc").symlink_to("/etc")
+    with pytest.raises(SandboxGatewayError, match="etc is not a directory") as raised:
+        directory.build(root, 1000)
+    assert raised.value.code == "image_source"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "etc/pip.conf",
+        "etc/ssl/private/key.pem",
+        "etc/krb5.keytab",
+        "etc/sudoers.d/me",
+        "home/me/.netrc",
+        "home/me/.aws/credentials",
+        "home/me/.config/pip/pip.conf",
+        "home/me/project/.env",
+    ],
+)
+def test_credentials_stay_outside(root: Path, path: str) -> None:
+    (root / path).parent.mkdir(parents=True, exist_ok=True)
+    (root / path).write_text("secret")
+    assert directory.build(root, 1000).tree.get(f"/{path}") is None
+
+
 def test_a_changed_file_changes_the_fingerprint(root: Path) -> None:
     before = directory.fingerprint(root, 1000)
     assert directory.fingerprint(root, 1000) == before

@@ -59,7 +59,10 @@ def test_packages_of_the_base_are_left_out_unless_the_environment_sees_them(smal
 
 def test_secrets_and_configuration_stay_outside(small_venv: Path) -> None:
     site = site_of(small_venv)
-    for name in ("pip.conf", "etc/jupyter/token.json", ".netrc", "netrc", ".env", "lib/pkg/.git/config", ".condarc"):
+    names = ["pip.conf", "etc/jupyter/token.json", ".netrc", "netrc", ".env", "lib/pkg/.git/config", ".condarc"]
+    # `conda env config vars set` writes plain values into the second of these.
+    names += ["condarc.d/x.yml", "conda-meta/state", "etc/conda/activate.d/env_vars.sh", ".npmrc", ".envrc"]
+    for name in names:
         (small_venv / name).parent.mkdir(parents=True, exist_ok=True)
         (small_venv / name).write_text("secret")
     (site / "ipykernel/__pycache__").mkdir()
@@ -67,6 +70,7 @@ def test_secrets_and_configuration_stay_outside(small_venv: Path) -> None:
     found = files(host_env.build(environment(small_venv)).tree)
     secret = ("pip.conf", "token.json", "netrc", ".env", ".git", "condarc")
     assert not [path for path in found if path.endswith(secret) or "/.git/" in path]
+    assert not {f"/{name}" for name in names} & set(found)
     assert [path for path in found if path.endswith("__pycache__/x.pyc")]
     assert "/pyvenv.cfg" in found
 
