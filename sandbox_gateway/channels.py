@@ -39,6 +39,7 @@ class KernelChannels:
         self._waiting: list[tuple[int, Sequence[Buffer]]] = []
         self._parent: Buffer = messages.EMPTY
         self._missing_file_hint = missing_file_hint
+        self._logged = 0
 
     def connect(self, sender: Sender) -> None:
         """Carry requests over ``sender`` from now on, beginning with those that came while there was none."""
@@ -75,9 +76,11 @@ class KernelChannels:
         if channel == Channel.IOPUB:
             at = messages.delimiter_index(parts)
             if at is None:
-                log.warning("a malformed iopub message of %d parts was dropped", len(parts))
+                if self._may_log():
+                    log.warning("a malformed iopub message of %d parts was dropped", len(parts))
                 return
-            self._parent = parts[at + 3]
+            # It is kept and goes out again with each notice: not at any length.
+            self._parent = parts[at + 3] if len(parts[at + 3]) <= _PARENT_BOUND else messages.EMPTY
             self._deliver(channel, parts)
             if self._missing_file_hint and b'"FileNotFoundError"' in bytes(parts[at + 5][:_HINT_WINDOW]):
                 self._explain_missing_file(parts[at + 2])
@@ -111,8 +114,17 @@ class KernelChannels:
             try:
                 deliver(channel, parts)
             except Exception:
-                log.exception("a subscriber failed; the others go on")
+                if self._may_log():
+                    log.exception("a subscriber failed; the others go on")
+
+    def _may_log(self) -> bool:
+        """What a kernel can cause as often as it likes must not fill the log."""
+        self._logged += 1
+        return self._logged <= MAX_LOGGED
 
 
 _WAITING_BOUND = 1000
+_PARENT_BOUND = 16 << 10
+MAX_LOGGED = 20
+"""Lines that one kernel's messages put into the log at most."""
 _HINT_WINDOW = 4096

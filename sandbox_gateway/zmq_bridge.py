@@ -50,6 +50,8 @@ _SOCKET_TYPES = {int(Channel.IOPUB): b"XPUB", HEARTBEAT: b"REP"}
 _DROPPABLE = frozenset({"stream", "display_data", "update_display_data"})
 _READ_SIZE = 256 << 10
 _MAX_BUFFERS = 256
+_HEADER_LIMIT = 16 << 10
+"""Bytes of a header that are looked at, or kept in place of its message; real ones have some hundred."""
 _OVERHEAD = 256
 """Bytes that a queued message costs us beside its content, about."""
 
@@ -103,7 +105,8 @@ class ZmqBridge:
         """
         endpoint = self._endpoints.get(channel)
         if endpoint is None or not parts:
-            log.warning("a message for channel %d was dropped", channel)
+            # It comes from inside, as often as that likes: nothing for the log.
+            log.debug("a message for channel %d was dropped", channel)
         elif channel == Channel.IOPUB:
             endpoint.publish(parts)
         else:
@@ -277,9 +280,12 @@ class _Message:
         at = messages.delimiter_index(frames) if isinstance(frames, list) else None
         if at is None or not isinstance(frames, list):
             return False, b""
+        if len(frames[at + 2]) > _HEADER_LIMIT:
+            return False, b""
         try:
             header = json.loads(frames[at + 2])
-            return isinstance(header, dict) and header.get("msg_type") in _DROPPABLE, frames[at + 3]
+            parent = frames[at + 3] if len(frames[at + 3]) <= _HEADER_LIMIT else b""
+            return isinstance(header, dict) and header.get("msg_type") in _DROPPABLE, parent
         except (ValueError, RecursionError):
             return False, b""
 
@@ -287,12 +293,14 @@ class _Message:
 class _Notice:
     """Stands in a queue for messages of one request that were left out of it."""
 
-    __slots__ = ("count", "parent", "size")
+    __slots__ = ("cost", "count", "parent", "size")
 
     def __init__(self, parent: bytes) -> None:
         self.parent = parent
         self.count = 0
         self.size = 0
+        self.cost = _OVERHEAD + len(parent)
+        """Bytes that it takes up itself: a kernel may name another parent with each message."""
 
     def message(self, key: bytes) -> _Message:
         text = (
@@ -377,6 +385,7 @@ class _Peer:
                 if notice is not None and notice.parent == entry.parent:
                     notice.count += entry.count
                     notice.size += entry.size
+                    self.pending -= entry.cost
                 else:
                     notice = entry
                     kept.append(entry)
@@ -388,7 +397,7 @@ class _Peer:
             if notice is None or notice.parent != parent:
                 notice = _Notice(parent)
                 kept.append(notice)
-                self.pending += _OVERHEAD
+                self.pending += notice.cost
             notice.count += 1
             notice.size += entry.size
             self.pending -= entry.size + _OVERHEAD
@@ -432,7 +441,7 @@ class _Peer:
         while self._queue and taken < _READ_SIZE and len(writing) < _MAX_BUFFERS:
             entry = self._queue.popleft()
             if isinstance(entry, _Notice):
-                self.pending -= _OVERHEAD
+                self.pending -= entry.cost
                 entry = entry.message(self._endpoint.key)
             else:
                 self.pending -= entry.size + _OVERHEAD

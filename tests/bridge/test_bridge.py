@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import stat
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,21 @@ async def test_the_notice_stands_where_the_output_is_missing(bridge: ZmqBridge, 
         assert cell == b'{"msg_id":"cell%d"}' % len(seen), "each message comes under its own cell, in order"
         if kind == "status":
             seen.append(content["text"])
+
+
+@pytest.mark.parametrize("size", [10_000, 200_000])
+async def test_notices_for_ever_new_parents_do_not_grow_beyond_the_bound(bridge: ZmqBridge, client: Connect, size: int):
+    """A hostile kernel may invent a long parent for each message: what stands in for those must not keep them all."""
+    await subscribed(client, rcvhwm=1, rcvbuf=4096)
+    tracemalloc.start()
+    try:
+        for n in range(20_000_000 // size):
+            parent = json.dumps({"msg_id": f"{n:x}".ljust(size, "x")}).encode()
+            bridge.deliver(Channel.IOPUB, message("stream", "", parent))
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 6 << 20, "the bound is 1 MiB, and 2 MiB disconnect"
 
 
 async def test_a_client_that_reads_no_replies_is_disconnected_at_twice_the_bound(
