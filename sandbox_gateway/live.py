@@ -34,6 +34,9 @@ HEARTBEAT = 5.0
 """Seconds between two signs of life to the agent."""
 SILENCE = 60.0
 """Seconds without an answer after which a sandbox counts as dead."""
+LOG_LIMIT = 16 << 20
+"""Bytes of a kernel's raw output that are taken from the agent, who keeps 1 MiB, at most."""
+_EXIT_NUMBERS = range(256)
 _LOG_PATIENCE = 0.5
 _KILL_PATIENCE = 0.2
 
@@ -241,10 +244,10 @@ class LiveSandbox:
         """What the kernel wrote to its raw stdout and stderr, up to the agent's bound."""
         stream = await self.link.open_stream("log", {"follow": False})
         try:
-            chunks = []
-            while chunk := await stream.read():
-                chunks.append(bytes(chunk))
-            return b"".join(chunks)
+            text = bytearray()
+            while len(text) < LOG_LIMIT and (chunk := await stream.read()):
+                text += chunk
+            return bytes(text[:LOG_LIMIT])
         finally:
             await stream.close()
 
@@ -356,7 +359,7 @@ class LiveSandbox:
             return
         gone = _kernel_exit(event)
         if gone is None:
-            log.warning("sandbox %s: a malformed kernel_exit event was dropped", self.id)
+            log.debug("sandbox %s: a malformed kernel_exit event was dropped", self.id)
             return
         if gone.signal == signal.SIGKILL and not gone.expected:
             # The host may have killed it for memory, and is then ending the rest: that reason comes a moment later.
@@ -365,7 +368,8 @@ class LiveSandbox:
             self._kernel_ended(gone, self._boots)
 
     def _kernel_ended(self, gone: KernelExit, boot: int) -> None:
-        if self._ending or boot != self._boots:
+        if self._ending or boot != self._boots or self.kernel_exit is not None:
+            # A kernel ends once: an agent that says so again and again fills neither the log nor the output.
             return
         self.kernel_exit = gone
         self._kernel_gone.set()
@@ -394,7 +398,9 @@ def _write_private(path: Path, content: bytes) -> None:
 
 def _kernel_exit(event: Mapping[str, Any]) -> KernelExit | None:
     code, number, tail = event.get("code"), event.get("signal"), event.get("stderr_tail", "")
-    if not isinstance(code, int | None) or not isinstance(number, int | None) or not isinstance(tail, str):
+    if any(value is not None and (type(value) is not int or value not in _EXIT_NUMBERS) for value in (code, number)):
+        return None
+    if not isinstance(tail, str):
         return None
     reason = event.get("reason", "")
     reason = reason[:500] if isinstance(reason, str) else ""

@@ -89,9 +89,19 @@ def _runtime_directory(home: Path, env: Mapping[str, str]) -> Path:
         return inside
     tag = hashlib.sha256(os.fsencode(home)).hexdigest()[:10]
     user_run = env.get("XDG_RUNTIME_DIR")
-    if user_run and len(user_run) <= 30 and os.access(user_run, os.W_OK):
+    if user_run and len(user_run) <= 30 and _own(user_run):
         return Path(user_run) / f"sandbox-gateway-{tag}"
     return Path("/tmp") / f"sandbox-gateway-{os.getuid()}-{tag}"
+
+
+def _own(directory: str) -> bool:
+    """Whether a directory is this user's alone to change: under sudo the variable may name another user's, who could
+    put something of his own in the place of what we make there."""
+    try:
+        found = os.stat(directory)
+    except OSError:
+        return False
+    return found.st_uid == os.geteuid() and not found.st_mode & 0o022 and os.access(directory, os.W_OK)
 
 
 def _private(path: Path) -> None:

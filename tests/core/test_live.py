@@ -1,0 +1,82 @@
+"""What the host makes of an agent's events: they come from inside and may say anything, as often as they like."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sandbox_gateway.channels import KernelChannels
+from sandbox_gateway.live import LOG_LIMIT, LiveSandbox
+from sandbox_gateway.messages import Buffer
+from sandbox_gateway.model import SandboxRecord, State
+from sandbox_gateway.request import Identity
+
+EXIT = {"event": "kernel_exit", "code": 3, "signal": None, "stderr_tail": "last words", "expected": False}
+
+
+def live(channels: KernelChannels) -> LiveSandbox:
+    record = SandboxRecord("id", State.RUNNING, "p", "fake", 0.0, 0.0, "boot")
+    nothing: Any = None
+    return LiveSandbox(
+        nothing,
+        record,
+        Identity(1000, 1000, 64999),
+        runtime=nothing,
+        store=nothing,
+        lock=nothing,
+        channels=channels,
+        key=b"key",
+        on_end=print,
+        log_file=Path("/nowhere"),
+    )
+
+
+def test_a_kernel_ends_once_however_often_the_agent_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    channels = KernelChannels(b"key")
+    seen: list[Sequence[Buffer]] = []
+    channels.subscribe(lambda channel, parts: seen.append(parts))
+    sandbox = live(channels)
+    for code in range(200):
+        sandbox._event({**EXIT, "code": code})
+    assert len(seen) == len(caplog.records) == 1
+    assert sandbox.poll() == 0, "the first report counts"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"code": 10**30},
+        {"code": -1},
+        {"code": True},
+        {"signal": 10**30},
+        {"code": "0"},
+        {"stderr_tail": None},
+        {"code": 1.5},
+    ],
+)
+def test_an_exit_that_no_process_can_have_is_dropped(change: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    sandbox = live(KernelChannels(b"key"))
+    for _ in range(100):
+        sandbox._event({**EXIT, **change})
+    assert sandbox.poll() is None
+    assert not caplog.records, "what can be sent for ever is not logged each time"
+
+
+async def test_a_log_without_end_is_cut() -> None:
+    class Endless:
+        async def read(self) -> bytes:
+            return bytes(1 << 20)
+
+        async def close(self) -> None:
+            pass
+
+    class Link:
+        async def open_stream(self, kind: str, params: dict[str, Any]) -> Endless:
+            return Endless()
+
+    sandbox = live(KernelChannels(b"key"))
+    sandbox._link = Link()  # type: ignore[assignment]
+    assert len(await sandbox.log()) == LOG_LIMIT
