@@ -16,6 +16,8 @@ DEFAULT_UID = 1000
 AGENT_UID = 64999
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\Z")
 _BASE_ENVIRONMENT = {"HOME": HOME, "USER": "jovyan", "LANG": "C.UTF-8", "TERM": "xterm-color", "SHELL": "/bin/bash"}
+_NO_WORKSPACE = ("/boot", "/dev", "/etc", "/proc", "/sys")
+"""Who may write there owns the machine; a server started from ``/`` or ``/etc`` makes no workspace of it."""
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
@@ -142,6 +144,13 @@ def _workspace(request: CreateRequest) -> Path | None:
         return None
     if request.directory is None:
         raise SandboxGatewayError("invalid_request", "this profile opens the notebook's folder, and none was named")
+    real = os.path.realpath(request.directory)
+    if real == "/" or any(real == place or real.startswith(place + os.sep) for place in _NO_WORKSPACE):
+        raise SandboxGatewayError(
+            "invalid_request",
+            f"{real} would open the machine itself to the kernel",
+            "Move the notebook into a folder of its own, or start the server from another one.",
+        )
     return request.directory
 
 
