@@ -4,7 +4,8 @@ They speak ZMTP themselves (:mod:`sandbox_gateway.zmtp`) on unix sockets instead
 what those cannot do: an XPUB knows nothing of its subscribers, so it either drops silently at its high-water mark, or
 grows without bound, or lets one slow subscriber stop all of them. Here each client has a queue of its own, bounded in
 bytes; at the bound its oldest streams and displays go, replaced by a notice that tells how much is missing, and never
-anything else. There is no thread, no socket limit per context, and one hop less.
+anything else; before that, small stream messages that wait are joined (:mod:`sandbox_gateway.stream_runs`). There is
+no thread, no socket limit per context, and one hop less.
 
 Everything runs on the event loop on which the bridge was made; nothing here blocks or raises into the caller.
 """
@@ -22,9 +23,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from sandbox_gateway import messages, zmtp
+from sandbox_gateway import messages, stream_runs, zmtp
 from sandbox_gateway.errors import storage_error
 from sandbox_gateway.messages import Buffer
+from sandbox_gateway.stream_runs import StreamRun
 from sandbox_gateway.wire.frames import Channel
 
 log = logging.getLogger(__name__)
@@ -34,6 +36,8 @@ OnRequest = Callable[[int, list[bytes]], None]
 
 QUEUE_LIMIT: Final = 128 << 20
 """Bytes that may wait for one slow client on one channel before output is left out."""
+JOIN_ABOVE: Final = 4 << 20
+"""Bytes that wait for one client from where on adjacent stream messages are joined."""
 LINGER: Final = 1.0
 """Seconds that a closed bridge goes on writing what clients have not yet taken."""
 
@@ -176,7 +180,7 @@ class _Endpoint:
             topic = parts[0]
             for peer in tuple(self.peers):
                 if peer.wants(topic):
-                    peer.send(message)
+                    peer.send(message, parts)
 
     def route(self, parts: Sequence[Buffer]) -> None:
         peer = self._routes.get(bytes(parts[0]))
@@ -261,6 +265,7 @@ class _Message:
     """An encoded message, shared by the queues it waits in. Its head is read only where a queue overflows."""
 
     __slots__ = ("_head", "buffers", "size")
+    count = 1
 
     def __init__(self, buffers: list[Buffer]) -> None:
         self.buffers = buffers
@@ -322,7 +327,7 @@ class _Peer:
         self._fd = connected.fileno()
         self._loop = endpoint.loop
         self._decoder = zmtp.Decoder()
-        self._queue: deque[_Message | _Notice] = deque()
+        self._queue: deque[_Message | _Notice | StreamRun] = deque()
         self._writing = [memoryview(zmtp.GREETING + zmtp.ready(endpoint.socket_type))]
         self._trim_at = endpoint.queue_limit
         self._scheduled = False
@@ -340,17 +345,36 @@ class _Peer:
         topics = self.topics
         return topics == _EVERYTHING or any(topic[: len(prefix)] == prefix for prefix in topics)
 
-    def send(self, message: _Message) -> None:
-        """Queue a message. It is written when the loop has run what is ready now, together with others."""
+    def send(self, message: _Message, parts: Sequence[Buffer] | None = None) -> None:
+        """Queue a message. It is written when the loop has run what is ready now, together with others.
+
+        With ``parts``, which are its own, it may be joined with others when many wait.
+        """
         if self._closed or self._finishing:
             return
-        self._queue.append(message)
-        self.pending += message.size + _OVERHEAD
+        if parts is None or self.pending <= JOIN_ABOVE or not self._join(parts):
+            self._queue.append(message)
+            self.pending += message.size + _OVERHEAD
         if self.pending > self._trim_at and len(self._queue) > 1:
             self._trim()
         if not self._scheduled and not self._blocked:
             self._scheduled = True
             self._loop.call_soon(self._flush)
+
+    def _join(self, parts: Sequence[Buffer]) -> bool:
+        """Add a stream message to the one that waits last, or begin a new run with it; False: it is something else."""
+        found = stream_runs.read(parts)
+        if found is None:
+            return False
+        last = self._queue[-1] if self._queue else None
+        if isinstance(last, StreamRun) and last.takes(found):
+            last.add(found)
+            self.pending += found.size
+        else:
+            run = StreamRun(found)
+            self._queue.append(run)
+            self.pending += run.size + _OVERHEAD
+        return True
 
     def drop(self, reason: str, *, cut_off: bool = False) -> None:
         """End the connection at once."""
@@ -378,7 +402,7 @@ class _Peer:
         """Leave out the oldest output until three quarters of the limit are used, and say so in its place."""
         limit = self._endpoint.queue_limit
         goal = limit * 3 // 4
-        kept: deque[_Message | _Notice] = deque()
+        kept: deque[_Message | _Notice | StreamRun] = deque()
         notice: _Notice | None = None
         for entry in self._queue:
             if isinstance(entry, _Notice):
@@ -398,7 +422,7 @@ class _Peer:
                 notice = _Notice(parent)
                 kept.append(notice)
                 self.pending += notice.cost
-            notice.count += 1
+            notice.count += entry.count
             notice.size += entry.size
             self.pending -= entry.size + _OVERHEAD
         self._queue = kept
@@ -445,6 +469,8 @@ class _Peer:
                 entry = entry.message(self._endpoint.key)
             else:
                 self.pending -= entry.size + _OVERHEAD
+                if isinstance(entry, StreamRun):
+                    entry = _Message(zmtp.encode(entry.parts(self._endpoint.key)))
             writing.extend(map(memoryview, entry.buffers))
             taken += entry.size
 

@@ -212,6 +212,39 @@ async def test_a_slow_subscriber_slows_and_loses_only_for_itself_and_is_told(bri
     assert streams == sorted(streams)
 
 
+async def test_flushed_lines_that_wait_for_a_slow_subscriber_are_joined_and_none_is_lost(
+    bridge: ZmqBridge, client: Connect, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("sandbox_gateway.zmq_bridge.JOIN_ABOVE", 64 << 10)
+    slow = await subscribed(client, rcvhwm=1, rcvbuf=4096)
+    wanted = []
+    for cell in range(3):
+        parent = b'{"msg_id":"cell%d"}' % cell
+        for n in range(10_000):
+            name = "stderr" if n % 1000 == 500 else "stdout"
+            text = f"{cell} {n} \u00e9\U0001f600\n"
+            topic = f"stream.{name}".encode()
+            content = {"name": name, "text": text}
+            bridge.deliver(Channel.IOPUB, messages.build(KEY, "stream", content, topic=topic, parent=parent))
+            wanted.append((parent, name, text))
+            assert bridge.backlog < 2 << 20
+        bridge.deliver(Channel.IOPUB, message("status", str(cell), parent))
+    seen, lines, count = 0, [], 0
+    while seen < 3:
+        parts = await received(slow)
+        at = parts.index(messages.DELIMITER)
+        assert parts[at + 1] == messages.sign(KEY, parts[at + 2 : at + 6]), "joined messages are signed again"
+        kind, content = type_and_content(parts)
+        if kind == "status":
+            seen += 1
+            continue
+        count += 1
+        assert parts[0] == f"stream.{content['name']}".encode()
+        lines += [(parts[at + 3], content["name"], line) for line in content["text"].splitlines(keepends=True)]
+    assert lines == wanted, "order, request and stream of each line are kept"
+    assert count < 5000, "most were joined"
+
+
 async def test_the_notice_stands_where_the_output_is_missing(bridge: ZmqBridge, client: Connect):
     slow = await subscribed(client, rcvhwm=1, rcvbuf=4096)
     text = "x" * 10_000
