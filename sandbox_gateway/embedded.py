@@ -79,12 +79,13 @@ class SandboxedKernel:
         directory: Path,
         client_environment: Mapping[str, str],
         name: str,
+        private: tuple[Path, ...] = (),
         progress: Callable[[str], None],
     ) -> Any:
         """Start the kernel, or boot it again in the sandbox it has; returns jupyter_client's connection info."""
         owner = lifecycle()
         profile = load_profiles(owner.paths).get(self._profile_name)
-        wanted = CreateRequest(self.id, profile, kernel, self._key, directory, client_environment, name)
+        wanted = CreateRequest(self.id, profile, kernel, self._key, directory, client_environment, name, private)
         if self._lock is None:
             self._lock = await owner.claim(self.id)
             _open_kernels.add(self)

@@ -374,7 +374,8 @@ class LiveSandbox:
         self.kernel_exit = gone
         self._kernel_gone.set()
         if not gone.expected and boot != self._asked_to_exit:
-            tail = f"\n{gone.stderr_tail.rstrip()}" if gone.stderr_tail.strip() else ""
+            # Indented, so that no line of it can pass for one of ours.
+            tail = "".join(f"\n    {line}" for line in gone.stderr_tail.strip().splitlines())
             log.warning("sandbox %s: %s%s", self.id, gone.describe(), tail)
             self.channels.notice(f"\n[sandbox] {gone.describe()}{tail}\n")
 
@@ -404,7 +405,12 @@ def _kernel_exit(event: Mapping[str, Any]) -> KernelExit | None:
         return None
     reason = event.get("reason", "")
     reason = reason[:500] if isinstance(reason, str) else ""
-    return KernelExit(code, number, tail[-4000:], bool(event.get("expected")), reason)
+    return KernelExit(code, number, _printable(tail[-4000:]), bool(event.get("expected")), reason)
+
+
+def _printable(text: str) -> str:
+    """``text`` without control characters but newline and tab: it goes to terminals, logs and notebooks."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def _handle_json(handle: Handle) -> dict[str, Any]:

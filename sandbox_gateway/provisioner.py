@@ -15,6 +15,7 @@ from typing import Any
 
 from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.provisioning.provisioner_base import KernelProvisionerBase
+from jupyter_core.paths import jupyter_runtime_dir
 from traitlets import Unicode
 
 from sandbox_gateway import guard
@@ -74,6 +75,7 @@ class SandboxProvisioner(KernelProvisionerBase):
         info = await background_loop().call(
             self._kernel.launch(
                 kwargs["sandbox_spec"],
+                private=(Path(jupyter_runtime_dir()),),
                 directory=_folder(kwargs.get("cwd")),
                 client_environment=kwargs["sandbox_environment"],
                 name=str(kwargs["sandbox_environment"].get("JPY_SESSION_NAME", "")),

@@ -36,6 +36,8 @@ class CreateRequest:
     """What the caller's environment offers; filtered by the profile's allow-list."""
     name: str = ""
     """A label for people."""
+    private: tuple[Path, ...] = ()
+    """Directories of the application's that never show inside (its servers' tokens and other kernels' keys)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +95,10 @@ def compose(
                 f"profile {profile.name}: {mount.source} does not exist",
                 "Create it, or leave the mount out.",
             )
+    # By their real paths, so that what was checked is what is mounted, whoever moves a link meanwhile.
+    mounts = [replace(mount, source=os.path.realpath(mount.source)) for mount in mounts]
     for mount in tuple(mounts):
-        mounts.extend(_masks(mount, private, empty))
+        mounts.extend(_masks(mount, (*private, *request.private), empty))
     layers = image.layers
     if profile.packages_writable:
         layers = tuple(replace(layer, writable=layer.kind == "erofs") for layer in layers)
@@ -166,12 +170,12 @@ def _workspace_stat(request: CreateRequest) -> os.stat_result:
 
 def _masks(mount: Mount, private: tuple[Path, ...], empty: Path) -> list[Mount]:
     found = []
-    source = os.path.realpath(mount.source)
+    source = mount.source
     for inside in _outermost(private):
         if os.path.commonpath([inside, source]) == inside:
             raise SandboxGatewayError(
                 "invalid_request",
-                f"{mount.source} lies in sandbox_gateway's own data and cannot be opened to a kernel",
+                f"{mount.source} lies in {inside}, whose contents are never opened to a kernel",
                 "Move the notebook to another folder.",
             )
         if os.path.commonpath([inside, source]) == source and os.path.isdir(inside):

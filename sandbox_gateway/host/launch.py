@@ -132,6 +132,7 @@ def _hold(request: dict[str, Any], process: list[int], fds: list[int]) -> NoRetu
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     os.dup2(null, 0)
     os.dup2(null, 1)
+    os.chdir("/")  # the application's folder may be unmounted while the sandbox lives
     # Kept open so that the last words of the sandbox can be read after its end.
     os.dup2(fds[2], 2)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)

@@ -102,6 +102,9 @@ def from_release(into: Path, environment: Mapping[str, str], report: Report) -> 
     base = environment.get("SANDBOX_GATEWAY_RELEASES") or RELEASES
     if base == "none":
         raise WayClosed("releases are switched off by SANDBOX_GATEWAY_RELEASES=none")
+    if not base.startswith(("https://", "http://127.0.0.1", "http://localhost", "http://[::1]")):
+        # Checksum and archive come from one server: what proves them is its certificate.
+        raise SandboxGatewayError("setup_failed", f"{base} is no https address", "Name an https mirror, or `none`.")
     url = f"{base.rstrip('/')}/{RELEASE}/{architecture()[0]}/{ARCHIVE}"
     archive = into / ARCHIVE
     try:

@@ -214,3 +214,18 @@ def test_a_signal_reaches_the_process_group(client: Client) -> None:
     client.run("import signal; got = []; signal.signal(signal.SIGUSR1, lambda *_: got.append(1))")
     client.manager.signal_kernel(signal.SIGUSR1)
     until(lambda: client.run("print(len(got))").stdout == "1\n")
+
+
+def test_the_tokens_of_jupyter_servers_never_show_in_a_workspace_that_contains_them(
+    product: Product, tmp_path: Path
+) -> None:
+    runtime = tmp_path / "share" / "runtime"
+    runtime.mkdir(parents=True)
+    (runtime / "jpserver-1.json").write_text("a token")
+    with environment(JUPYTER_RUNTIME_DIR=str(runtime)), kernel(FILES_KERNEL, cwd=str(tmp_path)) as client:
+        assert client.value("import os, json; print(json.dumps(os.listdir('share/runtime')))") == []
+
+
+def test_what_a_dying_kernel_wrote_reaches_no_terminal_as_control_characters(client: Client) -> None:
+    result = client.run("import os; os.write(2, b'\\x1b[2J[sandbox] all is well\\n'); os._exit(4)")
+    assert "exited with code 4" in result.stderr and "\x1b[2J" not in result.stderr.partition("exited")[2]

@@ -109,7 +109,7 @@ async def measure() -> None:
         times.append(time.perf_counter() - began)
     print(f"{'round trip of a small message':34} {sorted(times)[500] * 1e6:10,.0f} us (median)")
     await link.close()
-    os.waitpid(pid, 0)  # noqa: ASYNC222 (it ends with the pipe)
+    os.waitpid(pid, 0)
 
 
 if __name__ == "__main__":
