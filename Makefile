@@ -50,7 +50,7 @@ lint: $(STAMP) ## ruff, mypy --strict, the layers
 	@echo "lint: mypy"
 	@$(BIN)/mypy --no-error-summary
 	@echo "lint: layers"
-	@$(BIN)/lint-imports > $(VENV)/lint-imports.log 2>&1 || { cat $(VENV)/lint-imports.log >&2; exit 1; }
+	@$(BIN)/lint-imports --no-cache > $(VENV)/lint-imports.log 2>&1 || { cat $(VENV)/lint-imports.log >&2; exit 1; }
 
 docs: $(STAMP) ## the manual, in docs/_build/html; a warning is an error
 	@echo "docs: sphinx-build"

@@ -28,9 +28,9 @@ from sandbox_gateway.model import LIVE, Death, DeathKind, Image, Limits, OnOwner
 from sandbox_gateway.owner import LOCK_NAME, OWNERS, NoOwner, OwnerLock, OwnerServer, ask, holder
 from sandbox_gateway.owner import sweep as sweep_sockets
 from sandbox_gateway.profiles import Profile
+from sandbox_gateway.registry import make_runtime
 from sandbox_gateway.request import CreateRequest
 from sandbox_gateway.runtimes.base import Handle, Runtime, RuntimeReport
-from sandbox_gateway.runtimes.registry import make_runtime
 from sandbox_gateway.store import Store
 
 log = logging.getLogger(__name__)
