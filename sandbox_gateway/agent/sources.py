@@ -119,7 +119,8 @@ class Source:
 
     def _due(self) -> None:
         self._timer = None
-        if self._pace.paced:
+        # Not watching although nothing is paced any more: it was held back while this timer was under way.
+        if self._pace.paced or not self._watching:
             self.look()
 
     def _asked(self) -> None:
