@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import socket
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sandbox_gateway import messages, stream_runs, zmtp
+from sandbox_gateway.bridge_queue import OVERHEAD, Message, Notice
 from sandbox_gateway.errors import storage_error
 from sandbox_gateway.messages import Buffer
 from sandbox_gateway.stream_runs import StreamRun
@@ -51,13 +51,8 @@ _PORTS = {
     "hb_port": HEARTBEAT,
 }
 _SOCKET_TYPES = {int(Channel.IOPUB): b"XPUB", HEARTBEAT: b"REP"}
-_DROPPABLE = frozenset({"stream", "display_data", "update_display_data"})
 _READ_SIZE = 256 << 10
 _MAX_BUFFERS = 256
-_HEADER_LIMIT = 16 << 10
-"""Bytes of a header that are looked at, or kept in place of its message; real ones have some hundred."""
-_OVERHEAD = 256
-"""Bytes that a queued message costs us beside its content, about."""
 
 
 class ZmqBridge:
@@ -176,7 +171,7 @@ class _Endpoint:
 
     def publish(self, parts: Sequence[Buffer]) -> None:
         if self.peers:
-            message = _Message(zmtp.encode(parts))
+            message = Message(zmtp.encode(parts))
             topic = parts[0]
             for peer in tuple(self.peers):
                 if peer.wants(topic):
@@ -185,7 +180,7 @@ class _Endpoint:
     def route(self, parts: Sequence[Buffer]) -> None:
         peer = self._routes.get(bytes(parts[0]))
         if peer is not None and len(parts) > 1:
-            peer.send(_Message(zmtp.encode(parts[1:])))
+            peer.send(Message(zmtp.encode(parts[1:])))
 
     def ready(self, peer: _Peer, identity: bytes) -> None:
         """A client said who it is. One that comes again under its name takes over, as with ROUTER_HANDOVER."""
@@ -198,7 +193,7 @@ class _Endpoint:
     def received(self, peer: _Peer, frames: list[bytes]) -> None:
         """A client sent a message."""
         if self.number == HEARTBEAT:
-            peer.send(_Message(zmtp.encode(frames)))
+            peer.send(Message(zmtp.encode(frames)))
         elif self.number == Channel.IOPUB:
             if len(frames) == 1 and frames[0][:1] in (b"\0", b"\1"):
                 self.subscription(peer, frames[0][:1] == b"\1", frames[0][1:])
@@ -219,10 +214,10 @@ class _Endpoint:
         peer.topics.append(topic)
         with contextlib.suppress(UnicodeDecodeError):
             welcome = messages.build(self.key, "iopub_welcome", {"subscription": topic.decode()}, topic=topic)
-            peer.send(_Message(zmtp.encode(welcome if topic else welcome[1:])))
+            peer.send(Message(zmtp.encode(welcome if topic else welcome[1:])))
         if self._cut_off:
             self._cut_off = False
-            peer.send(_Message(zmtp.encode(messages.stderr_notice(self.key, _CUT_OFF))))
+            peer.send(Message(zmtp.encode(messages.stderr_notice(self.key, _CUT_OFF))))
 
     def gone(self, peer: _Peer, *, cut_off: bool) -> None:
         self.peers.discard(peer)
@@ -261,60 +256,6 @@ class _Endpoint:
 _CUT_OFF = "[sandbox] A client that did not read was disconnected; output may be missing from here back\n"
 
 
-class _Message:
-    """An encoded message, shared by the queues it waits in. Its head is read only where a queue overflows."""
-
-    __slots__ = ("_head", "buffers", "size")
-    count = 1
-
-    def __init__(self, buffers: list[Buffer]) -> None:
-        self.buffers = buffers
-        self.size = sum(map(len, buffers))
-        self._head: tuple[bool, bytes] | None = None
-
-    @property
-    def head(self) -> tuple[bool, bytes]:
-        """Whether it may be left out, and the raw header of the request it belongs to."""
-        if self._head is None:
-            self._head = self._read()
-        return self._head
-
-    def _read(self) -> tuple[bool, bytes]:
-        decoder = zmtp.Decoder(greeted=True)
-        frames = next(found for buffer in self.buffers for found in decoder.feed(buffer))
-        at = messages.delimiter_index(frames) if isinstance(frames, list) else None
-        if at is None or not isinstance(frames, list):
-            return False, b""
-        if len(frames[at + 2]) > _HEADER_LIMIT:
-            return False, b""
-        try:
-            header = json.loads(frames[at + 2])
-            parent = frames[at + 3] if len(frames[at + 3]) <= _HEADER_LIMIT else b""
-            return isinstance(header, dict) and header.get("msg_type") in _DROPPABLE, parent
-        except (ValueError, RecursionError):
-            return False, b""
-
-
-class _Notice:
-    """Stands in a queue for messages of one request that were left out of it."""
-
-    __slots__ = ("cost", "count", "parent", "size")
-
-    def __init__(self, parent: bytes) -> None:
-        self.parent = parent
-        self.count = 0
-        self.size = 0
-        self.cost = _OVERHEAD + len(parent)
-        """Bytes that it takes up itself: a kernel may name another parent with each message."""
-
-    def message(self, key: bytes) -> _Message:
-        text = (
-            f"[sandbox] {self.count} messages of output ({self.size} bytes) were left out: "
-            "this client reads more slowly than the kernel prints\n"
-        )
-        return _Message(zmtp.encode(messages.stderr_notice(key, text, parent=self.parent or messages.EMPTY)))
-
-
 class _Peer:
     """One client's connection."""
 
@@ -327,7 +268,7 @@ class _Peer:
         self._fd = connected.fileno()
         self._loop = endpoint.loop
         self._decoder = zmtp.Decoder()
-        self._queue: deque[_Message | _Notice | StreamRun] = deque()
+        self._queue: deque[Message | Notice | StreamRun] = deque()
         self._writing = [memoryview(zmtp.GREETING + zmtp.ready(endpoint.socket_type))]
         self._trim_at = endpoint.queue_limit
         self._scheduled = False
@@ -345,7 +286,7 @@ class _Peer:
         topics = self.topics
         return topics == _EVERYTHING or any(topic[: len(prefix)] == prefix for prefix in topics)
 
-    def send(self, message: _Message, parts: Sequence[Buffer] | None = None) -> None:
+    def send(self, message: Message, parts: Sequence[Buffer] | None = None) -> None:
         """Queue a message. It is written when the loop has run what is ready now, together with others.
 
         With ``parts``, which are its own, it may be joined with others when many wait.
@@ -354,7 +295,7 @@ class _Peer:
             return
         if parts is None or self.pending <= JOIN_ABOVE or not self._join(parts):
             self._queue.append(message)
-            self.pending += message.size + _OVERHEAD
+            self.pending += message.size + OVERHEAD
         if self.pending > self._trim_at and len(self._queue) > 1:
             self._trim()
         if not self._scheduled and not self._blocked:
@@ -373,7 +314,7 @@ class _Peer:
         else:
             run = StreamRun(found)
             self._queue.append(run)
-            self.pending += run.size + _OVERHEAD
+            self.pending += run.size + OVERHEAD
         return True
 
     def drop(self, reason: str, *, cut_off: bool = False) -> None:
@@ -402,10 +343,10 @@ class _Peer:
         """Leave out the oldest output until three quarters of the limit are used, and say so in its place."""
         limit = self._endpoint.queue_limit
         goal = limit * 3 // 4
-        kept: deque[_Message | _Notice | StreamRun] = deque()
-        notice: _Notice | None = None
+        kept: deque[Message | Notice | StreamRun] = deque()
+        notice: Notice | None = None
         for entry in self._queue:
-            if isinstance(entry, _Notice):
+            if isinstance(entry, Notice):
                 if notice is not None and notice.parent == entry.parent:
                     notice.count += entry.count
                     notice.size += entry.size
@@ -419,12 +360,12 @@ class _Peer:
                 kept.append(entry)
                 continue
             if notice is None or notice.parent != parent:
-                notice = _Notice(parent)
+                notice = Notice(parent)
                 kept.append(notice)
                 self.pending += notice.cost
             notice.count += entry.count
             notice.size += entry.size
-            self.pending -= entry.size + _OVERHEAD
+            self.pending -= entry.size + OVERHEAD
         self._queue = kept
         # What may not be left out is not looked at again with each message.
         self._trim_at = max(limit, self.pending + limit // 4)
@@ -464,13 +405,13 @@ class _Peer:
         taken = 0
         while self._queue and taken < _READ_SIZE and len(writing) < _MAX_BUFFERS:
             entry = self._queue.popleft()
-            if isinstance(entry, _Notice):
+            if isinstance(entry, Notice):
                 self.pending -= entry.cost
                 entry = entry.message(self._endpoint.key)
             else:
-                self.pending -= entry.size + _OVERHEAD
+                self.pending -= entry.size + OVERHEAD
                 if isinstance(entry, StreamRun):
-                    entry = _Message(zmtp.encode(entry.parts(self._endpoint.key)))
+                    entry = Message(zmtp.encode(entry.parts(self._endpoint.key)))
             writing.extend(map(memoryview, entry.buffers))
             taken += entry.size
 
@@ -517,7 +458,7 @@ class _Peer:
         if command.name == b"READY":
             self._endpoint.ready(self, zmtp.properties(command.body).get("identity", b""))
         elif command.name == b"PING":
-            self.send(_Message([zmtp.command(b"PONG", command.body[2:18])]))
+            self.send(Message([zmtp.command(b"PONG", command.body[2:18])]))
         elif command.name in (b"SUBSCRIBE", b"CANCEL") and self._endpoint.number == Channel.IOPUB:
             self._endpoint.subscription(self, command.name == b"SUBSCRIBE", command.body)
         elif command.name == b"ERROR":

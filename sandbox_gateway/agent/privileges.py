@@ -64,11 +64,6 @@ def bounding_set() -> int:
     return mask
 
 
-def can_switch_uid() -> bool:
-    """Whether the calling process may become another uid."""
-    return bool(effective_capabilities() >> _CAP_SETUID & 1)
-
-
 def protect_self() -> None:
     """Keep other processes of the same uid out of this one's memory and descriptors, and adopt orphans.
 
