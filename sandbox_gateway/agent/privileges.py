@@ -20,7 +20,6 @@ _PR_GET_NO_NEW_PRIVS = 39
 _PR_CAP_AMBIENT = 47
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
 
-_CAP_SETUID = 7
 _CAP_V3 = 0x20080522
 _LAST_CAP = 63
 """No kernel knows more than 64: the sets are two words of 32 bits."""

@@ -249,7 +249,8 @@ def test_kernels_come_and_go_and_nothing_is_left(
             pass
     run = product.home / "run"
     before = _files(product.home)
-    others = {row["id"] for row in product.ps()}  # kernels that live as long as the test session
+    # Kernels that other tests of this session hold; one that was stopped keeps its endpoints until it is let go.
+    others = {path.name for path in run.iterdir()} - {"owners", "runsc", "empty"}
     seed = int(os.environ.get("SANDBOX_TEST_CHURN_SEED", random.randrange(10**6)))
     report = Report()
     begun = time.monotonic()
@@ -269,7 +270,7 @@ def test_kernels_come_and_go_and_nothing_is_left(
     with kernel(KERNEL) as last:
         until(lambda: {path.name for path in run.iterdir()} <= {last.id, "owners", "runsc", "empty", *others})
         until(lambda: len(list((run / "owners").iterdir())) == 1)
-    assert {row["id"] for row in product.ps()} == others
+    assert {row["id"] for row in product.ps()} <= others
     assert _files(product.home) == before
     ended = json.loads(product.command("ps", "--all", "--json").stdout)
     assert all(row["state"] in ("terminated", "failed") for row in ended if row["id"] not in others)
