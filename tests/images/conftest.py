@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from small_environments import add_distribution, site_of
 
 from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.images.erofs import Written, write_image
@@ -47,25 +48,6 @@ def small_venv(tmp_path: Path) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(place)], check=True, timeout=60)
     add_distribution(site_of(place), "ipykernel", "7.9")
     return place
-
-
-def site_of(venv: Path) -> Path:
-    """The site-packages folder of a virtual environment."""
-    return next(venv.glob("lib/python3*/site-packages"))
-
-
-def add_distribution(site: Path, name: str, version: str, **files: str) -> Path:
-    """What ``pip install`` leaves: a package, its metadata, a RECORD."""
-    package = site / name
-    package.mkdir()
-    (package / "__init__.py").write_text(f"__version__ = {version!r}\n")
-    info = site / f"{name}-{version}.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
-    (info / "RECORD").write_text(f"{name}/__init__.py,,\n")
-    for file, text in files.items():
-        (info / file.replace("_json", ".json")).write_text(text)
-    return package
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import os
 import struct
 from pathlib import Path
 
-from conftest import site_of
+from small_environments import site_of
 
 from sandbox_gateway.images import bytecode, host_env
 from sandbox_gateway.images.interpreter import probe

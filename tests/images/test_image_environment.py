@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import add_distribution, site_of
+from small_environments import add_distribution, site_of
 
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.images import host_env
