@@ -6,6 +6,7 @@ across restarts and across the death of a sandbox.
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -71,6 +72,7 @@ class SandboxedKernel:
         self._channels: KernelChannels | None = None
         self._bridge: ZmqBridge | None = None
         self._lock: OwnerLock | None = None
+        self._closing: asyncio.Task[None] | None = None
 
     async def launch(
         self,
@@ -155,7 +157,15 @@ class SandboxedKernel:
             await self._sandbox.stop_kernel(grace)
 
     async def close(self) -> None:
-        """End the sandbox and the endpoints; nothing of this kernel is left."""
+        """End the sandbox and the endpoints; nothing of this kernel is left.
+
+        Goes on to its end when the caller is cancelled.
+        """
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
         if self._sandbox is not None:
             await self._sandbox.destroy(Death(DeathKind.STOPPED, "shut down by its application"))
         self.let_go()

@@ -234,7 +234,9 @@ class Lifecycle:
         try:
             await ask(self.paths, record.id, "stop", timeout=60.0)
         except NoOwner:
-            await self._destroy_unowned(record, Death(DeathKind.STOPPED, "stopped by `jupyter sandbox stop`"))
+            if not await self._destroy_unowned(record, Death(DeathKind.STOPPED, "stopped by `jupyter sandbox stop`")):
+                hint = "Another process took it meanwhile; try again."
+                raise SandboxGatewayError("owned_elsewhere", f"sandbox {sandbox_id} is being removed", hint) from None
         return await asyncio.to_thread(self.store.get, sandbox_id)
 
     async def remove(self, sandbox_id: str) -> None:

@@ -105,6 +105,7 @@ class LiveSandbox:
         self._link: Link | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._ending = False
+        self._removal: asyncio.Task[None] | None = None
         self._boots = 0
         self._asked_to_exit: int | None = None
         self._serial = asyncio.Lock()
@@ -262,14 +263,19 @@ class LiveSandbox:
                 await asyncio.to_thread(_write_private, self._log_file, text)
 
     async def destroy(self, death: Death) -> None:
-        """End and remove everything; idempotent. ``death`` is recorded unless there is an earlier reason."""
-        async with self._serial:
+        """End and remove everything; idempotent. ``death`` is recorded unless there is an earlier reason.
+
+        Goes on to its end when the caller is cancelled: nobody else would finish what is half removed.
+        """
+        await self._end(death, State.TERMINATED)
+
+    async def _end(self, death: Death, final: State) -> None:
+        if self._removal is None:
             if self._ending:
                 return
             self._ending = True
-            if self._link is not None:
-                await self._keep_log()
-            await self._finish(death, State.TERMINATED)
+            self._removal = asyncio.create_task(self._finish(death, final))
+        await asyncio.shield(self._removal)
 
     async def detach(self) -> None:
         """Leave the sandbox running for its next owner (``on_owner_exit`` is not ``terminate``)."""
@@ -284,43 +290,45 @@ class LiveSandbox:
             await self._save(owner_pid=None)
 
     async def _finish(self, death: Death, final: State) -> None:
-        first = self.death is None
-        self.death = self.death or death
-        if first:
+        async with self._serial:
+            if final is State.TERMINATED and self._link is not None:
+                await self._keep_log()
+            self.death = self.death or death
+            # Live until all of it is gone: whoever comes after a crash of ours still finds something to remove.
             with contextlib.suppress(SandboxGatewayError):
-                await self._move(State.TERMINATING if final is State.TERMINATED else State.FAILED, death=self.death)
-        self.channels.disconnect()
-        current = asyncio.current_task()
-        for task in self._tasks:
-            if task is not current:
+                await self._move(State.TERMINATING, death=self.death)
+            self.channels.disconnect()
+            for task in self._tasks:
                 task.cancel()
-        link, self._link = self._link, None
-        if link is not None:
-            with contextlib.suppress(Exception):
-                await link.close(detach=False)
-        try:
-            if self._handle is not None:
-                await self._runtime.destroy(self._handle)
-        finally:
-            self._kernel_gone.set()
-            self.ended.set()
-            if final is State.TERMINATED:
+            link, self._link = self._link, None
+            if link is not None:
+                with contextlib.suppress(Exception):
+                    await link.close(detach=False)
+            try:
+                if self._handle is not None:
+                    await self._runtime.destroy(self._handle)
                 with contextlib.suppress(SandboxGatewayError):
-                    await self._move(State.TERMINATED, owner_pid=None)
-            else:
-                await self._save(owner_pid=None)
-            self._on_end(self)
+                    await self._move(final, owner_pid=None)
+            finally:
+                self._kernel_gone.set()
+                self.ended.set()
+                self._on_end(self)
 
     async def _watch(self, death: asyncio.Future[Death]) -> None:
-        reason = await death
-        async with self._serial:
-            if self._ending:
-                return
-            self._ending = True
-            reason = self._explained(reason)
-            log.warning("sandbox %s died: %s", self.id, reason.describe())
-            self.channels.kernel_died(f"\n[sandbox] The kernel died: {reason.describe()}\n")
-            await self._finish(reason, State.FAILED)
+        self._died(self._explained(await death))
+
+    def _died(self, death: Death) -> None:
+        if self._ending:
+            return
+        log.warning("sandbox %s died: %s", self.id, death.describe())
+        self.channels.kernel_died(f"\n[sandbox] The kernel died: {death.describe()}\n")
+        self._ending = True
+        self._removal = asyncio.create_task(self._finish(death, State.FAILED))
+        self._removal.add_done_callback(self._removed)
+
+    def _removed(self, removal: asyncio.Task[None]) -> None:
+        if not removal.cancelled() and removal.exception() is not None:
+            log.error("sandbox %s could not be removed; the next start tries again: %s", self.id, removal.exception())
 
     def _explained(self, death: Death) -> Death:
         if death.kind is DeathKind.OUT_OF_MEMORY and not death.detail and self.spec.limits.memory:
@@ -343,16 +351,7 @@ class LiveSandbox:
     def _lost(self, error: Exception) -> None:
         """The link is beyond repair: a sandbox that does not speak is ended."""
         log.error("sandbox %s: link lost: %s", self.id, error)
-        death = Death(DeathKind.AGENT_DIED, f"the sandbox stopped speaking: {error}")
-
-        async def end() -> None:
-            async with self._serial:
-                if not self._ending:
-                    self._ending = True
-                    self.channels.kernel_died(f"\n[sandbox] The kernel died: {death.describe()}\n")
-                    await self._finish(death, State.FAILED)
-
-        self._tasks.append(asyncio.ensure_future(end()))
+        self._died(Death(DeathKind.AGENT_DIED, f"the sandbox stopped speaking: {error}"))
 
     def _event(self, event: Mapping[str, Any]) -> None:
         if event.get("event") != "kernel_exit":

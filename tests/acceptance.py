@@ -67,6 +67,10 @@ class Product:
         found: list[dict[str, Any]] = json.loads(done.stdout)
         return found
 
+    def ids(self) -> set[str]:
+        """Ids of the sandboxes that have not ended."""
+        return {entry["id"] for entry in self.ps()}
+
 
 @contextmanager
 def environment(**variables: str) -> Iterator[None]:

@@ -98,7 +98,8 @@ def _remove_what_is_left(product: Product, others: set[str]) -> None:
             continue
         if entry["state"] != "terminated":
             print(f"left by nbclient's suite: {entry['id']} {entry['state']}")
-        product.command("rm", entry["id"])
+        done = product.command("rm", entry["id"])
+        assert done.returncode == 0, done.stderr
 
 
 PROFILE = """
@@ -115,7 +116,7 @@ def test_the_same_tests_pass_as_with_the_local_provisioner(suite: Path, product:
     if KERNEL != PLAIN:
         profiles = product.home / "profiles.toml"
         before = profiles.read_text()
-        others = {entry["id"] for entry in product.ps()}
+        others = product.ids()
         profiles.write_text(before + PROFILE.format(needs=suite.parent / "needs"))
         variables["JUPYTER_DEFAULT_PROVISIONER_NAME"] = "sandbox"
     plain = _run(suite, tmp_path / "plain.xml")

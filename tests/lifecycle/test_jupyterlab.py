@@ -135,11 +135,11 @@ async def test_jupyterlab_offers_the_kernels_with_their_logos(lab: Lab) -> None:
 async def test_a_kernel_picked_in_jupyterlab_runs_restarts_and_ends(lab: Lab, product: Product) -> None:
     kernel_id = (await lab.ask("kernels", "POST", {"name": KERNEL}))["id"]
     assert (await lab.run(kernel_id, "import platform; x = 1; print(platform.release())"))[0].endswith("gvisor\n")
-    assert kernel_id in {row["id"] for row in product.ps()}
+    assert kernel_id in product.ids()
     await lab.ask(f"kernels/{kernel_id}/restart", "POST", {})
     assert await lab.run(kernel_id, "x") == ("", "NameError")
     await lab.ask(f"kernels/{kernel_id}", "DELETE")
-    assert kernel_id not in {row["id"] for row in product.ps()}
+    assert kernel_id not in product.ids()
 
 
 async def test_a_session_opens_the_notebooks_folder_to_the_files_kernel(lab: Lab) -> None:
@@ -153,4 +153,4 @@ async def test_stopping_jupyterlab_leaves_no_sandbox(lab: Lab, product: Product)
     kernel_id = (await lab.ask("kernels", "POST", {"name": KERNEL}))["id"]
     await asyncio.to_thread(lab.close)
     assert not (product.home / "run" / kernel_id).exists()
-    assert kernel_id not in {row["id"] for row in product.ps()}
+    assert kernel_id not in product.ids()

@@ -93,7 +93,7 @@ def test_out_of_memory_is_named_and_a_restart_makes_a_new_sandbox(product: Produ
         client.manager.restart_kernel(now=True)
         client.client.wait_for_ready(timeout=60)
         assert client.run("import os; print(os.path.exists('/home/jovyan/lost.txt'))").stdout == "False\n"
-        assert client.id in {row["id"] for row in product.ps()}
+        assert client.id in product.ids()
 
 
 def test_only_listed_variables_of_the_client_come_in(product: Product) -> None:
@@ -196,11 +196,11 @@ def test_a_missing_interpreter_is_one_clear_error(product: Product) -> None:
         "metadata": {"kernel_provisioner": {"provisioner_name": "sandbox", "config": {}}},
     }
     (folder / "kernel.json").write_text(json.dumps(spec))
-    before = {row["id"] for row in product.ps()}
+    before = product.ids()
     search = os.pathsep.join([str(root), os.environ.get("JUPYTER_PATH", "")])
     with environment(JUPYTER_PATH=search), pytest.raises(Exception, match="/no/such/python"), kernel("absent"):
         pass
-    assert {row["id"] for row in product.ps()} == before
+    assert product.ids() == before
 
 
 def test_shutdown_leaves_no_directory(product: Product) -> None:

@@ -158,7 +158,7 @@ def test_an_application_that_just_ends_leaves_what_its_profile_says(product: Pro
     assert done.returncode == 0, done.stderr
     sandbox_id = done.stdout.strip()
     assert bool(sandbox_processes(sandbox_id)) is lives
-    assert (sandbox_id in {row["id"] for row in product.ps()}) is lives
+    assert (sandbox_id in product.ids()) is lives
     assert (product.home / "run" / sandbox_id).exists() is lives
     if lives:
         assert product.command("rm", sandbox_id).returncode == 0

@@ -1,0 +1,90 @@
+"""The driver of sandboxes over the fake runtime: what becomes of a sandbox whatever happens to its caller."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sandbox_gateway.channels import KernelChannels
+from sandbox_gateway.host.paths import Paths
+from sandbox_gateway.lifecycle import Lifecycle
+from sandbox_gateway.live import LiveSandbox
+from sandbox_gateway.model import Death, DeathKind, Image, KernelSpec, State
+from sandbox_gateway.profiles import Profile
+from sandbox_gateway.request import CreateRequest
+from sandbox_gateway.runtimes.base import Handle
+from sandbox_gateway.testing.fake import FakeRuntime
+
+ID = "a-kernel"
+
+
+class NoImages:
+    """The fake runtime runs the host's own Python."""
+
+    async def resolve(self, *arguments: Any, **options: Any) -> Image:
+        return Image("host", (), interpreter=sys.executable)
+
+
+class SlowToRemove(FakeRuntime):
+    """Its removals begin, and end when :attr:`go` is set."""
+
+    def __init__(self, paths: Paths) -> None:
+        super().__init__(paths)
+        self.begun = asyncio.Event()
+        self.go = asyncio.Event()
+
+    async def destroy(self, handle: Handle) -> None:
+        self.begun.set()
+        await self.go.wait()
+        await super().destroy(handle)
+
+
+@pytest.fixture
+async def slow(paths: Paths) -> AsyncIterator[tuple[Lifecycle, SlowToRemove]]:
+    runtime = SlowToRemove(paths)
+    make: Callable[[str, Paths], Any] = lambda name, where: runtime  # noqa: E731
+    lifecycle = Lifecycle(paths, runtimes=make, images=NoImages())  # type: ignore[arg-type]
+    yield lifecycle, runtime
+    runtime.go.set()
+    await lifecycle.close()
+
+
+async def started(lifecycle: Lifecycle) -> LiveSandbox:
+    lock = await lifecycle.claim(ID)
+    kernel = KernelSpec(argv=("sleep", "1000"), cwd="/")
+    wanted = CreateRequest(ID, Profile("p", runtime="fake", argv=kernel.argv), kernel, b"key", Path("/tmp"))
+    return await lifecycle.create(wanted, lock, KernelChannels(b"key"))
+
+
+async def test_a_caller_who_gives_up_does_not_stop_a_removal(slow: tuple[Lifecycle, SlowToRemove]) -> None:
+    """As an application does whose event loop ends over it: half a removal would never be finished by anybody."""
+    lifecycle, runtime = slow
+    sandbox = await started(lifecycle)
+    asked = asyncio.create_task(sandbox.destroy(Death(DeathKind.STOPPED)))
+    await runtime.begun.wait()
+    asked.cancel()
+    await asyncio.gather(asked, return_exceptions=True)
+    assert lifecycle.store.get(ID).state is State.TERMINATING
+    runtime.go.set()
+    await sandbox.ended.wait()
+    assert lifecycle.store.get(ID).state is State.TERMINATED
+    assert await runtime.list() == []
+
+
+async def test_a_sandbox_that_died_counts_as_live_until_all_of_it_is_gone(slow: tuple[Lifecycle, SlowToRemove]) -> None:
+    """Whoever comes after a crash in between then still finds that there is something to remove."""
+    lifecycle, runtime = slow
+    sandbox = await started(lifecycle)
+    sandbox._lost(TimeoutError("silence"))
+    await runtime.begun.wait()
+    assert lifecycle.store.get(ID).state is State.TERMINATING
+    runtime.go.set()
+    await sandbox.ended.wait()
+    record = lifecycle.store.get(ID)
+    assert record.state is State.FAILED
+    assert record.death is not None and "silence" in record.death.describe()
