@@ -53,6 +53,20 @@ ERRORS: Mapping[str, ErrorRow] = MappingProxyType(
         "setup_failed": ErrorRow(500, "Set-up failed", "`jupyter sandbox doctor` tells what is missing."),
         "link_failed": ErrorRow(502, "The sandbox does not speak", "Look at `jupyter sandbox logs`; then remove it."),
         "kernel_failed": ErrorRow(502, "The kernel could not start", "Look at `jupyter sandbox logs`."),
+        "unknown_snapshot": ErrorRow(404, "Unknown snapshot", "`jupyter sandbox snapshot ls` lists the snapshots."),
+        "snapshot_damaged": ErrorRow(
+            422, "Snapshot is damaged", "It cannot be used any more; `jupyter sandbox snapshot rm` removes it."
+        ),
+        "snapshot_unfit": ErrorRow(409, "Snapshot does not fit this machine", "Restore it where it was made."),
+        "snapshot_in_use": ErrorRow(409, "Snapshot is in use", "Remove what is suspended in it first."),
+        "snapshot_failed": ErrorRow(500, "Snapshot could not be made", "The kernel runs on; try again."),
+        "restore_failed": ErrorRow(500, "Restore failed", "The snapshot is kept; try again."),
+        "workspace_changed": ErrorRow(
+            409, "A file that the kernel has open was changed", "Put the file back as it was, or restart the kernel."
+        ),
+        "identity_failed": ErrorRow(500, "A clone could not be given its identity", "Try again; see the logs."),
+        "template_failed": ErrorRow(500, "Template could not be built", "`jupyter sandbox template build` says why."),
+        "expired": ErrorRow(410, "Expired", "Its idle time was over; `jupyter sandbox ps --all` shows when."),
         "timeout": ErrorRow(504, "Timed out", "The machine may be busy: try again."),
     }
 )

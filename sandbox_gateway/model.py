@@ -159,6 +159,40 @@ class SandboxSpec:
     """Guest uid of PID 1; never equal to ``kernel_uid``."""
 
 
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What another process needs to drive a sandbox that it did not create, beside the record. Private: it holds the
+    kernel's environment and key."""
+
+    spec: SandboxSpec
+    kernel: KernelSpec
+    key: bytes
+    """The HMAC key that clients and kernel sign messages with."""
+    uid: int
+    """The kernel's uid and gid inside."""
+    gid: int
+    missing_file_hint: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form; :meth:`from_dict` reads it back."""
+        return {**asdict(self), "key": self.key.decode("ascii")}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Launch:
+        """Read what :meth:`as_dict` wrote."""
+        spec, kernel = dict(data["spec"]), dict(data["kernel"])
+        image = dict(spec["image"])
+        image["layers"] = tuple(Layer(**layer) for layer in image["layers"])
+        image["agent"] = None if image["agent"] is None else Layer(**image["agent"])
+        spec["image"] = Image(**image)
+        spec["limits"] = Limits(**spec["limits"])
+        spec["mounts"] = tuple(Mount(**mount) for mount in spec["mounts"])
+        kernel["argv"] = tuple(kernel["argv"])
+        return cls(
+            **{**data, "spec": SandboxSpec(**spec), "kernel": KernelSpec(**kernel), "key": data["key"].encode("ascii")}
+        )
+
+
 class DeathKind(enum.StrEnum):
     """Why a kernel or its sandbox ended."""
 
@@ -171,6 +205,8 @@ class DeathKind(enum.StrEnum):
     AGENT_DIED = "agent_died"
     """PID 1 was ended or stopped speaking: the sandbox is gone."""
     MACHINE_RESTARTED = "machine_restarted"
+    EXPIRED = "expired"
+    """Its idle time was over (DESIGN 4.11)."""
     FAILED = "failed"
     """The runtime failed; ``detail`` says how."""
 
@@ -208,6 +244,7 @@ _DEATH_TEXT = {
     DeathKind.OWNER_GONE: "ended because the process that owned it is gone",
     DeathKind.AGENT_DIED: "the sandbox's init process ended",
     DeathKind.MACHINE_RESTARTED: "machine restarted",
+    DeathKind.EXPIRED: "expired",
     DeathKind.FAILED: "the runtime failed",
 }
 
@@ -241,6 +278,12 @@ class SandboxRecord:
     """What is only soft or cannot be enforced here, for people."""
     name: str = ""
     """A label for people (the notebook's path)."""
+    epoch: int = 1
+    """Numbers of the link belong to an epoch, which each restore begins anew (DESIGN 4.3)."""
+    snapshot: str | None = None
+    """The snapshot that a suspended sandbox is saved in."""
+    parent: str | None = None
+    """What it was made from: ``sandbox:<id>``, ``snapshot:<id>`` or ``template:<key>``; None for a cold start."""
 
     def moved(self, state: State, now: float, **changes: Any) -> SandboxRecord:
         """A copy in ``state``, checked against :data:`TRANSITIONS`."""

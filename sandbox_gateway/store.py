@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sandbox_gateway.errors import SandboxGatewayError
-from sandbox_gateway.model import Death, OnOwnerExit, SandboxRecord, State
+from sandbox_gateway.model import Death, Launch, OnOwnerExit, SandboxRecord, State
 
 BUSY_TIMEOUT: Final = 10.0
 """Seconds to wait for another process's transaction before ``store_failed``."""
@@ -50,12 +50,18 @@ MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
         ) STRICT, WITHOUT ROWID""",
         "CREATE INDEX sandboxes_by_state ON sandboxes (state)",
     ),
+    (
+        "ALTER TABLE sandboxes ADD COLUMN epoch INTEGER NOT NULL DEFAULT 1",
+        "ALTER TABLE sandboxes ADD COLUMN snapshot TEXT",
+        "ALTER TABLE sandboxes ADD COLUMN parent TEXT",
+        "CREATE TABLE launches (id TEXT PRIMARY KEY, launch TEXT NOT NULL) STRICT, WITHOUT ROWID",
+    ),
 )
 """Statements that lead from version ``n`` (the index) to ``n + 1``. Append only: old ones are in users' files."""
 
 _COLUMNS = (
     "id", "state", "profile", "runtime", "created", "changed", "boot_id", "step", "handle", "layers",
-    "on_owner_exit", "grace", "owner_pid", "death", "notes", "name",
+    "on_owner_exit", "grace", "owner_pid", "death", "notes", "name", "epoch", "snapshot", "parent",
 )  # fmt: skip
 _SELECT = f"SELECT {', '.join(_COLUMNS)} FROM sandboxes"
 _UPSERT = f"INSERT OR REPLACE INTO sandboxes ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"
@@ -138,6 +144,7 @@ class Store:
     def delete(self, sandbox_id: str) -> bool:
         """Forget a sandbox; False when there was none."""
         with self._transaction() as connection:
+            connection.execute("DELETE FROM launches WHERE id = ?", (sandbox_id,))
             return connection.execute("DELETE FROM sandboxes WHERE id = ?", (sandbox_id,)).rowcount > 0
 
     def update(self, sandbox_id: str, **changes: Any) -> SandboxRecord:
@@ -161,6 +168,23 @@ class Store:
             record = _read(connection, sandbox_id).moved(state, now, **changes)
             connection.execute(_UPSERT, _to_row(record))
         return record
+
+    def put_launch(self, sandbox_id: str, launch: Launch) -> None:
+        """Write what another process needs to drive the sandbox; it goes with :meth:`delete`."""
+        with self._transaction() as connection:
+            text = json.dumps(launch.as_dict())
+            connection.execute("INSERT OR REPLACE INTO launches (id, launch) VALUES (?, ?)", (sandbox_id, text))
+
+    def launch(self, sandbox_id: str) -> Launch:
+        """What :meth:`put_launch` wrote; raises ``unknown_sandbox``, or ``store_failed`` when it is damaged."""
+        with self._open_connection() as connection:
+            row = connection.execute("SELECT launch FROM launches WHERE id = ?", (sandbox_id,)).fetchone()
+        if row is None:
+            raise _unknown(sandbox_id)
+        try:
+            return Launch.from_dict(json.loads(row[0]))
+        except (ValueError, TypeError, KeyError) as error:
+            raise SandboxGatewayError("store_failed", f"the launch of sandbox {sandbox_id} is damaged") from error
 
     def referenced_layers(self) -> frozenset[str]:
         """Digests of layers that garbage collection must keep: those of all but terminated and expired sandboxes."""
@@ -319,6 +343,9 @@ def _to_row(record: SandboxRecord) -> tuple[Any, ...]:
         None if record.death is None else json.dumps(record.death.as_dict()),
         json.dumps(record.notes),
         record.name,
+        record.epoch,
+        record.snapshot,
+        record.parent,
     )
 
 

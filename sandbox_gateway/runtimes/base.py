@@ -135,3 +135,54 @@ class Runtime(Protocol):
         Idempotent; works for a handle of any step.
         """
         ...
+
+
+class Pausable(Protocol):
+    """Freezing and thawing; reported as the capability ``pause``."""
+
+    async def pause(self, handle: Handle) -> None:
+        """Stop every process of the sandbox where it is; its memory stays. Idempotent. Raises ``runtime_failed``."""
+        ...
+
+    async def resume(self, handle: Handle) -> None:
+        """Let a paused sandbox go on. Idempotent. Raises ``runtime_failed``."""
+        ...
+
+
+class Snapshots(Protocol):
+    """Saving a sandbox to disk and making sandboxes from what was saved; reported as the capability ``snapshots``.
+
+    A runtime that has it is :class:`Pausable` too. What lies around an image (manifest, references, verification) is
+    :mod:`sandbox_gateway.snapshots`' business; the runtime knows only its own files in one directory.
+    """
+
+    async def snapshot(self, handle: Handle, image: Path) -> None:
+        """Save memory and files of a *paused* sandbox into ``image``, a directory that is made here (mode 0700).
+
+        The sandbox stays paused, whatever happens. Raises ``runtime_failed`` or ``disk_full``; what is then in
+        ``image`` is the caller's to remove.
+        """
+        ...
+
+    def restore(self, spec: SandboxSpec, directory: Path, image: Path) -> AsyncIterator[Handle]:
+        """Make a sandbox from an image, step by step as :meth:`Runtime.create`; the last handle (step ``"started"``)
+        is that of a running one, whatever it was when it was saved.
+
+        ``spec`` is that of the saved sandbox but for id, hostname, the sources of mounts, and limits that the host
+        enforces. The image is not changed and may be read until the sandbox ends. Raises as :meth:`Runtime.create`.
+        """
+        ...
+
+    async def requirements(self) -> Mapping[str, str]:
+        """What restoring an image that is made now will need, as texts to be compared by :meth:`unfit` later.
+
+        gvisor: ``runsc`` (sha256 of the binary) and ``cpu`` (features, comma-separated)."""
+        ...
+
+    async def unfit(self, requirements: Mapping[str, str]) -> str:
+        """Why an image with these requirements cannot be restored here now, in one line; empty when it can."""
+        ...
+
+    async def host_files(self, handle: Handle) -> tuple[str, ...]:
+        """Paths on the host of regular files behind the sandbox's mounts that it has open or mapped now."""
+        ...

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 
 from sandbox_gateway.errors import SandboxGatewayError
-from sandbox_gateway.model import TRANSITIONS, Death, DeathKind, SandboxRecord, State, advance
+from sandbox_gateway.model import (
+    TRANSITIONS,
+    Death,
+    DeathKind,
+    Image,
+    KernelSpec,
+    Launch,
+    Layer,
+    Limits,
+    Mount,
+    SandboxRecord,
+    SandboxSpec,
+    State,
+    advance,
+)
 
 ALLOWED = {(old, new) for old, targets in TRANSITIONS.items() for new in targets}
 
@@ -58,3 +73,10 @@ def test_a_record_moves_only_along_the_table() -> None:
     assert (moved.state, moved.changed, record.state) == (State.RUNNING, 2.0, State.CREATING)
     with pytest.raises(SandboxGatewayError):
         moved.moved(State.SUSPENDED, 3.0)
+
+
+def test_a_launch_survives_json() -> None:
+    image = Image("host", (Layer("/l", "/", digest="sha256:1"),), "/py", {"A": "1"}, Layer("/a", "/opt/agent"))
+    spec = SandboxSpec("id", "p", "gvisor", image, Limits(memory=1), (Mount("/s", "/d", False),))
+    launch = Launch(spec, KernelSpec(("python", "-m", "x"), {"B": "2"}), b"key", 1000, 1000, "hint")
+    assert Launch.from_dict(json.loads(json.dumps(launch.as_dict()))) == launch
