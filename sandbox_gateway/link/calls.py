@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ MAX_CONTROL_MESSAGE = 4 * 1024 * 1024
 """Bytes of an answer or event of the agent's at most."""
 MAX_CALLS = 1000
 MAX_MESSAGE_TEXT = 4000
-_AGENT_CODES = frozenset({"kernel_failed", "invalid_request", "unsupported", "timeout"})
+_AGENT_CODES = frozenset({"kernel_failed", "invalid_request", "unsupported", "timeout", "identity_failed"})
 """Codes that an agent may choose; any other becomes ``link_failed``."""
 
 Answer = asyncio.Future[dict[str, Any]]
@@ -30,7 +31,8 @@ class Calls:
 
     def __init__(self) -> None:
         self._waiting: dict[int, Answer] = {}
-        self._next = 0
+        # Not from 1: the answer to a call of an earlier owner's must not be taken for that of one of ours.
+        self._next = secrets.randbelow(1 << 48)
 
     def begin(self, op: str, params: Mapping[str, Any]) -> tuple[bytes, Answer]:
         """The request to send, and the future of its answer, which must be given to :meth:`end` afterwards."""

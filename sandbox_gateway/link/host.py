@@ -8,9 +8,12 @@ types that were checked, nothing more.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import os
 import secrets
+import sys
+import termios
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -73,12 +76,14 @@ class Link:
         on_event: Callable[[dict[str, Any]], None],
         on_lost: Callable[[Exception], None],
         limit_bytes: int = 64 * 1024 * 1024,
+        outbox: Outbox | None = None,
     ) -> None:
+        """``outbox`` is that of an earlier link to the same sandbox: what the agent does not have of it yet follows."""
         self._read_fd = read_fd
         self._write_fd = write_fd
         os.set_blocking(read_fd, False)
         os.set_blocking(write_fd, False)
-        self._endpoint = HostEndpoint(Outbox(limit_bytes, limit_bytes), epoch=epoch)
+        self._endpoint = HostEndpoint(outbox or Outbox(limit_bytes, limit_bytes), epoch=epoch)
         self._on_message = on_message
         self._on_gap = on_gap
         self._on_event = on_event
@@ -148,6 +153,21 @@ class Link:
     def epoch(self) -> int:
         """The epoch that this link speaks in."""
         return self._endpoint.epoch
+
+    @property
+    def outbox(self) -> Outbox:
+        """What was sent and may have to be sent again: for the next link, after this one is closed."""
+        return self._endpoint.outbox
+
+    @property
+    def unread(self) -> int:
+        """Bytes that the agent has not yet read from the pipe, where the system can tell."""
+        if self.closed:
+            return 0
+        try:
+            return int.from_bytes(fcntl.ioctl(self._write_fd, termios.FIONREAD, bytes(4)), sys.byteorder)
+        except OSError:
+            return 0
 
     def received(self) -> dict[int, int]:
         """The last number of each channel that was handed to ``on_message``: what a successor has to name."""
@@ -250,11 +270,13 @@ class Link:
         self._shut(SandboxGatewayError("link_failed", "the link was closed"))
 
     async def _written(self, deadline: float) -> None:
+        """Wait until everything is written and, in a pipe of ours, read: then the agent has acted on it."""
         loop = asyncio.get_running_loop()
-        while self._endpoint.wants_write and not self.closed and loop.time() < deadline:
+        while not self.closed and loop.time() < deadline:
             self._flush()
-            if self._endpoint.wants_write:
-                await asyncio.sleep(0.005)
+            if not self._endpoint.wants_write and not self.unread:
+                return
+            await asyncio.sleep(0.002)
 
     # -- reading
 
