@@ -44,15 +44,26 @@ def _command(command: argparse.ArgumentParser) -> Iterator[str]:
 
 
 def profile_keys() -> str:
-    """The keys of a profile, by the schema that checks them."""
-    rules = schema()
-    defs = rules["$defs"]
-    lines = ["| key | what | values |", "|---|---|---|"]
-    for key, rule in defs["profile"]["properties"].items():
-        lines.append(f"| `{key}` | {_cell(rule.get('title', ''))} | {_cell(_values(rule, defs))} |")
-    lines += ["", "Built in:", ""]
+    """The keys of a profile and of the settings, by the schema that checks them."""
+    defs = schema()["$defs"]
+    lines = [*_keys(defs["profile"], defs), "", "Built in:", ""]
     lines += [f"- `{profile.name}` (“{profile.display_name}”): {profile.description}" for profile in BUILT_IN.values()]
+    lines += ["", "One table `[settings]` holds for the whole installation:", "", *_keys(defs["settings"], defs)]
     return "\n".join(lines) + "\n"
+
+
+def _keys(table: dict[str, Any], defs: dict[str, Any]) -> Iterator[str]:
+    yield from ("| key | what | values |", "|---|---|---|")
+    for name, rule in _flat(table, defs):
+        yield f"| `{name}` | {_cell(rule.get('title', ''))} | {_cell(_values(rule, defs))} |"
+
+
+def _flat(table: dict[str, Any], defs: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The keys of a table and, dotted, those of tables in it."""
+    for key, rule in table["properties"].items():
+        yield key, rule
+        if "properties" in rule:
+            yield from ((f"{key}.{inner}", nested) for inner, nested in _flat(rule, defs))
 
 
 def _values(rule: dict[str, Any], defs: dict[str, Any]) -> str:

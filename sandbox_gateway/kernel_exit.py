@@ -28,11 +28,7 @@ class KernelExit:
     def from_event(cls, event: Mapping[str, Any]) -> KernelExit | None:
         """Read a ``kernel_exit`` report; None when it is malformed."""
         code, number, tail = event.get("code"), event.get("signal"), event.get("stderr_tail", "")
-        if any(
-            value is not None and (type(value) is not int or value not in _EXIT_NUMBERS) for value in (code, number)
-        ):
-            return None
-        if not isinstance(tail, str):
+        if not (_is_number(code) and _is_number(number) and isinstance(tail, str)):
             return None
         reason = event.get("reason", "")
         reason = reason[:_REASON] if isinstance(reason, str) else ""
@@ -54,6 +50,10 @@ class KernelExit:
                 return f"the kernel was ended by {signal.Signals(self.signal).name}"
             return f"the kernel was ended by signal {self.signal}"
         return f"the kernel exited with code {self.code}"
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (type(value) is int and value in _EXIT_NUMBERS)
 
 
 def _printable(text: str) -> str:

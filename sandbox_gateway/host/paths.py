@@ -41,6 +41,11 @@ class Paths:
         return self.home / "layers"
 
     @property
+    def snapshots(self) -> Path:
+        """Saved sandboxes, each in a directory under its id. They hold kernels' memory: private to this user."""
+        return self.home / "snapshots"
+
+    @property
     def database(self) -> Path:
         """The SQLite store."""
         return self.home / "store.sqlite"

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from sandbox_gateway.model import WorkspaceMode
 from sandbox_gateway.profiles.file import Problem, ProfileFile
-from sandbox_gateway.profiles.profile import HOME, RESERVED_VARIABLES, WORKSPACE, Idle, Profile
+from sandbox_gateway.profiles.profile import HOME, RESERVED_VARIABLES, WORKSPACE, Profile, is_ipykernel
 from sandbox_gateway.profiles.values import duration, size
 
 MIN_MEMORY = 128 * 1024**2
@@ -46,6 +45,7 @@ def semantic_problems(
     _check_image(table, report)
     _check_variables(table, report)
     _check_times(table, base, report)
+    _check_starts(table, base, report)
     workspace = WorkspaceMode(table.get("workspace", base.workspace))
     taken: set[str] = set()
     for index, item in enumerate(table.get("mounts", ())):
@@ -93,16 +93,36 @@ def _check_times(table: Mapping[str, Any], base: Profile, report: _Report) -> No
     for key, value in given.items():
         if duration(value) == 0:
             report((key,), f'{value!r} is no time; give a duration such as "1h", or "never"', value)
-    tiers = table.get("idle", {})
+    tiers = {tier: value for tier, value in table.get("idle", {}).items() if tier != "cpu"}
     for tier, value in tiers.items():
         if duration(value) == 0:
             report(("idle", tier), f'{value!r} is no time; give a duration such as "10m", or "never"', value)
-    idle: Idle = replace(base.idle, **{tier: duration(value) for tier, value in tiers.items()})
-    times = [(tier, getattr(idle, tier)) for tier in ("pause", "suspend", "expire")]
+    times = [
+        (tier, duration(tiers[tier]) if tier in tiers else getattr(base.idle, tier))
+        for tier in ("pause", "suspend", "expire")
+    ]
     for (first, sooner), (second, later) in pairwise([(tier, time) for tier, time in times if time]):
         if later < sooner:
             text = f"{second} ({later:g} s) comes before {first} ({sooner:g} s); give a longer time"
             report(("idle", second), text, tiers.get(second))
+
+
+def _check_starts(table: Mapping[str, Any], base: Profile, report: _Report) -> None:
+    argv = table.get("argv", base.argv)
+    ipykernel = argv is None or is_ipykernel(argv)
+    template = table.get("template", base.template and ipykernel)
+    if template and not ipykernel:
+        report(("template",), "is for ipykernel only, and argv is another kernel's; leave it out", True)
+    pool = table.get("pool", {})
+    if "max_age" in pool and duration(pool["max_age"]) == 0:
+        report(("pool", "max_age"), f'{pool["max_age"]!r} is no time; give a duration such as "1h", or "never"')
+    if template and ipykernel:
+        return
+    if table.get("preload"):
+        report(("preload",), "needs a template, which this profile's kernels do not start from; leave it out")
+    for key in ("created", "ready"):
+        if pool.get(key):
+            report(("pool", key), "needs a template, which this profile's kernels do not start from; leave it out")
 
 
 def _mount_faults(

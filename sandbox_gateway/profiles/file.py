@@ -6,7 +6,7 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,8 @@ class ProfileFile:
     tables: Mapping[str, Mapping[str, Any]]
     """Profile name -> its table."""
     lines: Mapping[Key, int]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What holds for all profiles."""
 
     def problem(self, key: Key, message: str, value: Any = None) -> Problem:
         """A problem at ``key``, with the line of the nearest key that has one."""
@@ -99,7 +101,7 @@ def parse(raw: bytes, name: str) -> ProfileFile:
                 for it in wrong
             ]
         )
-    return ProfileFile(name, data.get("profiles", {}), lines)
+    return ProfileFile(name, data.get("profiles", {}), lines, data.get("settings", {}))
 
 
 def _syntax(name: str, text: str, error: ValueError) -> Problem:

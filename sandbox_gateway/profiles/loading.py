@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +13,7 @@ from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.model import Limits, Mount, OnOwnerExit, WorkspaceMode
 from sandbox_gateway.profiles.checks import MIN_DISK, MIN_MEMORY, plain, semantic_problems
 from sandbox_gateway.profiles.file import Problem, ProfileError, read
-from sandbox_gateway.profiles.profile import BUILT_IN, Profile
+from sandbox_gateway.profiles.profile import BUILT_IN, Profile, Settings, is_ipykernel
 from sandbox_gateway.profiles.values import duration, machine_memory, size
 
 DEFAULT_MEMORY = "50%"
@@ -47,8 +47,10 @@ class Places(Protocol):
 class Profiles:
     """Profiles by name, the built-in ones first. Read-only, and like a mapping but for :meth:`get`."""
 
-    def __init__(self, profiles: Mapping[str, Profile], file: Path) -> None:
+    def __init__(self, profiles: Mapping[str, Profile], file: Path, settings: Settings | None = None) -> None:
         self._profiles = MappingProxyType(dict(profiles))
+        self.settings = settings or Settings()
+        """What holds for all of them."""
         self.file = file
         """Where an administrator adds to them; it need not exist."""
 
@@ -106,7 +108,11 @@ def load_profiles(paths: Places, *, memory: int | None = None) -> Profiles:
             merged[name] = _apply(base, table, total, file.path)
     if problems:
         raise ProfileError(sorted(problems, key=lambda problem: problem.line))
-    return Profiles(merged, paths.profiles)
+    return Profiles(merged, paths.profiles, _settings(file.settings, total))
+
+
+def _settings(table: Mapping[str, Any], memory: int) -> Settings:
+    return Settings(**{key: size(value, memory) for key, value in table.items()})
 
 
 def _with_default_limits(profile: Profile, memory: int) -> Profile:
@@ -139,17 +145,28 @@ def _apply(base: Profile, table: Mapping[str, Any], memory: int, source: str) ->
             case "grace" | "max_busy" | "max_lifetime":
                 changes[key] = duration(value)
             case "idle":
-                changes[key] = replace(base.idle, **{tier: duration(time) for tier, time in value.items()})
+                changes[key] = replace(base.idle, **_converted(value, cpu=float))
+            case "pool":
+                changes[key] = replace(base.pool, **_converted(value, created=int, ready=int))
             case "environment":
                 changes[key] = MappingProxyType({**base.environment, **value})
             case "client_environment" | "argv":
                 changes[key] = tuple(value)
+            case "preload":
+                changes[key] = tuple(dict.fromkeys(value))
             case "mounts":
                 changes[key] = tuple(_mount(item) for item in value)
             case _:
                 changes[key] = value
+    if "argv" in table and not is_ipykernel(table["argv"]):
+        changes["template"] = False
     required = frozenset(name for name, value in limits.items() if value is not None)
     return replace(base, limits=replace(base.limits, **limits), required_limits=required, **changes)
+
+
+def _converted(table: Mapping[str, Any], **others: Callable[[Any], Any]) -> dict[str, Any]:
+    """The values of a table of durations, in which ``others`` are none."""
+    return {key: others.get(key, duration)(value) for key, value in table.items()}
 
 
 def _mount(item: Mapping[str, Any]) -> Mount:

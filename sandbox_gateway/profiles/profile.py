@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
@@ -15,6 +16,12 @@ WORKSPACE = f"{HOME}/work"
 """Where the notebook's folder is seen inside."""
 DEFAULT_GRACE = 30.0
 """Seconds."""
+DEFAULT_IDLE_CPU = 0.02
+"""Cores. An idle ipykernel in gVisor uses about a tenth of it."""
+DEFAULT_POOL_AGE = 3600.0
+"""Seconds."""
+DEFAULT_SNAPSHOT_BUDGET = 20 * 1024**3
+"""Bytes."""
 DEFAULT_PROFILE = "python3-gvisor"
 RESERVED_VARIABLES = frozenset({"SANDBOX_ID", "JPY_PARENT_PID"})
 """Never taken from a profile or a client: ours, and one that makes ipykernel exit."""
@@ -27,6 +34,32 @@ class Idle:
     pause: float | None = None
     suspend: float | None = None
     expire: float | None = None
+    cpu: float = DEFAULT_IDLE_CPU
+    """Processor use, in cores, from which on a kernel without a running request is not idle."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """How many sandboxes are kept ready for the next kernels of a profile."""
+
+    created: int = 0
+    """Made, but nothing restored into them yet: nearly no memory."""
+    ready: int = 0
+    """Fully restored kernels, which hold their memory."""
+    max_age: float | None = DEFAULT_POOL_AGE
+    """Seconds after which one of them is replaced; None means never."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What holds for all profiles of an installation."""
+
+    snapshot_budget: int | None = DEFAULT_SNAPSHOT_BUDGET
+    """Bytes on disk that snapshots may take before those that nothing refers to are removed, oldest first; None means
+    any amount. A suspended kernel is never removed for it."""
+    memory_reserve: int | None = None
+    """Bytes of the machine's memory that should stay free: below it idle kernels are suspended, longest idle first.
+    None means that memory is not watched."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +97,22 @@ class Profile:
     on_owner_exit: OnOwnerExit = OnOwnerExit.TERMINATE
     grace: float = DEFAULT_GRACE
     """Seconds without an owner before ``on_owner_exit`` applies."""
+    template: bool = True
+    """Whether its kernels start by restoring a ready one; never true for kernels other than ipykernel."""
+    preload: tuple[str, ...] = ()
+    """Modules that the ready kernel has imported."""
+    pool: Pool = field(default_factory=Pool)
     argv: tuple[str, ...] | None = None
     """The kernel's command inside, where a first word ``python`` or ``python3`` is the image's interpreter;
     None means the kernelspec's own (ipykernel)."""
     interrupt_mode: str = "signal"
     source: str = "built-in"
     """``built-in``, or the path of the file that names it."""
+
+    @property
+    def ipykernel(self) -> bool:
+        """Whether the kernel is ipykernel, the one that can be given an identity after it has started."""
+        return self.argv is None or is_ipykernel(self.argv)
 
     def allows(self, variable: str) -> bool:
         """Whether a client may set ``variable`` for the kernel (an allow-list; everything else stays outside)."""
@@ -97,8 +140,15 @@ class Profile:
             "client_environment": list(self.client_environment),
             "mounts": mounts,
             "idle": {item.name: getattr(self.idle, item.name) for item in fields(Idle)},
+            "preload": list(self.preload),
+            "pool": {item.name: getattr(self.pool, item.name) for item in fields(Pool)},
             "argv": None if self.argv is None else list(self.argv),
         }
+
+
+def is_ipykernel(argv: Sequence[str]) -> bool:
+    """Whether a kernel's command starts ipykernel."""
+    return any(option == "-m" and name in ("ipykernel_launcher", "ipykernel") for option, name in pairwise(argv))
 
 
 BUILT_IN: Mapping[str, Profile] = MappingProxyType(

@@ -63,7 +63,7 @@ def faults(data: Any) -> list[Fault]:
 
 _KEYWORDS = frozenset(
     {"$schema", "$defs", "$ref", "title", "description", "type", "enum", "const", "anyOf"}
-    | {"pattern", "minLength", "minimum", "exclusiveMinimum", "maximum", "minItems", "items"}
+    | {"pattern", "minLength", "minimum", "exclusiveMinimum", "maximum", "minItems", "maxItems", "items"}
     | {"properties", "additionalProperties", "propertyNames", "required"}
 )
 """What is interpreted; another keyword in the schema is a mistake of ours and raises."""
@@ -146,7 +146,8 @@ def _scalar_holds(node: Mapping[str, Any], value: Any) -> bool:
         return len(value) >= shortest and _matches(node.get("pattern"), value)
     if isinstance(value, list):
         fewest: int = node.get("minItems", 0)
-        return len(value) >= fewest
+        most_items: float = node.get("maxItems", math.inf)
+        return fewest <= len(value) <= most_items
     if isinstance(value, int | float) and not isinstance(value, bool):
         least: float = node.get("minimum", -math.inf)
         most: float = node.get("maximum", math.inf)

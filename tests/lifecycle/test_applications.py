@@ -227,12 +227,18 @@ def test_a_closed_terminal_ends_a_script_and_its_sandbox(product: Product) -> No
         stderr=subprocess.DEVNULL,
         text=True,
         start_new_session=True,
+        # Who runs the tests under nohup ignores it, and so would the script.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
     assert process.stdout is not None
-    with process.stdout:
+    try:
         kernel_id = process.stdout.readline().split()[1]
         os.killpg(process.pid, signal.SIGHUP)
         process.wait(30)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
     done = product.command("rm", kernel_id)
     assert done.returncode == 0, done.stderr
     assert not (product.home / "run" / kernel_id).exists()

@@ -10,7 +10,7 @@ import pytest
 
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.model import Limits, Mount, OnOwnerExit, WorkspaceMode
-from sandbox_gateway.profiles import ProfileError, Profiles, load_profiles
+from sandbox_gateway.profiles import Idle, Pool, ProfileError, Profiles, Settings, load_profiles
 
 GIB = 1024**3
 
@@ -104,6 +104,61 @@ def test_every_key_is_read(places: Places) -> None:
     assert dict(profile.environment) == {"LC_ALL": "C"}
     assert profile.argv == ("/usr/bin/R", "{connection_file}") and profile.interrupt_mode == "message"
     assert profile.on_owner_exit is OnOwnerExit.KEEP and profile.source == str(places.profiles)
+    assert not profile.template, "R cannot be given an identity after its start"
+
+
+def test_how_kernels_start_and_rest_is_read(places: Places) -> None:
+    profile = places.load(
+        """
+        [profiles.fast]
+        preload = ["numpy", "matplotlib.pyplot", "numpy"]
+        pool = { created = 4, ready = 2, max_age = "never" }
+        idle = { cpu = 0.5, suspend = "1h" }
+        """
+    ).get("fast")
+    assert profile.template and profile.preload == ("numpy", "matplotlib.pyplot")
+    assert profile.pool == Pool(created=4, ready=2, max_age=None)
+    assert profile.idle == Idle(suspend=3600.0, cpu=0.5)
+
+
+def test_without_a_word_ipykernel_starts_from_a_template_and_no_pool_is_kept(places: Places) -> None:
+    plain = places.load("[profiles.plain]\n").get("plain")
+    assert plain.template and plain.preload == () and plain.pool == Pool(0, 0, 3600.0) and plain.idle == Idle()
+    assert not places.load("[profiles.x]\ntemplate = false\n").get("x").template
+
+
+@pytest.mark.parametrize(
+    ("argv", "template"),
+    [
+        ('["python3", "-Xfrozen_modules=off", "-m", "ipykernel_launcher", "-f", "{connection_file}"]', True),
+        ('["python", "-m", "ipykernel", "-f", "{connection_file}"]', True),
+        ('["python", "-m", "bash_kernel", "-f", "{connection_file}"]', False),
+        ('["/opt/kernel", "{connection_file}"]', False),
+    ],
+)
+def test_only_ipykernel_starts_from_a_template(places: Places, argv: str, template: bool) -> None:
+    profile = places.load(f"[profiles.x]\nargv = {argv}\n").get("x")
+    assert (profile.template, profile.ipykernel) == (template, template)
+
+
+def test_settings_hold_for_the_whole_installation(places: Places) -> None:
+    assert load_profiles(places).settings == Settings(20 * GIB, None)
+    settings = places.load('[settings]\nsnapshot_budget = "none"\nmemory_reserve = "10%"\n').settings
+    assert settings == Settings(None, 16 * GIB // 10)
+    assert places.load("[settings]\nsnapshot_budget = 0\n").settings.snapshot_budget == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "words"),
+    [
+        ('[settings]\nsnapshot_budget = "50%"\n', "settings.snapshot_budget", ["20GiB", "none"]),
+        ("[settings]\nbudget = 1\n", "settings.budget", ["unknown key", "snapshot_budget, memory_reserve"]),
+        ("settings = 1\n", "settings", ["[settings]"]),
+    ],
+)
+def test_a_wrong_setting_is_named(places: Places, text: str, key: str, words: list[str]) -> None:
+    problem = places.problem(text)
+    assert problem.key == key and all(word in problem.message for word in words)
 
 
 def test_a_table_with_a_built_in_name_changes_only_the_keys_it_names(places: Places) -> None:
@@ -205,7 +260,19 @@ def test_an_unknown_profile_lists_those_there_are_and_the_nearest(places: Places
         ('idle.pause = "10 minutes"', 2, "idle.pause", ['"10 minutes"', "10m"]),
         ('idle.pause = "0s"', 2, "idle.pause", ["no time"]),
         ('idle = { pause = "1h", suspend = "10m" }', 2, "idle.suspend", ["600 s", "3600 s"]),
+        ("idle = { cpu = 0 }", 2, "idle.cpu", ["above 0 and up to 1"]),
         ('max_busy = "0s"', 2, "max_busy", ["no time"]),
+        ('template = "yes"', 2, "template", ["true or false"]),
+        ('template = true\nargv = ["R", "{connection_file}"]', 2, "template", ["ipykernel only"]),
+        ('preload = "numpy"', 2, "preload", ["an array"]),
+        ('preload = ["numpy", "os;x"]', 2, "preload[1]", ["dotted name"]),
+        ('preload = [".numpy"]', 2, "preload[0]", ["dotted name"]),
+        ("preload = [" + '"a",' * 101 + "]", 2, "preload", ["at most 100"]),
+        ('template = false\npreload = ["numpy"]', 3, "preload", ["needs a template"]),
+        ("template = false\npool.ready = 1", 3, "pool.ready", ["needs a template"]),
+        ("pool.ready = -1", 2, "pool.ready", ["whole number from 0"]),
+        ("pool.warm = 1", 2, "pool.warm", ["unknown key", "created, ready, max_age"]),
+        ('pool.max_age = "0s"', 2, "pool.max_age", ["no time"]),
         ("environment = { A = 1 }", 2, "environment.A", ["write numbers in quotes"]),
         ('environment = { "A-B" = "x" }', 2, "environment.A-B", ["name of a variable"]),
         ('environment = { SANDBOX_ID = "x" }', 2, "environment.SANDBOX_ID", ["by the product"]),
@@ -358,3 +425,4 @@ def test_a_profile_as_json_is_plain_values(places: Places) -> None:
     )
     assert json.loads(json.dumps(data)) == data
     assert data["mounts"] == [{"source": "/a", "destination": "/b", "mode": "ro"}] and data["idle"]["pause"] == 5
+    assert data["preload"] == [] and data["pool"] == {"created": 0, "ready": 0, "max_age": 3600.0}

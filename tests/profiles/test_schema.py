@@ -28,14 +28,16 @@ MOUNT_KEYS = st.sampled_from(["source", "destination", "mode", "more"])
 VALUES = st.one_of(
     SCALARS,
     st.lists(SCALARS, max_size=3),
-    st.dictionaries(st.sampled_from(["pause", "suspend", "expire", "A", "A-B"]), SCALARS, max_size=3),
+    st.dictionaries(st.sampled_from(["pause", "suspend", "expire", "cpu", "A", "A-B"]), SCALARS, max_size=3),
+    st.dictionaries(st.sampled_from(["created", "ready", "max_age", "x"]), SCALARS, max_size=3),
     st.lists(st.dictionaries(MOUNT_KEYS, SCALARS, max_size=4), max_size=2),
 )
 TABLES = st.dictionaries(st.one_of(NAMES, NAMES, st.just("unknown")), VALUES, max_size=4)
 DOCUMENTS = st.fixed_dictionaries(
     {},
     optional={
-        "profiles": st.one_of(SCALARS, st.dictionaries(st.sampled_from(["a", "b.c", "Big", ".x"]), TABLES, max_size=2))
+        "profiles": st.one_of(SCALARS, st.dictionaries(st.sampled_from(["a", "b.c", "Big", ".x"]), TABLES, max_size=2)),
+        "settings": st.dictionaries(st.sampled_from(["snapshot_budget", "memory_reserve", "x"]), SCALARS, max_size=2),
     },
 )
 
