@@ -4,6 +4,7 @@
 (:class:`~sandbox_gateway.runtimes.base.Snapshots`); this package knows only that it is a directory of files.
 """
 
+from sandbox_gateway.snapshots.collect import Removable, collect, layers_in_use, needed_by, removable, runsc_in_use
 from sandbox_gateway.snapshots.draft import Draft, Snapshot
 from sandbox_gateway.snapshots.locks import Lease
 from sandbox_gateway.snapshots.manifest import Facts, FileIdentity, ImageFile, Kind, Manifest, WorkspaceFile
@@ -19,10 +20,16 @@ __all__ = [
     "Kind",
     "Lease",
     "Manifest",
+    "Removable",
     "Snapshot",
     "SnapshotStore",
     "WorkspaceFile",
     "changed_files",
     "check_files",
+    "collect",
     "describe_files",
+    "layers_in_use",
+    "needed_by",
+    "removable",
+    "runsc_in_use",
 ]

@@ -31,6 +31,10 @@ _HASH = re.compile(r"[0-9a-f]{64}")
 _BIG = 2**63
 
 
+class NewerFormat(SandboxGatewayError):
+    """A snapshot of a newer version of this program: not for us to use, and not to be thrown away as damaged."""
+
+
 class Kind(enum.StrEnum):
     """Why a snapshot was made."""
 
@@ -246,7 +250,8 @@ def _manifest(data: Any, snapshot_id: str) -> Manifest:
         raise _Bad("it has no format version")
     if version > FORMAT:
         text = f"it was made by a newer version of this program (format {version}, this one reads up to {FORMAT})"
-        raise damaged(snapshot_id, text, "Upgrade sandbox_gateway to use it.")
+        message = damaged(snapshot_id, text).message
+        raise NewerFormat("snapshot_damaged", message, "Upgrade sandbox_gateway to use it.")
     names = {item.name for item in fields(Manifest)} | {"format"}
     if data.keys() != names:
         raise _Bad(f"{', '.join(sorted(data.keys() ^ names))[:200]} missing or unknown")
