@@ -9,12 +9,15 @@ BIN := $(VENV)/bin
 EXTRAS := lab,test,lint,docs,bench
 NOTEBOOKS ?= .
 TESTS ?=
+N ?= 200
+KERNELS ?= 4
+SEED ?=
 STAMP := $(VENV)/.installed
 
 # Never the user's own environment: the product freezes the one it runs in, and that is to be .venv.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
-.PHONY: help setup run test lint docs bench clean
+.PHONY: help setup run test soak lint docs bench clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -42,6 +45,11 @@ run: setup ## JupyterLab with the sandboxed kernels; NOTEBOOKS=folder names anot
 test: setup lint docs ## linters, docs and the tests; TESTS=tests/wire for some only
 	@echo "test: pytest $(TESTS)"
 	@JUPYTER_PLATFORM_DIRS=1 $(BIN)/python -m pytest $(TESTS)
+
+soak: setup ## suspend, resume, fork and kill at random, N=200 times [SEED=number] [KERNELS=4]; nothing may be lost
+	@echo "soak: $(N) suspend and resume cycles on $(KERNELS) kernels at once"
+	@JUPYTER_PLATFORM_DIRS=1 SANDBOX_TEST_SOAK=$(N) SANDBOX_TEST_SOAK_KERNELS=$(KERNELS) \
+	  $(if $(SEED),SANDBOX_TEST_SOAK_SEED=$(SEED)) $(BIN)/python -m pytest -q tests/soak/test_soak.py
 
 lint: $(STAMP) ## ruff, mypy --strict, the layers
 	@echo "lint: ruff"

@@ -250,6 +250,17 @@ _DEATH_TEXT = {
 
 
 @dataclass(frozen=True, slots=True)
+class Activity:
+    """When a sandbox was used last, and what was announced since; times in seconds since the epoch."""
+
+    last: float
+    expiry_announced: float | None = None
+    """When its users were told that it will expire; counts only if nothing used it since."""
+    end_announced: float | None = None
+    """When they were told that the longest life of its profile will be over."""
+
+
+@dataclass(frozen=True, slots=True)
 class SandboxRecord:
     """What the store knows of one sandbox."""
 

@@ -27,9 +27,9 @@ import socket
 import struct
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from sandbox_gateway.errors import SandboxGatewayError, storage_error
 from sandbox_gateway.host.paths import Paths
@@ -42,6 +42,8 @@ MAX_REQUEST: Final = 1 << 20
 """Bytes of one request line."""
 MAX_ANSWER: Final = 8 << 20
 """Bytes of one line that an owner answers."""
+WATCH_INTERVAL = 10.0
+"""Seconds between an owner's looks whether its socket's file is still there."""
 _REQUEST_TIMEOUT = 10.0
 _FLOCK = struct.Struct("hhqqi4x")
 _PEERCRED = struct.Struct("3i")
@@ -51,10 +53,14 @@ Handler = Callable[[str, str, Mapping[str, Any]], Awaitable[Mapping[str, Any]]]
 
 
 class NoOwner(SandboxGatewayError):
-    """Nobody owns the sandbox: take the lock and adopt it."""
+    """Nobody owns the sandbox: take the lock and adopt it.
 
-    def __init__(self, sandbox_id: str) -> None:
+    ``died``: there was an owner, and it ended over the request, which may have been carried out in part.
+    """
+
+    def __init__(self, sandbox_id: str, *, died: bool = False) -> None:
         super().__init__("owner_unreachable", f"no process owns sandbox {sandbox_id}")
+        self.died = died
 
 
 # The lock
@@ -230,13 +236,36 @@ os.register_at_fork(after_in_child=_after_fork)
 
 # The owner's side of the socket
 
-_asker: contextvars.ContextVar[_Asker | None] = contextvars.ContextVar("sandbox_gateway_asker", default=None)
+_asker: contextvars.ContextVar[_Hears | None] = contextvars.ContextVar("sandbox_gateway_asker", default=None)
 
 
 def report_progress(progress: Mapping[str, Any]) -> bool:
     """From within a handler: tell the asker how far it is. False when nobody listens (any more)."""
     asker = _asker.get()
     return asker is not None and asker.send({"progress": dict(progress)})
+
+
+@contextlib.contextmanager
+def progress_to(listener: Callable[[Mapping[str, Any]], None] | None) -> Iterator[None]:
+    """What is reported by :func:`report_progress` inside goes to ``listener``: for who does without an owner."""
+    token = _asker.set(None if listener is None else _Listener(listener))
+    try:
+        yield
+    finally:
+        _asker.reset(token)
+
+
+class _Hears(Protocol):
+    def send(self, message: Mapping[str, Any]) -> bool: ...
+
+
+class _Listener:
+    def __init__(self, listener: Callable[[Mapping[str, Any]], None]) -> None:
+        self._listener = listener
+
+    def send(self, message: Mapping[str, Any]) -> bool:
+        self._listener(message["progress"])
+        return True
 
 
 class _Asker:
@@ -267,36 +296,94 @@ class OwnerServer:
         self.path = socket_path if socket_path is not None else default_socket(paths.runtime)
         self._handler = handler
         self._server: asyncio.Server | None = None
+        self._inode: tuple[int, int] | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is being carried out."""
+        return bool(self._tasks)
 
     async def start(self) -> None:
         """Listen on :attr:`path`, on the running loop. Raises ``data_directory`` when that cannot be."""
-        directory = self.path.parent
+        self._server = await self._listen()
+        self._watching = asyncio.create_task(self._watch())
+
+    async def _listen(self) -> asyncio.Server:
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        fresh = self.path.with_suffix(".new")
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            sweep(directory)
-            with contextlib.suppress(FileNotFoundError):
-                fresh.unlink()
-            listening.bind(os.fspath(fresh))
-            os.chmod(fresh, 0o600)
-            listening.listen(64)
-            # Under its own name only when it answers: whoever finds a name that refuses knows that its owner is dead.
-            os.rename(fresh, self.path)
+            self._bind(listening)
+            found = os.stat(self.path, follow_symlinks=False)
+            self._inode = (found.st_dev, found.st_ino)
         except OSError as error:
             listening.close()
             raise storage_error(error, f"cannot listen on {self.path}") from error
         listening.setblocking(False)
-        self._server = await asyncio.start_unix_server(self._connected, sock=listening, limit=MAX_REQUEST)
+        # Made and started in two steps: one that is cancelled half-way would leave a server that nobody can close.
+        server = await asyncio.start_unix_server(
+            self._connected, sock=listening, limit=MAX_REQUEST, start_serving=False
+        )
+        try:
+            await server.start_serving()
+        except BaseException:
+            server.close()
+            raise
+        return server
+
+    def _bind(self, listening: socket.socket) -> None:
+        directory = self.path.parent
+        fresh = self.path.with_suffix(".new")
+        for attempt in range(5):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            sweep(directory)
+            with contextlib.suppress(FileNotFoundError):
+                fresh.unlink()
+            try:
+                listening.bind(os.fspath(fresh))
+                break
+            except FileNotFoundError:
+                # Another process ended, and took the empty directory with it, between our two steps.
+                if attempt == 4:
+                    raise
+        os.chmod(fresh, 0o600)
+        listening.listen(64)
+        # Under its own name only when it answers: whoever finds a name that refuses knows that its owner is dead.
+        os.rename(fresh, self.path)
+
+    def _in_place(self) -> bool:
+        try:
+            found = os.stat(self.path, follow_symlinks=False)
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == self._inode
+
+    async def _watch(self) -> None:
+        """Listen again where somebody removed the socket's file (a cleaner of temporary directories)."""
+        while True:
+            await asyncio.sleep(WATCH_INTERVAL)
+            if not self._in_place():
+                log.warning("%s was removed: it is made again", self.path)
+                try:
+                    fresh = await self._listen()
+                except SandboxGatewayError as error:
+                    log.error("%s", error)
+                    continue
+                old, self._server = self._server, fresh
+                if old is not None:
+                    old.close()
 
     async def stop(self) -> None:
         """Stop listening, cancel what is under way, and leave no file."""
         server, self._server = self._server, None
         if server is None:
             return
-        with contextlib.suppress(FileNotFoundError):
-            self.path.unlink()
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+        if self._in_place():
+            with contextlib.suppress(FileNotFoundError):
+                self.path.unlink()
         server.close()
         current = asyncio.current_task()
         tasks = [task for task in self._tasks if task is not current]
@@ -405,11 +492,23 @@ async def ask(
     ``timeout`` is in seconds without a word from the owner. Raises :class:`NoOwner` when nobody owns the sandbox (also
     when the owner dies over it), ``owner_unreachable`` when the owner does not answer, or the owner's own error.
     """
-    directory = paths.sandbox(sandbox_id)
+    return await ask_holder(paths.sandbox(sandbox_id), sandbox_id, op, timeout, on_progress=on_progress, params=params)
+
+
+async def ask_holder(
+    directory: Path,
+    sandbox_id: str,
+    op: str,
+    timeout: float = 30.0,
+    *,
+    on_progress: Callable[[Mapping[str, Any]], None] | None = None,
+    params: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """As :func:`ask`, of whoever holds the lock of ``directory``."""
     pid, connected = await _reach(directory)
     reader, writer = await asyncio.open_unix_connection(sock=connected, limit=MAX_ANSWER)
     try:
-        writer.write(_line({"op": op, "id": sandbox_id, "params": params}))
+        writer.write(_line({"op": op, "id": sandbox_id, "params": dict(params or {})}))
         while True:
             async with asyncio.timeout(timeout):
                 line = await reader.readline()
@@ -425,8 +524,8 @@ async def ask(
     except TimeoutError as error:
         raise SandboxGatewayError("owner_unreachable", f"process {pid} did not answer in {timeout:g} s") from error
     except OSError as error:
-        if await _gone(directory):
-            raise NoOwner(sandbox_id) from error
+        if await _gone(directory, pid):
+            raise NoOwner(sandbox_id, died=True) from error
         raise SandboxGatewayError("owner_unreachable", f"process {pid} hung up: {error}") from error
     except (ValueError, TypeError, AttributeError) as error:
         raise SandboxGatewayError("owner_unreachable", f"process {pid} answered nonsense: {error}") from error
@@ -463,10 +562,30 @@ async def _reach(directory: Path) -> tuple[int, socket.socket]:
         await asyncio.sleep(0.05)
 
 
-async def _gone(directory: Path) -> bool:
+async def _gone(directory: Path, pid: int) -> bool:
     # A dying process's descriptors are closed one after the other: its connection may end before its locks do.
+    # Another holder is as good: somebody else was quicker to adopt.
     for _ in range(10):
-        if holder(directory) is None:
+        if holder(directory) not in (pid, 0):
             return True
         await asyncio.sleep(0.05)
     return False
+
+
+_TAKE_TRIES = 5
+
+
+async def take_over(paths: Paths, sandbox_id: str, timeout: float = 30.0) -> OwnerLock:
+    """The lock of a sandbox, held: free, or handed over by its present owner, who is asked to.
+
+    An owner that hands over flushes, detaches, gives its lock up and then answers. Of several that ask at once each
+    gets it in turn, and ``owned_elsewhere`` when its turn does not come. Raises what the owner says instead.
+    """
+    lock = OwnerLock(paths.sandbox(sandbox_id))
+    for _ in range(_TAKE_TRIES):
+        if lock.try_acquire():
+            return lock
+        with contextlib.suppress(NoOwner):
+            await ask(paths, sandbox_id, "hand_over", timeout)
+    lock.acquire()
+    return lock

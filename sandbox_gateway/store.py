@@ -23,10 +23,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from sandbox_gateway.errors import SandboxGatewayError
-from sandbox_gateway.model import Death, Launch, OnOwnerExit, SandboxRecord, State
+from sandbox_gateway.events import Event, EventKind
+from sandbox_gateway.model import Activity, Death, Launch, OnOwnerExit, SandboxRecord, State
 
 BUSY_TIMEOUT: Final = 10.0
 """Seconds to wait for another process's transaction before ``store_failed``."""
+
+MAX_EVENTS: Final = 10_000
+"""Events that are kept, the newest ones (a few more between two trims)."""
+MAX_EVENTS_EACH: Final = 1_000
+"""Events that are kept of one sandbox."""
+_TRIM_EVERY = 100
 
 MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
     (
@@ -55,6 +62,20 @@ MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
         "ALTER TABLE sandboxes ADD COLUMN snapshot TEXT",
         "ALTER TABLE sandboxes ADD COLUMN parent TEXT",
         "CREATE TABLE launches (id TEXT PRIMARY KEY, launch TEXT NOT NULL) STRICT, WITHOUT ROWID",
+    ),
+    (
+        # AUTOINCREMENT: a number is never given again, also when the newest events were deleted.
+        """CREATE TABLE events (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,
+            sandbox TEXT NOT NULL,
+            time REAL NOT NULL,
+            kind TEXT NOT NULL,
+            text TEXT NOT NULL,
+            data TEXT NOT NULL
+        ) STRICT""",
+        "CREATE INDEX events_by_sandbox ON events (sandbox, id)",
+        "CREATE TABLE activity (id TEXT PRIMARY KEY, last REAL NOT NULL, expiry_announced REAL, end_announced REAL)"
+        " STRICT, WITHOUT ROWID",
     ),
 )
 """Statements that lead from version ``n`` (the index) to ``n + 1``. Append only: old ones are in users' files."""
@@ -142,9 +163,10 @@ class Store:
         return tuple(_from_row(row) for row in rows)
 
     def delete(self, sandbox_id: str) -> bool:
-        """Forget a sandbox; False when there was none."""
+        """Forget a sandbox and its events; False when there was none."""
         with self._transaction() as connection:
-            connection.execute("DELETE FROM launches WHERE id = ?", (sandbox_id,))
+            for table, key in (("launches", "id"), ("activity", "id"), ("events", "sandbox")):
+                connection.execute(f"DELETE FROM {table} WHERE {key} = ?", (sandbox_id,))
             return connection.execute("DELETE FROM sandboxes WHERE id = ?", (sandbox_id,)).rowcount > 0
 
     def update(self, sandbox_id: str, **changes: Any) -> SandboxRecord:
@@ -185,6 +207,62 @@ class Store:
             return Launch.from_dict(json.loads(row[0]))
         except (ValueError, TypeError, KeyError) as error:
             raise SandboxGatewayError("store_failed", f"the launch of sandbox {sandbox_id} is damaged") from error
+
+    def add_events(self, events: Sequence[Event]) -> tuple[Event, ...]:
+        """Write events in their order; returns them with their numbers. Old ones go at the bounds."""
+        written = []
+        with self._transaction() as connection:
+            for event in events:
+                row = (event.sandbox, event.time, str(event.kind), event.text, json.dumps(dict(event.data)))
+                added = connection.execute(
+                    "INSERT INTO events (sandbox, time, kind, text, data) VALUES (?, ?, ?, ?, ?)", row
+                )
+                written.append(replace(event, id=added.lastrowid or 0))
+            for sandbox_id in {event.sandbox for event in events}:
+                connection.execute(
+                    "DELETE FROM events WHERE sandbox = ? AND id <="
+                    " (SELECT id FROM events WHERE sandbox = ? ORDER BY id DESC LIMIT 1 OFFSET ?)",
+                    (sandbox_id, sandbox_id, MAX_EVENTS_EACH),
+                )
+            if any(event.id % _TRIM_EVERY == 0 for event in written):
+                connection.execute(
+                    "DELETE FROM events WHERE id <= (SELECT id FROM events ORDER BY id DESC LIMIT 1 OFFSET ?)",
+                    (MAX_EVENTS,),
+                )
+        return tuple(written)
+
+    def events(self, sandbox_id: str | None = None, *, since: int = 0, limit: int = MAX_EVENTS) -> tuple[Event, ...]:
+        """The newest ``limit`` events after number ``since``, of one sandbox or of all, oldest first.
+
+        Kinds that this program does not know (a newer one wrote them) are left out.
+        """
+        condition, values = ("AND sandbox = ?", (sandbox_id,)) if sandbox_id is not None else ("", ())
+        with self._open_connection() as connection:
+            rows = connection.execute(
+                f"SELECT sandbox, kind, text, data, time, id FROM events WHERE id > ? {condition}"
+                " ORDER BY id DESC LIMIT ?",
+                (since, *values, limit),
+            ).fetchall()
+        known = {str(kind) for kind in EventKind}
+        return tuple(
+            Event(sandbox, EventKind(kind), text, json.loads(data), time, number)
+            for sandbox, kind, text, data, time, number in reversed(rows)
+            if kind in known
+        )
+
+    def put_activity(self, sandbox_id: str, activity: Activity) -> None:
+        """Write when a sandbox was used last; it goes with :meth:`delete`."""
+        row = (sandbox_id, activity.last, activity.expiry_announced, activity.end_announced)
+        with self._transaction() as connection:
+            connection.execute("INSERT OR REPLACE INTO activity VALUES (?, ?, ?, ?)", row)
+
+    def activity(self, sandbox_id: str) -> Activity | None:
+        """What :meth:`put_activity` wrote; None when nothing was."""
+        with self._open_connection() as connection:
+            row = connection.execute(
+                "SELECT last, expiry_announced, end_announced FROM activity WHERE id = ?", (sandbox_id,)
+            ).fetchone()
+        return None if row is None else Activity(*row)
 
     def referenced_layers(self) -> frozenset[str]:
         """Digests of layers that garbage collection must keep: those of all but terminated and expired sandboxes."""

@@ -34,7 +34,7 @@ def add(commands: Commands) -> None:
     build.add_argument("profiles", nargs="*", metavar="PROFILE", help="a profile's name")
     build.add_argument("--image", metavar="SOURCE", help="an image as a profile names it, instead of profiles")
     build.add_argument("--editable", action="store_true", help="with --image: take editable installs in")
-    rm = command(parts, "rm", _rm, "remove layers that no sandbox uses")
+    rm = command(parts, "rm", _rm, "remove layers that no sandbox or snapshot uses")
     rm.add_argument("digests", nargs="+", metavar="DIGEST", help="a layer's digest, or an unambiguous beginning of it")
     command(parts, "prune", _prune, "remove the layers that nothing uses and no environment has now")
 
@@ -160,6 +160,7 @@ def _prune(options: argparse.Namespace) -> None:
 
 def _referenced(paths: Paths) -> frozenset[str]:
     from sandbox_gateway.cli.actions import opened
+    from sandbox_gateway.snapshots import SnapshotStore, layers_in_use
 
     with opened(paths) as store:
-        return frozenset() if store is None else store.referenced_layers()
+        return layers_in_use(SnapshotStore(paths), store.list if store is not None else tuple)

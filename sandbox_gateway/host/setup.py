@@ -12,10 +12,11 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from sandbox_gateway.host.runsc_sources import (
 MANIFEST = "runsc.json"
 SCHEMA = 1
 _STAGING = ".staging-"
+_HASH = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +145,69 @@ def ensure_runsc(
             return _install(paths, source, env, report, lock)
     except OSError as error:
         raise _storage_error(paths.home, error) from error
+
+
+@dataclass(frozen=True, slots=True)
+class OldRunsc:
+    """An installed runsc that is not the current one."""
+
+    sha256: str
+    directory: Path
+    size: int
+    """Bytes of its files."""
+
+
+def unused_runsc(paths: Paths, needed: Collection[str]) -> tuple[OldRunsc, ...]:
+    """Installed binaries that can go: not the current one, not in ``needed`` (hashes that snapshots or records name),
+    and not run by any process now."""
+    current = installed(paths)
+    kept = set(needed) | ({current.sha256} if current is not None else set())
+    try:
+        names = sorted(os.listdir(paths.bin))
+    except OSError:
+        return ()
+    found = [name for name in names if _HASH.fullmatch(name) and name not in kept]
+    if not found:
+        return ()
+    running = _running_from(paths.bin)
+    old = [(name, paths.bin / name) for name in found if name not in running]
+    return tuple(OldRunsc(name, path, _size_of(path)) for name, path in old if path.is_dir() and not path.is_symlink())
+
+
+def remove_unused_runsc(paths: Paths, needed: Callable[[], Collection[str]]) -> tuple[OldRunsc, ...]:
+    """Remove what :func:`unused_runsc` finds, and return it; ``needed`` is asked while nothing can be installed.
+
+    Raises ``data_directory``.
+    """
+    if not unused_runsc(paths, needed()):
+        return ()
+    try:
+        with _locked(paths.bin, lambda line: None):
+            gone = unused_runsc(paths, needed())
+            for old in gone:
+                # Under the name of a staging folder the next set-up removes what a crash leaves of it.
+                doomed = old.directory.with_name(f"{_STAGING}{old.sha256}")
+                old.directory.rename(doomed)
+                remove_tree(doomed)
+            return gone
+    except OSError as error:
+        raise _storage_error(paths.home, error) from error
+
+
+def _running_from(folder: Path) -> frozenset[str]:
+    """Names in ``folder`` below which a process of this user has its program."""
+    prefix, found = f"{os.path.realpath(folder)}/", set()
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError):
+                program = os.readlink(f"/proc/{name}/exe")
+                if program.startswith(prefix):
+                    found.add(program[len(prefix) :].split("/", 1)[0])
+    return frozenset(found)
+
+
+def _size_of(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _install(paths: Paths, source: Path | None, env: Mapping[str, str], report: Report, lock: int) -> RunscInstall:

@@ -178,21 +178,32 @@ class LayerStore:
         layer = matches[0]
         if layer.digest in referenced:
             raise SandboxGatewayError(
-                "invalid_request", f"layer {layer.digest[:19]} is in use by a sandbox", "Remove that sandbox first."
+                "invalid_request",
+                f"layer {layer.digest[:19]} is in use by a sandbox or a snapshot",
+                "Remove that one first.",
             )
         self._unlink(layer.digest)
         return layer.size
 
-    def collect(self, referenced: Collection[str], *, handed_out_for: float = HANDED_OUT_FOR) -> StoredLayers:
-        """Remove and return the layers that nothing refers to and that are not current for a slot; sweep leftovers."""
-        self.sweep()
+    def unused(self, referenced: Collection[str], *, handed_out_for: float = HANDED_OUT_FOR) -> StoredLayers:
+        """The layers that nothing refers to and that are not current for a slot, oldest first."""
         kept = set(referenced) | self._current_digests()
-        removed = []
-        for layer in self.list():
-            if layer.digest in kept or time.time() - _mtime(layer.path.with_suffix(".json")) < handed_out_for:
-                continue
+        return [
+            layer
+            for layer in self.list()
+            if layer.digest not in kept and time.time() - _mtime(layer.path.with_suffix(".json")) >= handed_out_for
+        ]
+
+    def collect(self, referenced: Collection[str], *, handed_out_for: float = HANDED_OUT_FOR) -> StoredLayers:
+        """Remove and return the :meth:`unused` layers; sweep leftovers.
+
+        ``referenced`` are the digests that sandboxes and snapshots need
+        (:func:`sandbox_gateway.snapshots.layers_in_use`).
+        """
+        self.sweep()
+        removed = self.unused(referenced, handed_out_for=handed_out_for)
+        for layer in removed:
             self._unlink(layer.digest)
-            removed.append(layer)
         return removed
 
     def sweep(self) -> int:

@@ -169,7 +169,15 @@ class Snapshots(Protocol):
         is that of a running one, whatever it was when it was saved.
 
         ``spec`` is that of the saved sandbox but for id, hostname, the sources of mounts, and limits that the host
-        enforces. The image is not changed and may be read until the sandbox ends. Raises as :meth:`Runtime.create`.
+        enforces. The image is only read, and that may go on after the last step until :meth:`loaded` has returned: its
+        files may be removed meanwhile, not changed. Raises as :meth:`Runtime.create`, and ``snapshot_unfit``.
+        """
+        ...
+
+    async def loaded(self, handle: Handle) -> None:
+        """Return when a restored sandbox needs nothing of its image any more; at once for one that was not restored.
+
+        Raises ``runtime_failed`` when the image could not be read to its end: the sandbox ends then.
         """
         ...
 

@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ from sandbox_gateway.host.cgroups import CgroupTree
 from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.host.processes import ProcessRef
 from sandbox_gateway.model import Death, DeathKind, SandboxSpec
-from sandbox_gateway.runtimes import gvisor_bundle, gvisor_probe, launcher
+from sandbox_gateway.runtimes import gvisor_bundle, gvisor_probe, gvisor_snapshots, launcher
 from sandbox_gateway.runtimes.base import Handle, LinkFds, RuntimeReport, Stats
+from sandbox_gateway.runtimes.gvisor_requirements import Requirements
 from sandbox_gateway.runtimes.memory import MemoryWatch, end_on_alarm, sandbox_memory
-from sandbox_gateway.runtimes.runsc import Runsc
+from sandbox_gateway.runtimes.runsc import TIMEOUT, Runsc
 
 _KILL_TIMEOUT = 10.0
 _ROUNDS = 20
@@ -61,6 +62,7 @@ class GvisorRuntime:
         self._tree = cgroup_tree
         self._rootless = os.geteuid() != 0
         self._ending: set[str] = set()
+        self._fitness: Requirements | None = None
 
     @property
     def tree(self) -> CgroupTree:
@@ -75,12 +77,16 @@ class GvisorRuntime:
 
     # Creation
 
-    async def create(self, spec: SandboxSpec, directory: Path) -> AsyncIterator[Handle]:
+    def create(self, spec: SandboxSpec, directory: Path) -> AsyncIterator[Handle]:
         """Make pipes and bundle, the control group, and the container, each announced before it is made.
 
         Raises ``runtime_missing``, ``runtime_failed`` with runsc's reason, ``limit_unsupported``, ``disk_full``.
         """
-        runsc = self._runsc()
+        return self._make(spec, directory, None)
+
+    async def _make(self, spec: SandboxSpec, directory: Path, image: Path | None) -> AsyncIterator[Handle]:
+        binary = None if image is None else await self._binary_for(image)
+        runsc = self._runsc(binary)
         tree = self.tree
         grouped = tree.usable
         flags = gvisor_bundle.flags(spec)
@@ -89,6 +95,8 @@ class GvisorRuntime:
         data: dict[str, Any] = {"flags": flags, "grouped": grouped, "memory_limit": spec.limits.memory}
         if spec.limits.memory is not None and not (grouped and "memory" in tree.controllers):
             data["soft_memory"] = spec.limits.memory
+        if binary is not None:
+            data |= {"restored": True, "binary": str(binary)}
         handle = Handle(spec.id, self.name, directory, "files", data)
         yield handle
         group = tree.path(self.cgroup_parent, spec.id) if grouped and not self._rootless else None
@@ -98,7 +106,9 @@ class GvisorRuntime:
             await _to_its_end(tree.create, self.cgroup_parent, spec.id, spec.limits)
         yield replace(handle, step="container")
         pid_file = directory / BUNDLE / "pid"
-        command = ("create", f"--bundle={directory / BUNDLE}", f"--pid-file={pid_file}", spec.id)
+        command: tuple[str, ...] = ("create", f"--bundle={directory / BUNDLE}", f"--pid-file={pid_file}", spec.id)
+        if image is not None:
+            command = (*gvisor_snapshots.restore_command(image), *command[1:])
         launched = await launcher.launch(
             runsc.argv(flags, *command),
             directory,
@@ -106,9 +116,10 @@ class GvisorRuntime:
             join=tree.join_files(self.cgroup_parent, spec.id) if grouped else (),
             cores=_cores(spec) if not (grouped and "cpu" in tree.controllers) else None,
             user_namespace=self._rootless,
+            timeout=TIMEOUT if image is None else gvisor_snapshots.RESTORE_TIMEOUT,
         )
         data = {**data, "holder": launched.holder.as_json(), "sandbox": launched.process.as_json()}
-        yield replace(handle, step="created", data=data)
+        yield replace(handle, step="created" if image is None else "started", data=data)
 
     def _make_files(self, spec: SandboxSpec, directory: Path, group: str | None) -> None:
         bundle = directory / BUNDLE
@@ -132,8 +143,55 @@ class GvisorRuntime:
 
     async def start(self, handle: Handle) -> Handle:
         """Start PID 1. Raises ``runtime_failed`` with runsc's reason."""
-        await self._runsc().call(handle.data["flags"], "start", handle.id)
+        await self._runsc_of(handle).call(handle.data["flags"], "start", handle.id)
         return replace(handle, step="started")
+
+    # Pausable and Snapshots
+
+    async def pause(self, handle: Handle) -> None:
+        """Stop every process where it is; raises ``runtime_failed``."""
+        await gvisor_snapshots.pause(self._runsc_of(handle), handle)
+
+    async def resume(self, handle: Handle) -> None:
+        """Let a paused sandbox go on; raises ``runtime_failed``."""
+        await gvisor_snapshots.resume(self._runsc_of(handle), handle)
+
+    async def snapshot(self, handle: Handle, image: Path) -> None:
+        """Save a paused sandbox into the new directory ``image``; raises ``runtime_failed``, ``disk_full``."""
+        await gvisor_snapshots.save(self._runsc_of(handle), handle, image, await self.requirements())
+
+    def restore(self, spec: SandboxSpec, directory: Path, image: Path) -> AsyncIterator[Handle]:
+        """Make pipes and bundle, the control group, and the container from its image; it runs at the end.
+
+        The memory is read from the image while the sandbox runs: until :meth:`loaded` has returned the image's files
+        must not be changed. Their names are no longer needed from here on (removing is no change).
+        """
+        return self._make(spec, directory, image)
+
+    async def loaded(self, handle: Handle) -> None:
+        """Return when a restored sandbox has read all of its image; raises ``runtime_failed`` when it could not."""
+        if handle.data.get("restored"):
+            await gvisor_snapshots.loaded(self._runsc_of(handle), handle)
+
+    async def requirements(self) -> Mapping[str, str]:
+        """The hash of our runsc and the processor's features; raises ``runtime_missing``."""
+        return await self._requirements().current()
+
+    async def unfit(self, requirements: Mapping[str, str]) -> str:
+        """Which runsc or which feature of the processor is missing; empty when none is."""
+        return await self._requirements().unfit(requirements)
+
+    async def _binary_for(self, image: Path) -> Path:
+        requirements = await asyncio.to_thread(gvisor_snapshots.read_image, image)
+        binary = await self._requirements().binary_for(requirements)
+        if binary is None:
+            raise SandboxGatewayError("snapshot_unfit", await self.unfit(requirements))
+        return binary
+
+    def _requirements(self) -> Requirements:
+        if self._fitness is None:
+            self._fitness = Requirements(self.paths, self._runsc().binary)
+        return self._fitness
 
     # Life
 
@@ -218,7 +276,7 @@ class GvisorRuntime:
         known = False
         if self.binary is not None and self._state_files(handle.id):
             with contextlib.suppress(SandboxGatewayError):  # what it leaves is removed by hand below
-                await self._runsc().call(handle.data.get("flags", ()), "delete", "--force", handle.id)
+                await self._runsc_of(handle).call(handle.data.get("flags", ()), "delete", "--force", handle.id)
                 known = "holder" in handle.data
         await _to_its_end(self._remove, handle, known)
 
@@ -269,10 +327,16 @@ class GvisorRuntime:
             return [path for path in root.iterdir() if path.name.startswith(names)]
         return []
 
-    def _runsc(self) -> Runsc:
-        if self.binary is None:
+    def _runsc(self, binary: Path | None = None) -> Runsc:
+        binary = binary or self.binary
+        if binary is None:
             raise SandboxGatewayError("runtime_missing", "there is no runsc")
-        return Runsc(self.binary, self.paths.runsc_root)
+        return Runsc(binary, self.paths.runsc_root)
+
+    def _runsc_of(self, handle: Handle) -> Runsc:
+        """The binary that made the sandbox: what it was restored with is not always ours."""
+        named = handle.data.get("binary")
+        return self._runsc(Path(named) if isinstance(named, str) else None)
 
 
 async def _to_its_end(work: Callable[..., None], *arguments: object) -> None:

@@ -46,7 +46,8 @@ async def probe(paths: Paths, binary: Path | None, tree: CgroupTree) -> RuntimeR
         hint = ERRORS["runtime_too_old"].hint
         return RuntimeReport("gvisor", True, version, (Capability("run", False, reason, hint),))
     run = await _run_capability(paths, binary)
-    return RuntimeReport("gvisor", True, version, (run, *limit_capabilities(tree)))
+    saving = (Capability(name, run.available, run.reason, run.hint) for name in ("pause", "snapshots"))
+    return RuntimeReport("gvisor", True, version, (run, *saving, *limit_capabilities(tree)))
 
 
 def limit_capabilities(tree: CgroupTree) -> tuple[Capability, ...]:
@@ -73,7 +74,7 @@ def limit_capabilities(tree: CgroupTree) -> tuple[Capability, ...]:
 
 async def _binary(paths: Paths, binary: Path) -> tuple[str, list[str]]:
     """(version text, flags it lacks), remembered for this very file."""
-    cache = _Cache(paths, binary, "features")
+    cache = Cache(paths, binary, "features")
     known = cache.read()
     if isinstance(known, str):
         return known, []
@@ -97,7 +98,7 @@ async def _run_capability(paths: Paths, binary: Path) -> Capability:
     if os.geteuid() != 0 and (why := why_no_user_namespace()) is not None:
         return Capability("run", False, *why)
     # A boot of this machine and its settings, for this user: what worked is not tried again.
-    cache = _Cache(paths, binary, f"trial-{boot_id()}-{os.geteuid()}")
+    cache = Cache(paths, binary, f"trial-{boot_id()}-{os.geteuid()}")
     if cache.read() == "ok":
         return Capability("run", True)
     try:
@@ -138,21 +139,27 @@ async def _trial(paths: Paths, binary: Path) -> None:
             shutil.rmtree(directory)
 
 
-class _Cache:
-    """One remembered answer about one binary file. Damaged or unwritable caches only cost time."""
+class Cache:
+    """One remembered answer about one binary file. Damaged or unwritable caches only cost time.
+
+    Raises OSError when there is no such file.
+    """
 
     def __init__(self, paths: Paths, binary: Path, topic: str) -> None:
         status = binary.stat()
-        key = f"{binary.resolve()}|{status.st_size}|{status.st_mtime_ns}|{topic}|{FEATURES}"
+        identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        key = f"{binary.resolve()}|{identity}|{topic}|{FEATURES}"
         self._path = paths.home / "cache" / f"runsc-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
     def read(self) -> object:
+        """What was written; None for nothing."""
         try:
             return json.loads(self._path.read_text())
         except (OSError, ValueError):
             return None
 
     def write(self, value: object) -> None:
+        """Remember a JSON value."""
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             temporary = self._path.with_suffix(f".{os.getpid()}")

@@ -1,0 +1,172 @@
+"""The keeper's own process: it adopts what it is asked to, and ends when it owns nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.host.paths import Paths
+from sandbox_gateway.keeper import keeper_directory
+from sandbox_gateway.owner import NoOwner, OwnerLock, OwnerServer, ask, holder
+
+log = logging.getLogger(__name__)
+
+SOCKET: Final = "keeper.sock"
+LINGER: Final = 2.0
+"""Seconds that a keeper stays without a sandbox: a command may be about to ask for the next."""
+HAND_OVER_TIMEOUT: Final = 30.0
+"""Seconds that an owner has to give a sandbox up."""
+_LOOK = 0.5
+_TRIES = 5
+
+
+class Keeps(Protocol):
+    """What a keeper needs of :class:`~sandbox_gateway.lifecycle.Lifecycle`."""
+
+    @property
+    def live(self) -> Mapping[str, Any]:
+        """The sandboxes that this process owns, by id."""
+
+    async def adopt(self, sandbox_id: str) -> Any:
+        """Own a sandbox from now on. Raises ``owned_elsewhere``."""
+
+    async def close(self) -> None:
+        """Leave everything by its ``on_owner_exit``."""
+
+
+class Keeper:
+    """Runs on one event loop until it is told to end, or owns nothing for :data:`LINGER` seconds."""
+
+    def __init__(self, paths: Paths, lock: OwnerLock, make: Callable[[], Awaitable[Keeps]]) -> None:
+        self._paths = paths
+        self._lock = lock
+        self._make = make
+        self._made: asyncio.Future[Keeps] | None = None
+        self._server = OwnerServer(paths, self._answer, socket_path=keeper_directory(paths) / SOCKET)
+        self._told = asyncio.Event()
+
+    def end(self) -> None:
+        """End in order."""
+        self._told.set()
+
+    async def run(self, ready: Callable[[], None]) -> None:
+        """Serve to the end; ``ready`` is called once everything is up. Raises what keeps it from starting."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.end)
+        self._made = asyncio.ensure_future(self._make())
+        try:
+            await self._server.start()
+            keeps = await self._made
+        except BaseException:
+            self._made.cancel()
+            await asyncio.gather(self._made, return_exceptions=True)
+            await self._server.stop()
+            raise
+        try:
+            ready()
+            await self._serve(keeps)
+        finally:
+            # A new keeper may start from here on: each sandbox has a lock of its own.
+            await self._server.stop()
+            self._lock.release(remove=True)
+            await keeps.close()
+
+    async def _serve(self, keeps: Keeps) -> None:
+        loop = asyncio.get_running_loop()
+        alone_since = loop.time()
+        while not self._told.is_set():
+            if keeps.live or self._server.busy:
+                alone_since = loop.time()
+            elif loop.time() - alone_since >= LINGER:
+                log.info("nothing to keep any more")
+                return
+            try:
+                async with asyncio.timeout(_LOOK):
+                    await self._told.wait()
+            except TimeoutError:
+                continue
+
+    async def _answer(self, op: str, sandbox_id: str, params: Mapping[str, Any]) -> Mapping[str, Any]:
+        assert self._made is not None
+        keeps = await asyncio.shield(self._made)
+        if op == "ping":
+            return {"sandboxes": len(keeps.live)}
+        if op == "adopt":
+            await self._adopt(keeps, sandbox_id)
+            return {}
+        raise SandboxGatewayError("invalid_request", f"unknown request {op!r}")
+
+    async def _adopt(self, keeps: Keeps, sandbox_id: str) -> None:
+        for _ in range(_TRIES):
+            if sandbox_id in keeps.live:
+                return
+            try:
+                await keeps.adopt(sandbox_id)
+                log.info("keeping sandbox %s", sandbox_id)
+                return
+            except SandboxGatewayError as error:
+                if error.code != "owned_elsewhere":
+                    raise
+            with contextlib.suppress(NoOwner):
+                await ask(self._paths, sandbox_id, "hand_over", HAND_OVER_TIMEOUT)
+        await keeps.adopt(sandbox_id)
+
+
+def keep(home: str, runtime: str, say: Callable[[Mapping[str, Any]], None]) -> int:
+    """Be the keeper of an installation, or leave that to the one there is; returns the exit status.
+
+    ``say`` takes the one answer to the starter, when this one is up, when there is another, or why there is none.
+    """
+    os.umask(0o077)
+    logging.basicConfig(
+        level=logging.DEBUG if os.environ.get("SANDBOX_GATEWAY_DEBUG") else logging.INFO,
+        format=f"%(asctime)s {os.getpid()} %(levelname)s %(name)s: %(message)s",
+    )
+    paths = Paths(Path(home), Path(runtime))
+    directory = keeper_directory(paths)
+    lock = OwnerLock(directory, server=directory / SOCKET)
+    said = False
+
+    def ready() -> None:
+        nonlocal said
+        said = True
+        say({"pid": os.getpid()})
+
+    async def make() -> Keeps:
+        return await asyncio.to_thread(_lifecycle, paths)
+
+    problem = None
+    try:
+        paths.ensure()
+        if not lock.try_acquire():
+            say({"pid": holder(directory)})
+            return 0
+        log.info("started")
+        asyncio.run(Keeper(paths, lock, make).run(ready))
+        log.info("ended")
+    except SandboxGatewayError as error:
+        problem = error
+        log.error("%s", error.message)
+    finally:
+        lock.release(remove=True)
+        with contextlib.suppress(OSError):
+            directory.parent.rmdir()
+    if problem is not None and not said:
+        say({"error": problem.as_dict()})
+    return 0 if problem is None else 1
+
+
+def _lifecycle(paths: Paths) -> Any:
+    from sandbox_gateway.lifecycle import Lifecycle
+
+    lifecycle = Lifecycle(paths)
+    lifecycle.store.open()
+    return lifecycle
