@@ -116,6 +116,7 @@ class Lifecycle:
             wanted, image, who, limits, private=(self.paths.home, self.paths.runtime), empty=self._empty()
         )
         kernel = requests.kernel(wanted, image)
+        await self._clear(wanted.id)
         launch = Launch(spec, kernel, wanted.key, who.uid, who.gid, requests.missing_file_hint(wanted))
         now = time.time()
         record = SandboxRecord(
@@ -136,6 +137,18 @@ class Lifecycle:
         sandbox = await self._new(record, launch, seat, runtime, report)
         await self._made(sandbox, sandbox.create(kernel))
         return sandbox
+
+    async def _clear(self, sandbox_id: str) -> None:
+        """Remove what an earlier owner of this id, whose lock we have now, has left half-way."""
+        try:
+            record = await asyncio.to_thread(self.store.get, sandbox_id)
+        except SandboxGatewayError:
+            return
+        if record.state is State.SUSPENDED:
+            hint = f"`jupyter sandbox resume {sandbox_id}` wakes it, `jupyter sandbox rm {sandbox_id}` removes it."
+            raise SandboxGatewayError("invalid_request", f"there is a suspended sandbox {sandbox_id} already", hint)
+        if record.state in LIVE:
+            await self._finish_unowned(record, Death(DeathKind.OWNER_GONE))
 
     async def _new(
         self, record: SandboxRecord, launch: Launch, seat: Seat, runtime: Runtime, report: RuntimeReport
