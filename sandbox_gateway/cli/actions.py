@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sandbox_gateway.cli.output import timestamp
@@ -15,6 +15,7 @@ from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.model import LIVE, Death, DeathKind, SandboxRecord, State
 
 if TYPE_CHECKING:
+    from sandbox_gateway.snapshots import Snapshot
     from sandbox_gateway.store import Store
 
 STATS_TIMEOUT = 1.0
@@ -37,6 +38,10 @@ class Seen:
     death: Death | None
     memory: int | None = None
     """Bytes in use."""
+    disk: int | None = None
+    """Bytes of the snapshot that it is suspended in."""
+    kept: bool = False
+    """Whether the owner is the keeper, and no application."""
 
     def as_dict(self) -> dict[str, Any]:
         """The object that ``ps --json`` lists."""
@@ -51,8 +56,13 @@ class Seen:
             "created": timestamp(record.created),
             "since": timestamp(record.changed),
             "owner_pid": self.owner_pid,
+            "keeper": self.kept,
             "on_owner_exit": str(record.on_owner_exit),
             "memory": self.memory,
+            "disk": self.disk,
+            "snapshot": record.snapshot,
+            "parent": record.parent,
+            "epoch": record.epoch,
             "death": None if self.death is None else {**self.death.as_dict(), "reason": self.death.describe()},
             "notes": list(record.notes),
         }
@@ -86,8 +96,8 @@ def seen(paths: Paths, *, everything: bool) -> list[Seen]:
             found = _looked_at(paths)
     shown = [sandbox for sandbox in found if everything or sandbox.state not in ENDED]
     if any(sandbox.owner_pid is not None for sandbox in shown):
-        return asyncio.run(_with_memory(paths, shown))
-    return shown
+        shown = asyncio.run(_with_memory(paths, shown))
+    return [_with_disk(paths, sandbox) for sandbox in shown]
 
 
 def _looked_at(paths: Paths) -> list[Seen]:
@@ -97,24 +107,35 @@ def _looked_at(paths: Paths) -> list[Seen]:
 
 
 def _look(paths: Paths, record: SandboxRecord) -> Seen:
-    if record.state not in LIVE:
+    if record.state in ENDED:
         return Seen(record, record.state, None, record.death)
-    if record.boot_id != boot_id():
+    if record.state in LIVE and record.boot_id != boot_id():
         return Seen(record, State.FAILED, None, record.death or Death(DeathKind.MACHINE_RESTARTED))
+    from sandbox_gateway.keeper import keeper_pid
     from sandbox_gateway.owner import holder
 
     # 0 means that somebody holds the lock who has not yet written who he is.
     pid = holder(paths.sandbox(record.id))
-    return Seen(record, record.state, pid or (record.owner_pid if pid == 0 else None), record.death)
+    owner = pid or (record.owner_pid if pid == 0 else None)
+    return Seen(record, record.state, owner, record.death, kept=owner is not None and owner == keeper_pid(paths))
+
+
+def _with_disk(paths: Paths, sandbox: Seen) -> Seen:
+    if sandbox.record.snapshot is None:
+        return sandbox
+    from sandbox_gateway.snapshots.files import disk_usage
+
+    try:
+        return replace(sandbox, disk=disk_usage(paths.snapshots / sandbox.record.snapshot))
+    except OSError:
+        return sandbox
 
 
 async def _with_memory(paths: Paths, sandboxes: Sequence[Seen]) -> list[Seen]:
-    from dataclasses import replace
-
     from sandbox_gateway.owner import ask
 
     async def one(sandbox: Seen) -> Seen:
-        if sandbox.owner_pid is None:
+        if sandbox.owner_pid is None or sandbox.state is State.SUSPENDED:
             return sandbox
         try:
             async with asyncio.timeout(STATS_TIMEOUT):
@@ -155,6 +176,13 @@ async def remove(paths: Paths, sandbox_id: str) -> str:
     return "removed"
 
 
+async def snapshot(paths: Paths, sandbox_id: str, name: str) -> Snapshot:
+    """Save one sandbox under ``name``, whoever owns it; it runs on."""
+    async with _lifecycle(paths) as lifecycle:
+        made: Snapshot = await lifecycle.snapshot(sandbox_id, name)
+        return made
+
+
 async def sweep(paths: Paths) -> list[str]:
     """Clean up what owners that are gone have left; returns the ids of sandboxes that were ended."""
     async with _lifecycle(paths) as lifecycle:
@@ -175,11 +203,11 @@ async def _lifecycle(paths: Paths) -> AsyncIterator[Any]:
 async def log(paths: Paths, record: SandboxRecord) -> str:
     """The kernel's raw stdout and stderr, as far as they are kept (the agent's bound, 1 MiB).
 
-    Of an ended sandbox: the kept log, else the last lines that its death recorded.
+    Of a suspended or ended sandbox: the kept log, else the last lines that its death recorded.
     """
     from sandbox_gateway.owner import NoOwner, ask
 
-    if _look(paths, record).state in ENDED:
+    if _look(paths, record).state in ENDED | {State.SUSPENDED}:
         return _kept(paths, record)
     try:
         return str((await ask(paths, record.id, "log"))["log"])

@@ -16,7 +16,14 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from sandbox_gateway import SandboxGatewayError, __version__
-from sandbox_gateway.cli import host_commands, image_commands, kernelspec_commands, sandbox_commands
+from sandbox_gateway.cli import (
+    host_commands,
+    image_commands,
+    kernelspec_commands,
+    prune_command,
+    sandbox_commands,
+    snapshot_commands,
+)
 from sandbox_gateway.cli.failures import DEBUG, Usage, explained, fail, fail_usage
 
 PROGRAM = "jupyter sandbox"
@@ -78,7 +85,8 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"sandbox_gateway {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
-    for part in (host_commands, kernelspec_commands, image_commands, sandbox_commands):
+    parts = (host_commands, kernelspec_commands, image_commands, sandbox_commands, snapshot_commands, prune_command)
+    for part in parts:
         part.add(commands)
     return top
 
