@@ -859,7 +859,7 @@ class Rig:
         print("\n".join(text), flush=True)
 
     def _tails(self) -> Iterator[str]:
-        for path in (self.world.logs / f"application-{self.number}.log", *self.world.paths.logs.glob("keeper*")):
+        for path in (self.world.logs / f"application-{self.number}.log", *self.world.paths.logs.glob("_keeper*")):
             with contextlib.suppress(OSError):
                 for line in path.read_text(errors="replace").splitlines()[-15:]:
                     yield f"{path.name}: {line[:400]}"
