@@ -853,6 +853,9 @@ class Rig:
         with contextlib.suppress(Exception):
             rows = json.loads(self.world.command("ps", "--all", "--json"))
             text += ["ps:", *(f"  {row}" for row in rows if row["id"] in {self.id, *self.children})]
+        with contextlib.suppress(Exception):
+            events = [event for event in self.world.store.events() if event.sandbox in {self.id, *self.children}]
+            text += ["events:", *(f"  {event.as_dict()}" for event in events[-20:])]
         text += ["logs:", *(f"  {line}" for line in self._tails())]
         with self.world.lock:
             self.world.report.failures.append("\n".join(text))
