@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,8 @@ STATS_TIMEOUT = 1.0
 FOLLOW_INTERVAL = 0.5
 """Seconds between two looks at a followed log."""
 ENDED = frozenset({State.TERMINATED, State.FAILED, State.EXPIRED})
+REACHED: Mapping[str, State] = {"suspend": State.SUSPENDED, "resume": State.RUNNING, "pause": State.PAUSED}
+"""What each command leaves a sandbox as."""
 NOT_ISOLATED = frozenset({"fake"})
 """Runtimes that isolate nothing; said wherever they show (DESIGN 4.12)."""
 
@@ -125,10 +127,7 @@ def _with_disk(paths: Paths, sandbox: Seen) -> Seen:
         return sandbox
     from sandbox_gateway.snapshots.files import disk_usage
 
-    try:
-        return replace(sandbox, disk=disk_usage(paths.snapshots / sandbox.record.snapshot))
-    except OSError:
-        return sandbox
+    return replace(sandbox, disk=disk_usage(paths.snapshots / sandbox.record.snapshot) or None)
 
 
 async def _with_memory(paths: Paths, sandboxes: Sequence[Seen]) -> list[Seen]:
@@ -160,6 +159,72 @@ def all_ids(paths: Paths, states: frozenset[State]) -> list[str]:
     """Ids of all sandboxes in ``states``."""
     with opened(paths) as store:
         return [] if store is None else [record.id for record in store.list(states)]
+
+
+OnProgress = Callable[[Mapping[str, Any]], None]
+
+
+async def change(paths: Paths, sandbox_id: str, op: str, on_progress: OnProgress) -> str:
+    """Suspend, resume or pause one sandbox, whoever owns it; returns its state when that is reached."""
+    from sandbox_gateway.keeper import drive
+
+    target = REACHED[op]
+    try:
+        await drive(paths, sandbox_id, op, on_progress=on_progress)
+    except SandboxGatewayError as error:
+        if error.code != "illegal_transition" or resolve(paths, sandbox_id).state is not target:
+            raise
+    return str(target)
+
+
+async def connect(paths: Paths, sandbox_id: str, on_progress: OnProgress) -> str:
+    """The path of a connection file by which clients reach the kernel; somebody owns it from now on."""
+    from sandbox_gateway.keeper import drive
+
+    answer = await drive(paths, sandbox_id, "connect", on_progress=on_progress)
+    return str(answer["connection_file"])
+
+
+async def fork(
+    paths: Paths, source: str, count: int, name: str, on_progress: OnProgress
+) -> list[tuple[str, SandboxGatewayError | None]]:
+    """Make ``count`` children of a sandbox or a snapshot, kept by the keeper; their ids, each with what failed."""
+    from sandbox_gateway.keeper import ask_keeper, drive
+
+    params = {"count": count, "name": name}
+    try:
+        sandbox = resolve(paths, source)
+    except SandboxGatewayError as error:
+        if error.code != "unknown_sandbox":
+            raise
+        answer = await ask_keeper(paths, "fork", _snapshot(paths, source), params, on_progress=on_progress)
+    else:
+        answer = await drive(paths, sandbox.id, "fork", params, on_progress)
+    outcomes: list[tuple[str, SandboxGatewayError | None]] = []
+    for child in answer["children"]:
+        failed = child.get("error")
+        problem = SandboxGatewayError.from_dict(failed) if failed else None
+        if problem is None:
+            # The application that forked may end before its children are done with.
+            try:
+                await ask_keeper(paths, "adopt", child["id"])
+            except SandboxGatewayError as error:
+                problem = error
+        outcomes.append((child["id"], problem))
+    return outcomes
+
+
+def _snapshot(paths: Paths, reference: str) -> str:
+    from sandbox_gateway.snapshots import SnapshotStore
+
+    try:
+        return SnapshotStore(paths).find(reference).id
+    except SandboxGatewayError as error:
+        if error.code != "unknown_snapshot":
+            raise
+        text = f"there is neither a sandbox nor a snapshot {reference!r}"
+        hint = "`jupyter sandbox ps` and `jupyter sandbox snapshot ls` list them."
+        raise SandboxGatewayError("unknown_sandbox", text, hint) from error
 
 
 async def stop(paths: Paths, sandbox_id: str) -> str:
@@ -215,7 +280,7 @@ async def log(paths: Paths, record: SandboxRecord) -> str:
         raise SandboxGatewayError(
             "owner_unreachable",
             f"sandbox {record.id} has no owner now, and its log is inside",
-            f"`jupyter sandbox stop {record.id[:8]}` ends it.",
+            f"`jupyter sandbox connect {record.id[:8]}` gives it one, `jupyter sandbox stop {record.id[:8]}` ends it.",
         ) from error
 
 

@@ -23,6 +23,7 @@ from sandbox_gateway.cli import (
     prune_command,
     sandbox_commands,
     snapshot_commands,
+    state_commands,
 )
 from sandbox_gateway.cli.failures import DEBUG, Usage, explained, fail, fail_usage
 
@@ -80,13 +81,13 @@ def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     top = _Parser(
         prog=PROGRAM,
-        description="Jupyter kernels in sandboxes: set up, offer as kernelspecs, watch and end.",
+        description="Jupyter kernels in sandboxes: set up, offer as kernelspecs, watch, suspend, fork and end.",
         epilog="Everything is stored below SANDBOX_GATEWAY_HOME (default: ~/.local/share/sandbox_gateway).",
     )
     top.add_argument("--version", action="version", version=f"sandbox_gateway {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
-    parts = (host_commands, kernelspec_commands, image_commands, sandbox_commands, snapshot_commands, prune_command)
-    for part in parts:
+    about_sandboxes = (sandbox_commands, state_commands, snapshot_commands, prune_command)
+    for part in (host_commands, kernelspec_commands, image_commands, *about_sandboxes):
         part.add(commands)
     return top
 
