@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from sandbox_gateway.agent import relay
 from sandbox_gateway.agent.loop import Loop
@@ -61,7 +61,10 @@ class KernelChannels:
         self._output: Source | None = None
         self._heard = time.monotonic()
         self._welcomed = self._beating = self._is_ready = self._closed = False
-        self._interrupts = 0
+        self._asking = False
+        self._replies: dict[str, Callable[[dict[str, Any]], None]] = {}
+        self.greeting = relay.Greeting()
+        """What the kernel has said of itself through the pipe."""
         if pipe is not None:
             with contextlib.suppress(OSError):
                 fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_READ)
@@ -92,14 +95,19 @@ class KernelChannels:
         # A send may swallow the signal of a message that has just come in: look.
         self._loop.soon(self._service)
 
-    def interrupt(self, key: str) -> bool:
-        """Send an ``interrupt_request`` of the agent's own; False while there is nobody to send it to."""
+    def ask(
+        self, key: str, msg_type: str, content: Mapping[str, Any], reply: Callable[[dict[str, Any]], None] | None = None
+    ) -> bool:
+        """Send a request of the agent's own on control; False while there is nobody to send it to."""
         if self._sockets is None:
             return False
-        from sandbox_gateway.agent.interrupt import interrupt_request
+        from sandbox_gateway.agent.own_requests import signed_request
 
-        self._interrupts += 1
-        self.send("control", interrupt_request(key))
+        msg_id, parts = signed_request(key, msg_type, content)
+        self._asking = True
+        if reply is not None:
+            self._replies[msg_id] = reply
+        self.send("control", parts)
         return True
 
     def last_words(self) -> bool:
@@ -219,12 +227,23 @@ class KernelChannels:
     def _publish(self, messages: Sequence[Sequence[bytes]]) -> None:
         for parts in messages:
             if relay.is_welcome(parts):  # the host greets its own subscribers
+                if self._pipe is not None and not self._welcomed:
+                    self.greeting = relay.Greeting.of(parts)
                 self._loop.soon(self._greeted)
             else:
                 self._hooks.message("iopub", parts)
         if messages:
             self._heard = time.monotonic()
 
-    def _own_reply(self, parts: Sequence[bytes]) -> bool:
+    def _own_reply(self, parts: list[bytes]) -> bool:
         """Whether this control reply answers a request of the agent's own (those carry no client's identity)."""
-        return bool(self._interrupts) and bool(parts) and parts[0] == relay.DELIMITER
+        if not self._asking or not parts or parts[0] != relay.DELIMITER:
+            return False
+        if self._replies:
+            from sandbox_gateway.agent.own_requests import answered
+
+            msg_id, content = answered(parts)
+            reply = self._replies.pop(msg_id, None)
+            if reply is not None:
+                reply(content)
+        return True

@@ -10,12 +10,13 @@ import json
 import os
 import signal
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from sandbox_gateway.agent import process
-from sandbox_gateway.agent.kernel import Answer, Kernel, KernelError, Launch
+from sandbox_gateway.agent.identify import parse_identity
+from sandbox_gateway.agent.kernel import Kernel
+from sandbox_gateway.agent.launch import Answer, KernelError, parse_launch
 from sandbox_gateway.agent.owner import OwnerWatch
 
 DEFAULT_GRACE: Final = 5.0
@@ -45,6 +46,7 @@ class Control:
             "ping": lambda _request, answer: answer({}),
             "start_kernel": self._start,
             "restart_kernel": self._restart,
+            "identify": self._identify,
             "stop_kernel": self._stop,
             "interrupt": self._interrupt,
             "signal": self._signal,
@@ -85,6 +87,9 @@ class Control:
     def _restart(self, request: dict[str, Any], answer: Answer) -> None:
         self._kernel.restart(parse_launch(request, self._kernel.launch), answer)
 
+    def _identify(self, request: dict[str, Any], answer: Answer) -> None:
+        self._kernel.identify(parse_identity(request), answer)
+
     def _stop(self, request: dict[str, Any], answer: Answer) -> None:
         self._kernel.stop(_seconds(request, "grace", DEFAULT_GRACE), answer)
 
@@ -123,78 +128,6 @@ class Control:
     def _shutdown(self, _request: dict[str, Any], answer: Answer) -> None:
         answer({})
         self._shut_down()
-
-
-def parse_launch(request: Mapping[str, Any], before: Launch | None = None) -> Launch:
-    """The launch that a request describes; what it leaves out is taken from ``before``. Raises KernelError."""
-    fields = {key: value for key, value in request.items() if value is not None}
-    if before is None:
-        missing = {"argv", "key"} - set(fields)
-        if missing:
-            raise KernelError("invalid_request", f"start_kernel lacks {', '.join(sorted(missing))}")
-        own = (os.getuid(), os.getgid())
-        before = Launch(process.Command((), {}, "/", *own), "")
-    command = before.command
-    argv = fields.get("argv", list(command.argv))
-    if not isinstance(argv, list) or not argv or not all(isinstance(word, str) and "\0" not in word for word in argv):
-        raise KernelError("invalid_request", "argv is not a list of words")
-    environment = fields.get("env", command.environment)
-    if not isinstance(environment, dict) or not all(
-        isinstance(value, str) and name and "=" not in name and "\0" not in name + value
-        for name, value in environment.items()
-    ):
-        raise KernelError("invalid_request", "env is not a table of names and texts")
-    mode = _text(fields, "interrupt_mode", before.interrupt_mode)
-    if mode not in ("signal", "message"):
-        raise KernelError("invalid_request", "interrupt_mode is signal or message")
-    return replace(
-        before,
-        command=process.Command(
-            tuple(argv),
-            environment,
-            _text(fields, "cwd", command.cwd),
-            _id(fields, "uid", command.uid),
-            _id(fields, "gid", command.gid),
-            _rlimits(fields["rlimits"]) if "rlimits" in fields else command.rlimits,
-        ),
-        key=_text(fields, "key", before.key),
-        interrupt_mode=mode,
-        welcome=_flag(fields, "welcome", before.welcome),
-        fast_iopub=bool(_flag(fields, "fast_iopub", before.fast_iopub)),
-    )
-
-
-def _text(fields: Mapping[str, Any], name: str, default: str) -> str:
-    value = fields.get(name, default)
-    if not isinstance(value, str) or "\0" in value:
-        raise KernelError("invalid_request", f"{name} is not a text")
-    return value
-
-
-def _flag(fields: Mapping[str, Any], name: str, default: bool | None) -> bool | None:
-    value = fields.get(name, default)
-    if value is not None and not isinstance(value, bool):
-        raise KernelError("invalid_request", f"{name} is not true or false")
-    return value
-
-
-def _id(fields: Mapping[str, Any], name: str, default: int) -> int:
-    value = fields.get(name, default)
-    if type(value) is not int or not 0 <= value < 2**32 - 1:
-        raise KernelError("invalid_request", f"{name} is not a user's or group's number")
-    return value
-
-
-def _rlimits(value: Any) -> dict[str, tuple[int, int]]:
-    if not isinstance(value, dict):
-        raise KernelError("invalid_request", "rlimits is not a table")
-    limits: dict[str, tuple[int, int]] = {}
-    for name, limit in value.items():
-        pair = [limit, limit] if type(limit) is int else limit
-        if not process.known_rlimit(str(name)) or not isinstance(pair, list) or [type(n) for n in pair] != [int, int]:
-            raise KernelError("invalid_request", f"the resource limit {name!r} is not known, or not a number")
-        limits[name] = (pair[0], pair[1])
-    return limits
 
 
 def _seconds(request: Mapping[str, Any], name: str, default: float) -> float:

@@ -34,7 +34,7 @@ import types
 from collections import defaultdict, deque
 from datetime import datetime, timezone
 from importlib import import_module
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from io import StringIO
 from json.encoder import encode_basestring
 from typing import Any
@@ -42,6 +42,18 @@ from typing import Any
 # Untyped on purpose: this file meets whatever ipykernel the user has.
 iostream: Any = import_module("ipykernel.iostream")
 kernelapp: Any = import_module("ipykernel.kernelapp")
+
+
+def _sibling(name: str) -> Any:
+    """A module of this folder, which is on nobody's path, under a name that is in nobody's way."""
+    known = f"_sandbox_{name}"
+    spec = spec_from_file_location(known, os.path.join(os.path.dirname(os.path.abspath(__file__)), f"kernel_{name}.py"))
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{name} is missing beside {__file__}")
+    sys.modules[known] = module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
 
 _MAGIC = b"SGio"
 _PIPE_FD = 120
@@ -150,6 +162,7 @@ class Pipe:
 
 
 _pipe: Pipe | None = None
+_identity: Any = None
 
 
 class PipeIOPubThread(iostream.IOPubThread):  # type: ignore[misc]
@@ -348,9 +361,15 @@ class PipeKernelApp(kernelapp.IPKernelApp):  # type: ignore[misc]
     def init_kernel(self) -> None:
         """Make the kernel, and tell the agent that messages will come through the pipe from now on."""
         super().init_kernel()
+        _identity.serve(self.kernel)
         session = self.session
-        message = session.msg("iopub_welcome", {"subscription": ""})
+        message = session.msg("iopub_welcome", {"subscription": "", "identity": True})
         session.send(self.iopub_thread, message, ident=b"iopub_welcome")
+
+    def initialize(self, argv: Any = None) -> None:
+        """Initialize as usual, noting what that changes of the environment given."""
+        super().initialize(argv)
+        _identity.started(self.kernel)
 
 
 def _take_pipe() -> Pipe | None:
@@ -377,7 +396,7 @@ def _take_pipe() -> Pipe | None:
 def _disguise() -> None:
     """Look like the stock classes to those who ask by name (``type(sys.stdout)``) and to ``sys.argv[0]``."""
     for ours, stock in ((PipeOutStream, iostream.OutStream), (PipeIOPubThread, iostream.IOPubThread)):
-        ours.__module__, ours.__name__, ours.__qualname__ = stock.__module__, stock.__name__, stock.__qualname__
+        ours.__module__, ours.__name__, ours.__qualname__ = (stock.__module__, stock.__name__, stock.__qualname__)
     spec = find_spec("ipykernel_launcher")
     if spec is not None and spec.origin:
         sys.argv[0] = spec.origin
@@ -385,8 +404,11 @@ def _disguise() -> None:
 
 def main() -> None:
     """Run the kernel until it is told to end."""
-    global _pipe
+    global _pipe, _identity
     _pipe = _take_pipe()
+    if _pipe is not None:
+        _sibling("seeds")
+        _identity = _sibling("identity").Identity()
     _disguise()
     (PipeKernelApp if _pipe is not None else kernelapp.IPKernelApp).launch_instance()
 

@@ -18,6 +18,9 @@ from typing import Any, Final
 
 from sandbox_gateway.agent import process, relay
 from sandbox_gateway.agent.channels import ChannelHooks, KernelChannels
+from sandbox_gateway.agent.identify import REQUEST as IDENTITY_REQUEST
+from sandbox_gateway.agent.identify import Identification, Identity
+from sandbox_gateway.agent.launch import Answer, KernelError, Launch
 from sandbox_gateway.agent.logring import LogRing, tail
 from sandbox_gateway.agent.loop import Loop
 
@@ -40,26 +43,6 @@ class Phase(enum.Enum):
     """Its process has ended; what it published last is still being read."""
 
 
-class KernelError(Exception):
-    """An operation failed; ``code`` is one of the product's error codes."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """Everything that ``start_kernel`` may say."""
-
-    command: process.Command
-    key: str
-    interrupt_mode: str = "signal"
-    welcome: bool | None = None
-    """Whether the kernel greets subscribers on IOPub; None: not known."""
-    fast_iopub: bool = False
-
-
 @dataclass(frozen=True, slots=True)
 class Hooks:
     """Where a kernel's messages and news go."""
@@ -71,9 +54,6 @@ class Hooks:
     """The log ring has grown."""
     hungry: Callable[[], bool] = field(default=lambda: True)
     """False while the buffer towards the host takes no more of what could wait in the kernel."""
-
-
-Answer = Callable[[dict[str, Any] | KernelError], None]
 
 
 class Kernel:
@@ -99,6 +79,12 @@ class Kernel:
         self._started: Answer | None = None
         self._failed: Callable[[], None] | None = None
         self._busy: str | None = None
+        self._identification: Identification | None = None
+
+    @property
+    def identity(self) -> bool:
+        """Whether the kernel that runs here can be given another identity."""
+        return self.phase is Phase.READY and self._channels is not None and self._channels.greeting.identity
 
     # -- operations -----------------------------------------------------------------------------------------------
 
@@ -137,12 +123,38 @@ class Kernel:
         self._busy = "end"
         self._end(_FAREWELL_GRACE, lambda _error: done())
 
+    def identify(self, identity: Identity, answer: Answer) -> None:
+        """Give the running kernel another identity; answers ``{seeded, missing}`` when it has become that.
+
+        Clients' messages wait from now on until it has, or until the kernel is restarted.
+        """
+        channels, launch = self._channels, self.launch
+        if self.phase is not Phase.READY or self._busy or channels is None or launch is None:
+            raise KernelError("invalid_request", "no kernel is ready here")
+        if not channels.greeting.identity:
+            raise KernelError("unsupported", "only the sandbox's own ipykernel application can change its identity")
+        if self._identification is not None and self._identification.waiting:
+            raise KernelError("identity_failed", "the kernel has not yet answered when it was given another identity")
+
+        def accepted() -> None:
+            self.launch = after = identity.applied(launch)
+            self._directory.write_connection_file(self.generation, after.key, after.command.uid, after.command.gid)
+
+        self._identification = identification = Identification(self._loop, answer, accepted, self._open_gate)
+        channels.ask(launch.key, IDENTITY_REQUEST, identity.message(), identification.replied)
+
+    def _open_gate(self) -> None:
+        """Hand on what clients have sent meanwhile."""
+        gated, self._gated = self._gated, []
+        for channel, parts in gated:
+            self.send(channel, parts)
+
     def interrupt(self) -> None:
         """Interrupt as the kernelspec says: SIGINT to the process group, or an ``interrupt_request``."""
         if self.pid is None or self.launch is None or self._status is not None:
             raise KernelError("invalid_request", "no kernel is running")
         if self.launch.interrupt_mode == "message":
-            if self._channels is None or not self._channels.interrupt(self.launch.key):
+            if self._channels is None or not self._channels.ask(self.launch.key, "interrupt_request", {}):
                 raise KernelError("invalid_request", "the kernel is not up yet")
         else:
             process.signal_group(self.pid, signal.SIGINT)
@@ -155,7 +167,8 @@ class Kernel:
 
     def send(self, channel: str, parts: Sequence[bytes | memoryview]) -> None:
         """Hand a client's message to the kernel; held back until the kernel is ready, dropped when there is none."""
-        if self._busy == "restart" or self.phase in (Phase.SPAWNING, Phase.BOOTING):
+        identifying = self._identification is not None and not self._identification.done
+        if self._busy == "restart" or identifying or self.phase in (Phase.SPAWNING, Phase.BOOTING):
             self._gated.append((channel, parts))
         elif self.phase is Phase.READY and self._channels is not None:
             self._channels.send(channel, parts)
@@ -257,10 +270,12 @@ class Kernel:
         if self.phase is not Phase.BOOTING or self._channels is None:
             return
         self.phase = Phase.READY
-        self._hooks.event({"event": "kernel_ready", "generation": self.generation})
-        gated, self._gated = self._gated, []
-        for channel, parts in gated:
-            self._channels.send(channel, parts)
+        greeting = self._channels.greeting
+        event = {"event": "kernel_ready", "generation": self.generation, "identity": greeting.identity}
+        if self.launch is not None and self.launch.preload:
+            event["preloaded"], event["preload_failed"] = greeting.preloads(self.launch.preload)
+        self._hooks.event(event)
+        self._open_gate()
 
     def _pipe_broken(self, reason: str) -> None:
         self._reason = f"the kernel was ended: {reason}"
@@ -330,6 +345,9 @@ class Kernel:
         if self._channels is not None:
             self._channels.close()
             self._channels = None
+        identification, self._identification = self._identification, None
+        if identification is not None:
+            identification.failed("the kernel ended while it was given its identity")
         for fd in (child.stdout, child.stderr):
             self._loop.forget(fd)
             os.close(fd)

@@ -29,12 +29,7 @@ DIRECTORY: Final = "/run/kernel"
 """Where the kernel's sockets are, in a sandbox. Elsewhere a temporary directory is made."""
 _FAREWELL: Final = 2.0
 
-_CHANNELS: Final = {
-    "shell": Channel.SHELL,
-    "control": Channel.CONTROL,
-    "stdin": Channel.STDIN,
-    "iopub": Channel.IOPUB,
-}
+_CHANNELS: Final = {"shell": Channel.SHELL, "control": Channel.CONTROL, "stdin": Channel.STDIN, "iopub": Channel.IOPUB}
 _NAMES: Final = {channel: name for name, channel in _CHANNELS.items() if name != "iopub"}
 
 
@@ -45,7 +40,7 @@ class Agent:
         self._loop = Loop()
         self._ending = False
         self._done = False
-        info = {"pid": os.getpid(), "uid": os.getuid(), "phase": "none", "generation": 0}
+        info = {"pid": os.getpid(), "uid": os.getuid(), "phase": "none", "generation": 0, "identity": False}
         self._link = Link(self._loop, read_fd, write_fd, info, self._on_event, self._on_link_end)
         hooks = Hooks(self._to_host, self._event, self._log_grown, self._link.hungry)
         self._directory = relay.KernelDirectory(directory)
@@ -106,7 +101,10 @@ class Agent:
         self._link.send(Channel.AGENT, [json.dumps(value, separators=(",", ":")).encode()])
 
     def _event(self, event: dict[str, Any]) -> None:
-        self._link.endpoint.info.update(phase=self._kernel.phase.value, generation=self._kernel.generation)
+        kernel = self._kernel
+        self._link.endpoint.info.update(
+            phase=kernel.phase.value, generation=kernel.generation, identity=kernel.identity
+        )
         self._to_owner(event)
 
     def _log_grown(self) -> None:

@@ -10,13 +10,15 @@ import json
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 DELIMITER: Final = b"<IDS|MSG>"
 
 NAMES: Final = ("shell", "control", "stdin", "iopub", "hb")
+_MAX_GREETING: Final = 256 * 1024
 _DROPPABLE = re.compile(rb'"msg_type"\s*:\s*"(?:stream|display_data|update_display_data)"')
 _WELCOME = re.compile(rb'"msg_type"\s*:\s*"iopub_welcome"')
 
@@ -37,6 +39,39 @@ def droppable(parts: Sequence[bytes | memoryview]) -> bool:
 def is_welcome(parts: Sequence[bytes | memoryview]) -> bool:
     """Whether this is the greeting that an XPUB kernel (ipykernel 7.2 and later) sends to a new subscriber."""
     return _WELCOME.search(header_of(parts)) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Greeting:
+    """What our ipykernel application says in its greeting. The process that says it may be anything: checked."""
+
+    identity: bool = False
+    """It takes another identity when it is told to."""
+    preloaded: tuple[str, ...] = ()
+    failed: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, parts: Sequence[bytes | memoryview]) -> Greeting:
+        """Read the content of an ``iopub_welcome``; what makes no sense in it counts as not said."""
+        try:
+            text = bytes(parts[[bytes(part) for part in parts[:16]].index(DELIMITER) + 5])
+            content = json.loads(text) if len(text) <= _MAX_GREETING else {}
+        except (ValueError, IndexError, RecursionError):
+            content = {}
+        if not isinstance(content, dict):
+            return cls()
+        loaded, failed = content.get("preloaded"), content.get("preload_failed")
+        return cls(
+            content.get("identity") is True,
+            tuple(name for name in loaded if isinstance(name, str)) if isinstance(loaded, list) else (),
+            {name: str(why)[:500] for name, why in failed.items()} if isinstance(failed, dict) else {},
+        )
+
+    def preloads(self, asked: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+        """Of the modules asked for: those that were imported, and why the others were not."""
+        loaded = [name for name in asked if name in self.preloaded]
+        why = "this kernel imports nothing beforehand"
+        return loaded, {name: self.failed.get(name, why) for name in asked if name not in loaded}
 
 
 class KernelDirectory:
@@ -69,6 +104,14 @@ class KernelDirectory:
         """Make the folder of a generation and the connection file, readable by the kernel alone (OSError)."""
         folder = self.top / str(generation)
         folder.mkdir(mode=0o700)
+        self.write_connection_file(generation, key, uid, gid)
+        if uid != os.geteuid():
+            os.chown(folder, -1, gid)
+            folder.chmod(0o770)
+
+    def write_connection_file(self, generation: int, key: str, uid: int, gid: int) -> None:
+        """Make the connection file of a generation, or make it anew (OSError)."""
+        folder = self.top / str(generation)
         path = self.connection_file
         path.unlink(missing_ok=True)
         info = {f"{name}_port": number for number, name in enumerate(NAMES, 1)}
@@ -87,8 +130,6 @@ class KernelDirectory:
             os.write(fd, text.encode())
             if uid != os.geteuid():
                 os.fchown(fd, uid, gid)
-                os.chown(folder, -1, gid)
-                folder.chmod(0o770)
         finally:
             os.close(fd)
 

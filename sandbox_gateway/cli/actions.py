@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sandbox_gateway.cli.output import timestamp
@@ -15,6 +15,7 @@ from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.model import LIVE, Death, DeathKind, SandboxRecord, State
 
 if TYPE_CHECKING:
+    from sandbox_gateway.snapshots import Snapshot
     from sandbox_gateway.store import Store
 
 STATS_TIMEOUT = 1.0
@@ -22,6 +23,8 @@ STATS_TIMEOUT = 1.0
 FOLLOW_INTERVAL = 0.5
 """Seconds between two looks at a followed log."""
 ENDED = frozenset({State.TERMINATED, State.FAILED, State.EXPIRED})
+REACHED: Mapping[str, State] = {"suspend": State.SUSPENDED, "resume": State.RUNNING, "pause": State.PAUSED}
+"""What each command leaves a sandbox as."""
 NOT_ISOLATED = frozenset({"fake"})
 """Runtimes that isolate nothing; said wherever they show (DESIGN 4.12)."""
 
@@ -37,6 +40,10 @@ class Seen:
     death: Death | None
     memory: int | None = None
     """Bytes in use."""
+    disk: int | None = None
+    """Bytes of the snapshot that it is suspended in."""
+    kept: bool = False
+    """Whether the owner is the keeper, and no application."""
 
     def as_dict(self) -> dict[str, Any]:
         """The object that ``ps --json`` lists."""
@@ -51,8 +58,13 @@ class Seen:
             "created": timestamp(record.created),
             "since": timestamp(record.changed),
             "owner_pid": self.owner_pid,
+            "keeper": self.kept,
             "on_owner_exit": str(record.on_owner_exit),
             "memory": self.memory,
+            "disk": self.disk,
+            "snapshot": record.snapshot,
+            "parent": record.parent,
+            "epoch": record.epoch,
             "death": None if self.death is None else {**self.death.as_dict(), "reason": self.death.describe()},
             "notes": list(record.notes),
         }
@@ -86,8 +98,8 @@ def seen(paths: Paths, *, everything: bool) -> list[Seen]:
             found = _looked_at(paths)
     shown = [sandbox for sandbox in found if everything or sandbox.state not in ENDED]
     if any(sandbox.owner_pid is not None for sandbox in shown):
-        return asyncio.run(_with_memory(paths, shown))
-    return shown
+        shown = asyncio.run(_with_memory(paths, shown))
+    return [_with_disk(paths, sandbox) for sandbox in shown]
 
 
 def _looked_at(paths: Paths) -> list[Seen]:
@@ -97,24 +109,32 @@ def _looked_at(paths: Paths) -> list[Seen]:
 
 
 def _look(paths: Paths, record: SandboxRecord) -> Seen:
-    if record.state not in LIVE:
+    if record.state in ENDED:
         return Seen(record, record.state, None, record.death)
-    if record.boot_id != boot_id():
+    if record.state in LIVE and record.boot_id != boot_id():
         return Seen(record, State.FAILED, None, record.death or Death(DeathKind.MACHINE_RESTARTED))
+    from sandbox_gateway.keeper import keeper_pid
     from sandbox_gateway.owner import holder
 
     # 0 means that somebody holds the lock who has not yet written who he is.
     pid = holder(paths.sandbox(record.id))
-    return Seen(record, record.state, pid or (record.owner_pid if pid == 0 else None), record.death)
+    owner = pid or (record.owner_pid if pid == 0 else None)
+    return Seen(record, record.state, owner, record.death, kept=owner is not None and owner == keeper_pid(paths))
+
+
+def _with_disk(paths: Paths, sandbox: Seen) -> Seen:
+    if sandbox.record.snapshot is None:
+        return sandbox
+    from sandbox_gateway.snapshots.files import disk_usage
+
+    return replace(sandbox, disk=disk_usage(paths.snapshots / sandbox.record.snapshot) or None)
 
 
 async def _with_memory(paths: Paths, sandboxes: Sequence[Seen]) -> list[Seen]:
-    from dataclasses import replace
-
     from sandbox_gateway.owner import ask
 
     async def one(sandbox: Seen) -> Seen:
-        if sandbox.owner_pid is None:
+        if sandbox.owner_pid is None or sandbox.state is State.SUSPENDED:
             return sandbox
         try:
             async with asyncio.timeout(STATS_TIMEOUT):
@@ -141,6 +161,72 @@ def all_ids(paths: Paths, states: frozenset[State]) -> list[str]:
         return [] if store is None else [record.id for record in store.list(states)]
 
 
+OnProgress = Callable[[Mapping[str, Any]], None]
+
+
+async def change(paths: Paths, sandbox_id: str, op: str, on_progress: OnProgress) -> str:
+    """Suspend, resume or pause one sandbox, whoever owns it; returns its state when that is reached."""
+    from sandbox_gateway.keeper import drive
+
+    target = REACHED[op]
+    try:
+        await drive(paths, sandbox_id, op, on_progress=on_progress)
+    except SandboxGatewayError as error:
+        if error.code != "illegal_transition" or resolve(paths, sandbox_id).state is not target:
+            raise
+    return str(target)
+
+
+async def connect(paths: Paths, sandbox_id: str, on_progress: OnProgress) -> str:
+    """The path of a connection file by which clients reach the kernel; somebody owns it from now on."""
+    from sandbox_gateway.keeper import drive
+
+    answer = await drive(paths, sandbox_id, "connect", on_progress=on_progress)
+    return str(answer["connection_file"])
+
+
+async def fork(
+    paths: Paths, source: str, count: int, name: str, on_progress: OnProgress
+) -> list[tuple[str, SandboxGatewayError | None]]:
+    """Make ``count`` children of a sandbox or a snapshot, kept by the keeper; their ids, each with what failed."""
+    from sandbox_gateway.keeper import ask_keeper, drive
+
+    params = {"count": count, "name": name}
+    try:
+        sandbox = resolve(paths, source)
+    except SandboxGatewayError as error:
+        if error.code != "unknown_sandbox":
+            raise
+        answer = await ask_keeper(paths, "fork", _snapshot(paths, source), params, on_progress=on_progress)
+    else:
+        answer = await drive(paths, sandbox.id, "fork", params, on_progress)
+    outcomes: list[tuple[str, SandboxGatewayError | None]] = []
+    for child in answer["children"]:
+        failed = child.get("error")
+        problem = SandboxGatewayError.from_dict(failed) if failed else None
+        if problem is None:
+            # The application that forked may end before its children are done with.
+            try:
+                await ask_keeper(paths, "adopt", child["id"])
+            except SandboxGatewayError as error:
+                problem = error
+        outcomes.append((child["id"], problem))
+    return outcomes
+
+
+def _snapshot(paths: Paths, reference: str) -> str:
+    from sandbox_gateway.snapshots import SnapshotStore
+
+    try:
+        return SnapshotStore(paths).find(reference).id
+    except SandboxGatewayError as error:
+        if error.code != "unknown_snapshot":
+            raise
+        text = f"there is neither a sandbox nor a snapshot {reference!r}"
+        hint = "`jupyter sandbox ps` and `jupyter sandbox snapshot ls` list them."
+        raise SandboxGatewayError("unknown_sandbox", text, hint) from error
+
+
 async def stop(paths: Paths, sandbox_id: str) -> str:
     """End one sandbox, whoever owns it; returns its state then."""
     async with _lifecycle(paths) as lifecycle:
@@ -153,6 +239,13 @@ async def remove(paths: Paths, sandbox_id: str) -> str:
         await lifecycle.remove(sandbox_id)
     paths.logs.joinpath(f"{sandbox_id}.log").unlink(missing_ok=True)
     return "removed"
+
+
+async def snapshot(paths: Paths, sandbox_id: str, name: str) -> Snapshot:
+    """Save one sandbox under ``name``, whoever owns it; it runs on."""
+    async with _lifecycle(paths) as lifecycle:
+        made: Snapshot = await lifecycle.snapshot(sandbox_id, name)
+        return made
 
 
 async def sweep(paths: Paths) -> list[str]:
@@ -175,11 +268,11 @@ async def _lifecycle(paths: Paths) -> AsyncIterator[Any]:
 async def log(paths: Paths, record: SandboxRecord) -> str:
     """The kernel's raw stdout and stderr, as far as they are kept (the agent's bound, 1 MiB).
 
-    Of an ended sandbox: the kept log, else the last lines that its death recorded.
+    Of a suspended or ended sandbox: the kept log, else the last lines that its death recorded.
     """
     from sandbox_gateway.owner import NoOwner, ask
 
-    if _look(paths, record).state in ENDED:
+    if _look(paths, record).state in ENDED | {State.SUSPENDED}:
         return _kept(paths, record)
     try:
         return str((await ask(paths, record.id, "log"))["log"])
@@ -187,7 +280,7 @@ async def log(paths: Paths, record: SandboxRecord) -> str:
         raise SandboxGatewayError(
             "owner_unreachable",
             f"sandbox {record.id} has no owner now, and its log is inside",
-            f"`jupyter sandbox stop {record.id[:8]}` ends it.",
+            f"`jupyter sandbox connect {record.id[:8]}` gives it one, `jupyter sandbox stop {record.id[:8]}` ends it.",
         ) from error
 
 

@@ -16,7 +16,15 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from sandbox_gateway import SandboxGatewayError, __version__
-from sandbox_gateway.cli import host_commands, image_commands, kernelspec_commands, sandbox_commands
+from sandbox_gateway.cli import (
+    host_commands,
+    image_commands,
+    kernelspec_commands,
+    prune_command,
+    sandbox_commands,
+    snapshot_commands,
+    state_commands,
+)
 from sandbox_gateway.cli.failures import DEBUG, Usage, explained, fail, fail_usage
 
 PROGRAM = "jupyter sandbox"
@@ -73,12 +81,13 @@ def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     top = _Parser(
         prog=PROGRAM,
-        description="Jupyter kernels in sandboxes: set up, offer as kernelspecs, watch and end.",
+        description="Jupyter kernels in sandboxes: set up, offer as kernelspecs, watch, suspend, fork and end.",
         epilog="Everything is stored below SANDBOX_GATEWAY_HOME (default: ~/.local/share/sandbox_gateway).",
     )
     top.add_argument("--version", action="version", version=f"sandbox_gateway {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
-    for part in (host_commands, kernelspec_commands, image_commands, sandbox_commands):
+    about_sandboxes = (sandbox_commands, state_commands, snapshot_commands, prune_command)
+    for part in (host_commands, kernelspec_commands, image_commands, *about_sandboxes):
         part.add(commands)
     return top
 

@@ -147,8 +147,8 @@ def _removable(entry: Entry, reason: str, size: int | None = None) -> Removable:
     return Removable(entry.id, entry.directory, entry.disk() if size is None else size, reason, name)
 
 
-def layers_in_use(store: SnapshotStore, records: Records) -> frozenset[str]:
-    """Digests of the layers that sandboxes or snapshots need.
+def layers_in_use(store: SnapshotStore, records: Records, without: Collection[str] = ()) -> frozenset[str]:
+    """Digests of the layers that sandboxes or snapshots need; snapshots in ``without`` do not count.
 
     The records are read before and after: a sandbox that becomes a snapshot while we look, or a snapshot that becomes
     a sandbox, is seen in one of the two.
@@ -158,13 +158,13 @@ def layers_in_use(store: SnapshotStore, records: Records) -> frozenset[str]:
         return frozenset(digest for record in records() if record.state not in _GONE for digest in record.layers)
 
     before = of_records()
-    saved, _ = store.references()
+    saved, _ = store.references(without)
     return before | saved | of_records()
 
 
-def runsc_in_use(store: SnapshotStore, records: Records) -> frozenset[str]:
-    """Hashes of the runsc binaries that snapshots need, or that sandboxes were restored with."""
+def runsc_in_use(store: SnapshotStore, records: Records, without: Collection[str] = ()) -> frozenset[str]:
+    """Hashes of the runsc binaries that snapshots (but those in ``without``) need, or sandboxes were restored with."""
     binaries = (record.handle.get("data") for record in records() if record.state not in _GONE)
     paths = (data.get("binary") for data in binaries if isinstance(data, dict))
-    _, saved = store.references()
+    _, saved = store.references(without)
     return saved | frozenset(Path(path).parent.name for path in paths if isinstance(path, str))

@@ -17,7 +17,7 @@ import os
 import stat
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
@@ -340,11 +340,16 @@ class SnapshotStore:
             raise storage_error(error, f"cannot remove what is left in {self.directory}") from error
         return len(mine)
 
-    def references(self) -> tuple[frozenset[str], frozenset[str]]:
-        """Digests of layers, and hashes of runsc binaries, that snapshots need; those of a newer program's too."""
+    def references(self, without: Collection[str] = ()) -> tuple[frozenset[str], frozenset[str]]:
+        """Digests of layers, and hashes of runsc binaries, that snapshots need; those of a newer program's too.
+
+        ``without`` are ids of snapshots that do not count.
+        """
         layers: set[str] = set()
         runsc: set[str] = set()
         for entry in self.entries():
+            if entry.id in without:
+                continue
             try:
                 found = references_in(manifest_content(entry.directory))
             except (OSError, SandboxGatewayError):

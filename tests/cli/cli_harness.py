@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import os
 import subprocess
@@ -159,6 +160,8 @@ class Owner:
         if isinstance(answer, Exception):
             raise answer
         result = answer(sandbox_id) if callable(answer) else answer
+        if inspect.isawaitable(result):
+            result = await result
         return {} if result is None else result
 
     def _call(self, coroutine: Any) -> None:

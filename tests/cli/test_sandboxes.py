@@ -215,7 +215,7 @@ def test_logs_of_an_ended_sandbox_are_the_kept_ones_or_its_last_words(run: Run, 
 def test_logs_of_a_sandbox_without_owner_say_why_there_are_none(run: Run, store: Store) -> None:
     store.put(record(A))
     done = run("logs", A)
-    assert done.status == 1 and "has no owner" in done.stderr and "hint: `jupyter sandbox stop" in done.stderr
+    assert done.status == 1 and "has no owner" in done.stderr and "hint: `jupyter sandbox connect" in done.stderr
 
 
 def test_a_followed_log_grows_until_the_sandbox_ends(owner: Owner) -> None:

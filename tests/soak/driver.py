@@ -853,13 +853,16 @@ class Rig:
         with contextlib.suppress(Exception):
             rows = json.loads(self.world.command("ps", "--all", "--json"))
             text += ["ps:", *(f"  {row}" for row in rows if row["id"] in {self.id, *self.children})]
+        with contextlib.suppress(Exception):
+            events = [event for event in self.world.store.events() if event.sandbox in {self.id, *self.children}]
+            text += ["events:", *(f"  {event.as_dict()}" for event in events[-20:])]
         text += ["logs:", *(f"  {line}" for line in self._tails())]
         with self.world.lock:
             self.world.report.failures.append("\n".join(text))
         print("\n".join(text), flush=True)
 
     def _tails(self) -> Iterator[str]:
-        for path in (self.world.logs / f"application-{self.number}.log", *self.world.paths.logs.glob("keeper*")):
+        for path in (self.world.logs / f"application-{self.number}.log", *self.world.paths.logs.glob("_keeper*")):
             with contextlib.suppress(OSError):
                 for line in path.read_text(errors="replace").splitlines()[-15:]:
                     yield f"{path.name}: {line[:400]}"
