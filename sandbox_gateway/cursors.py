@@ -7,16 +7,19 @@ all (DESIGN, invariant 1).
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
 from sandbox_gateway.wire.frames import CHANNELS
 
 NAME: Final = "owner.cursors"
+DELAY: Final = 0.02
+"""Seconds after a message until it is looked whether the clients have it."""
 _NUMBERS = struct.Struct(f"<{CHANNELS}Q")
 
 
@@ -51,3 +54,42 @@ class CursorFile:
         if remove:
             with contextlib.suppress(OSError):
                 self._path.unlink()
+
+
+class Progress:
+    """Writes the file while messages come: soon after each of them, once all clients have them.
+
+    ``settled`` says whether they do; ``received`` gives the numbers, None while there is no link.
+    """
+
+    def __init__(
+        self, file: CursorFile, settled: Callable[[], bool], received: Callable[[], Mapping[int, int] | None]
+    ) -> None:
+        self._file = file
+        self._settled = settled
+        self._received = received
+        self._timer: asyncio.TimerHandle | None = None
+
+    def moved(self) -> None:
+        """A message came. Cheap: it is called for every one."""
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(DELAY, self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        received = self._received()
+        if received is None:
+            return
+        if self._settled():
+            self._file.write(received)
+        else:
+            self.moved()
+
+    def stop(self) -> None:
+        """Write what can be said now, and look no more."""
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
+            received = self._received()
+            if received is not None and self._settled():
+                self._file.write(received)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sandbox_gateway.attachment import Attachment, Callbacks, Remains
+from sandbox_gateway.cursors import Progress
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host.machine import boot_id
 from sandbox_gateway.kernel_exit import KernelExit
@@ -37,8 +38,6 @@ T = TypeVar("T")
 
 LOG_LIMIT = 16 << 20
 """Bytes of a kernel's raw output that are taken from the agent, who keeps 1 MiB, at most."""
-CURSOR_DELAY = 0.02
-"""Seconds after a message until it is looked whether the clients have it, and that is written down."""
 _LOG_PATIENCE = 0.5
 _KILL_PATIENCE = 0.2
 _AWAKE = frozenset({State.RUNNING, State.RESTARTING})
@@ -84,7 +83,7 @@ class LiveSandbox:
         self._work: set[asyncio.Task[Any]] = set()
         self._boots = 0
         self._asked_to_exit: int | None = None
-        self._cursor_timer: asyncio.TimerHandle | None = None
+        self._progress = Progress(seat.cursors, lambda: seat.channels.settled, self._numbers)
         self._saved: Saved | None = None
         self._sealing: asyncio.Task[None] | None = None
         self._serial = asyncio.Lock()
@@ -509,12 +508,13 @@ class LiveSandbox:
 
     async def _detach(self) -> None:
         await self._sealed()
+        self._progress.stop()
         self.seat.channels.disconnect()
         attachment, self._attachment = self._attachment, None
         if attachment is not None:
             remains = await attachment.close(silence=self.state is State.RUNNING)
-            self._note_cursors(remains.received)
-        self._stop_cursor_timer()
+            if self.seat.channels.settled:
+                self.seat.cursors.write(remains.received)
         await self._save(owner_pid=None)
 
     async def _finish(self, death: Death, final: State) -> None:
@@ -526,7 +526,7 @@ class LiveSandbox:
             with contextlib.suppress(SandboxGatewayError):
                 await self._move(State.TERMINATING, death=self.death)
             self.seat.channels.disconnect()
-            self._stop_cursor_timer()
+            self._progress.stop()
             attachment, self._attachment = self._attachment, None
             if attachment is not None:
                 await attachment.close()
@@ -567,27 +567,10 @@ class LiveSandbox:
 
     def _message(self, channel: int, parts: Sequence[Buffer]) -> None:
         self.seat.channels.received(channel, parts)
-        if self._cursor_timer is None:
-            self._cursor_timer = asyncio.get_running_loop().call_later(CURSOR_DELAY, self._look_at_cursors)
+        self._progress.moved()
 
-    def _look_at_cursors(self) -> None:
-        self._cursor_timer = None
-        attachment = self._attachment
-        if attachment is None:
-            return
-        if self.seat.channels.settled:
-            self._note_cursors(attachment.link.received())
-        else:
-            self._cursor_timer = asyncio.get_running_loop().call_later(CURSOR_DELAY, self._look_at_cursors)
-
-    def _note_cursors(self, received: Mapping[int, int]) -> None:
-        if self.seat.channels.settled:
-            self.seat.cursors.write(received)
-
-    def _stop_cursor_timer(self) -> None:
-        timer, self._cursor_timer = self._cursor_timer, None
-        if timer is not None:
-            timer.cancel()
+    def _numbers(self) -> Mapping[int, int] | None:
+        return None if self._attachment is None else self._attachment.link.received()
 
     def _event(self, event: Mapping[str, Any]) -> None:
         if event.get("event") != "kernel_exit":

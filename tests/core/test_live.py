@@ -20,7 +20,7 @@ EXIT = {"event": "kernel_exit", "code": 3, "signal": None, "stderr_tail": "last 
 def live(channels: KernelChannels) -> LiveSandbox:
     record = SandboxRecord("id", State.RUNNING, "p", "fake", 0.0, 0.0, "boot")
     nothing: Any = None
-    seat: Any = SimpleNamespace(channels=channels)
+    seat: Any = SimpleNamespace(channels=channels, cursors=None)
     return LiveSandbox(
         record,
         nothing,
