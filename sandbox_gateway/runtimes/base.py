@@ -181,8 +181,8 @@ class Snapshots(Protocol):
         """
         ...
 
-    async def requirements(self) -> Mapping[str, str]:
-        """What restoring an image that is made now will need, as texts to be compared by :meth:`unfit` later.
+    async def requirements(self, handle: Handle | None = None) -> Mapping[str, str]:
+        """What restoring an image that is made now (of this sandbox) will need, as texts for :meth:`unfit` later.
 
         gvisor: ``runsc`` (sha256 of the binary) and ``cpu`` (features, comma-separated)."""
         ...
