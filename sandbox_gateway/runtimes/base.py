@@ -192,5 +192,9 @@ class Snapshots(Protocol):
         ...
 
     async def host_files(self, handle: Handle) -> tuple[str, ...]:
-        """Paths on the host of regular files behind the sandbox's mounts that it has open or mapped now."""
+        """Paths on the host of regular files behind the sandbox's mounts that it has open or mapped.
+
+        Exact between a snapshot and what follows it (the sandbox is paused then); at other times files that were open
+        lately may be among them. A file that is open and deleted is not named: it is saved with its contents.
+        """
         ...

@@ -23,7 +23,14 @@ from sandbox_gateway.host.cgroups import CgroupTree
 from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.host.processes import ProcessRef
 from sandbox_gateway.model import Death, DeathKind, SandboxSpec
-from sandbox_gateway.runtimes import gvisor_bundle, gvisor_files, gvisor_probe, gvisor_snapshots, launcher
+from sandbox_gateway.runtimes import (
+    gvisor_bundle,
+    gvisor_files,
+    gvisor_hostfiles,
+    gvisor_probe,
+    gvisor_snapshots,
+    launcher,
+)
 from sandbox_gateway.runtimes.base import Handle, LinkFds, RuntimeReport, Stats
 from sandbox_gateway.runtimes.gvisor_files import BUNDLE
 from sandbox_gateway.runtimes.gvisor_requirements import Requirements
@@ -170,6 +177,14 @@ class GvisorRuntime:
     async def unfit(self, requirements: Mapping[str, str]) -> str:
         """Which runsc or which feature of the processor is missing; empty when none is."""
         return await self._fitness(self._runsc().binary).unfit(requirements)
+
+    async def host_files(self, handle: Handle) -> tuple[str, ...]:
+        """Files of bind mounts that are open or mapped: exactly, after a snapshot; before one also those that were
+        open lately. Raises ``runtime_failed`` when the sandbox cannot be looked at."""
+        sandbox = ProcessRef.from_json(handle.data.get("sandbox"))
+        if sandbox is None:
+            raise SandboxGatewayError("runtime_failed", f"the sandbox was never finished (step {handle.step})")
+        return await asyncio.to_thread(gvisor_hostfiles.open_files, sandbox, handle.directory / BUNDLE)
 
     async def _binary_for(self, image: Path) -> Path:
         requirements = await asyncio.to_thread(gvisor_snapshots.read_image, image)
