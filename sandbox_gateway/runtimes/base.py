@@ -181,8 +181,8 @@ class Snapshots(Protocol):
         """
         ...
 
-    async def requirements(self) -> Mapping[str, str]:
-        """What restoring an image that is made now will need, as texts to be compared by :meth:`unfit` later.
+    async def requirements(self, handle: Handle | None = None) -> Mapping[str, str]:
+        """What restoring an image that is made now (of this sandbox) will need, as texts for :meth:`unfit` later.
 
         gvisor: ``runsc`` (sha256 of the binary) and ``cpu`` (features, comma-separated)."""
         ...
@@ -192,5 +192,9 @@ class Snapshots(Protocol):
         ...
 
     async def host_files(self, handle: Handle) -> tuple[str, ...]:
-        """Paths on the host of regular files behind the sandbox's mounts that it has open or mapped now."""
+        """Paths on the host of regular files behind the sandbox's mounts that it has open or mapped.
+
+        Exact between a snapshot and what follows it (the sandbox is paused then); at other times files that were open
+        lately may be among them. A file that is open and deleted is not named: it is saved with its contents.
+        """
         ...

@@ -10,31 +10,35 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import json
-import math
 import os
 import shutil
-import zlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sandbox_gateway.errors import SandboxGatewayError, storage_error
+from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host import cgroups, processes
 from sandbox_gateway.host.cgroups import CgroupTree
 from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.host.processes import ProcessRef
 from sandbox_gateway.model import Death, DeathKind, SandboxSpec
-from sandbox_gateway.runtimes import gvisor_bundle, gvisor_probe, gvisor_snapshots, launcher
+from sandbox_gateway.runtimes import (
+    gvisor_bundle,
+    gvisor_files,
+    gvisor_hostfiles,
+    gvisor_probe,
+    gvisor_snapshots,
+    launcher,
+)
 from sandbox_gateway.runtimes.base import Handle, LinkFds, RuntimeReport, Stats
+from sandbox_gateway.runtimes.gvisor_files import BUNDLE
 from sandbox_gateway.runtimes.gvisor_requirements import Requirements
 from sandbox_gateway.runtimes.memory import MemoryWatch, end_on_alarm, sandbox_memory
 from sandbox_gateway.runtimes.runsc import TIMEOUT, Runsc
 
 _KILL_TIMEOUT = 10.0
 _ROUNDS = 20
-BUNDLE = "bundle"
 
 
 class GvisorRuntime:
@@ -62,7 +66,8 @@ class GvisorRuntime:
         self._tree = cgroup_tree
         self._rootless = os.geteuid() != 0
         self._ending: set[str] = set()
-        self._fitness: Requirements | None = None
+        self._ended: set[ProcessRef] = set()
+        self._requirements: dict[Path, Requirements] = {}
 
     @property
     def tree(self) -> CgroupTree:
@@ -85,22 +90,26 @@ class GvisorRuntime:
         return self._make(spec, directory, None)
 
     async def _make(self, spec: SandboxSpec, directory: Path, image: Path | None) -> AsyncIterator[Handle]:
-        binary = None if image is None else await self._binary_for(image)
-        runsc = self._runsc(binary)
+        runsc = self._runsc(None if image is None else await self._binary_for(image))
         tree = self.tree
         grouped = tree.usable
         flags = gvisor_bundle.flags(spec)
         if self._rootless or not grouped:
             flags.append("--ignore-cgroups")
-        data: dict[str, Any] = {"flags": flags, "grouped": grouped, "memory_limit": spec.limits.memory}
+        data: dict[str, Any] = {
+            "flags": flags,
+            "grouped": grouped,
+            "memory_limit": spec.limits.memory,
+            "binary": str(runsc.binary),
+            "restored": image is not None,
+        }
         if spec.limits.memory is not None and not (grouped and "memory" in tree.controllers):
             data["soft_memory"] = spec.limits.memory
-        if binary is not None:
-            data |= {"restored": True, "binary": str(binary)}
         handle = Handle(spec.id, self.name, directory, "files", data)
+        self._ending.discard(spec.id)
         yield handle
         group = tree.path(self.cgroup_parent, spec.id) if grouped and not self._rootless else None
-        await _to_its_end(self._make_files, spec, directory, group)
+        await _to_its_end(gvisor_files.make, self.paths.runsc_root, spec, directory, self._init(), group)
         if grouped:
             yield replace(handle, step="cgroup")
             await _to_its_end(tree.create, self.cgroup_parent, spec.id, spec.limits)
@@ -114,25 +123,12 @@ class GvisorRuntime:
             directory,
             pid_file=pid_file,
             join=tree.join_files(self.cgroup_parent, spec.id) if grouped else (),
-            cores=_cores(spec) if not (grouped and "cpu" in tree.controllers) else None,
+            cores=gvisor_files.cores(spec) if not (grouped and "cpu" in tree.controllers) else None,
             user_namespace=self._rootless,
             timeout=TIMEOUT if image is None else gvisor_snapshots.RESTORE_TIMEOUT,
         )
         data = {**data, "holder": launched.holder.as_json(), "sandbox": launched.process.as_json()}
         yield replace(handle, step="created" if image is None else "started", data=data)
-
-    def _make_files(self, spec: SandboxSpec, directory: Path, group: str | None) -> None:
-        bundle = directory / BUNDLE
-        _check_sources(spec)
-        try:
-            self.paths.runsc_root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            (bundle / "rootfs").mkdir(mode=0o755, parents=True)
-            launcher.Fifos.inside(directory).make()
-            config = gvisor_bundle.config(spec, self._init(), empty_root=str(bundle / "rootfs"), cgroups_path=group)
-            with open(os.open(bundle / "config.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                json.dump(config, file)
-        except OSError as error:
-            raise storage_error(error, f"cannot write in {directory}") from error
 
     def _init(self) -> tuple[str, ...]:
         if self._argv is not None:
@@ -158,7 +154,7 @@ class GvisorRuntime:
 
     async def snapshot(self, handle: Handle, image: Path) -> None:
         """Save a paused sandbox into the new directory ``image``; raises ``runtime_failed``, ``disk_full``."""
-        await gvisor_snapshots.save(self._runsc_of(handle), handle, image, await self.requirements())
+        await gvisor_snapshots.save(self._runsc_of(handle), handle, image, await self.requirements(handle))
 
     def restore(self, spec: SandboxSpec, directory: Path, image: Path) -> AsyncIterator[Handle]:
         """Make pipes and bundle, the control group, and the container from its image; it runs at the end.
@@ -173,25 +169,34 @@ class GvisorRuntime:
         if handle.data.get("restored"):
             await gvisor_snapshots.loaded(self._runsc_of(handle), handle)
 
-    async def requirements(self) -> Mapping[str, str]:
-        """The hash of our runsc and the processor's features; raises ``runtime_missing``."""
-        return await self._requirements().current()
+    async def requirements(self, handle: Handle | None = None) -> Mapping[str, str]:
+        """The hash of the runsc (that made this sandbox) and the processor's features; raises ``runtime_missing``."""
+        runsc = self._runsc() if handle is None else self._runsc_of(handle)
+        return await self._fitness(runsc.binary).current()
 
     async def unfit(self, requirements: Mapping[str, str]) -> str:
         """Which runsc or which feature of the processor is missing; empty when none is."""
-        return await self._requirements().unfit(requirements)
+        return await self._fitness(self._runsc().binary).unfit(requirements)
+
+    async def host_files(self, handle: Handle) -> tuple[str, ...]:
+        """Files of bind mounts that are open or mapped: exactly, after a snapshot; before one also those that were
+        open lately. Raises ``runtime_failed`` when the sandbox cannot be looked at."""
+        sandbox = ProcessRef.from_json(handle.data.get("sandbox"))
+        if sandbox is None:
+            raise SandboxGatewayError("runtime_failed", f"the sandbox was never finished (step {handle.step})")
+        return await asyncio.to_thread(gvisor_hostfiles.open_files, sandbox, handle.directory / BUNDLE)
 
     async def _binary_for(self, image: Path) -> Path:
         requirements = await asyncio.to_thread(gvisor_snapshots.read_image, image)
-        binary = await self._requirements().binary_for(requirements)
+        binary = await self._fitness(self._runsc().binary).binary_for(requirements)
         if binary is None:
             raise SandboxGatewayError("snapshot_unfit", await self.unfit(requirements))
         return binary
 
-    def _requirements(self) -> Requirements:
-        if self._fitness is None:
-            self._fitness = Requirements(self.paths, self._runsc().binary)
-        return self._fitness
+    def _fitness(self, binary: Path) -> Requirements:
+        if binary not in self._requirements:
+            self._requirements[binary] = Requirements(self.paths, binary)
+        return self._requirements[binary]
 
     # Life
 
@@ -218,7 +223,7 @@ class GvisorRuntime:
             else:
                 await processes.wait_exit(sandbox)
             said = words.read()
-        if handle.id in self._ending:
+        if handle.id in self._ending or sandbox in self._ended:
             return Death(DeathKind.STOPPED, stderr_tail=said)
         if over or self._oom_kills(handle) > before:
             return Death(DeathKind.OUT_OF_MEMORY, stderr_tail=said)
@@ -273,6 +278,8 @@ class GvisorRuntime:
         Raises ``runtime_failed`` when a process or a control group will not go.
         """
         self._ending.add(handle.id)
+        if (sandbox := ProcessRef.from_json(handle.data.get("sandbox"))) is not None:
+            self._ended.add(sandbox)  # its id may be restored before everybody has noticed
         known = False
         if self.binary is not None and self._state_files(handle.id):
             with contextlib.suppress(SandboxGatewayError):  # what it leaves is removed by hand below
@@ -334,9 +341,9 @@ class GvisorRuntime:
         return Runsc(binary, self.paths.runsc_root)
 
     def _runsc_of(self, handle: Handle) -> Runsc:
-        """The binary that made the sandbox: what it was restored with is not always ours."""
+        """The binary that made the sandbox, which need not be ours any more; ours when it is gone."""
         named = handle.data.get("binary")
-        return self._runsc(Path(named) if isinstance(named, str) else None)
+        return self._runsc(Path(named) if isinstance(named, str) and os.access(named, os.X_OK) else None)
 
 
 async def _to_its_end(work: Callable[..., None], *arguments: object) -> None:
@@ -363,30 +370,6 @@ def open_link(handle: Handle) -> LinkFds:
             raise
     except OSError as error:
         raise SandboxGatewayError("link_failed", f"sandbox {handle.id} has no link: {error.strerror}") from error
-
-
-def _check_sources(spec: SandboxSpec) -> None:
-    """runsc says no more than "EOF" of a source that is missing."""
-    layers = (*spec.image.layers, *((spec.image.agent,) if spec.image.agent is not None else ()))
-    for layer in layers:
-        if not os.path.exists(layer.source):
-            raise SandboxGatewayError("image_failed", f"{layer.source}, the layer at {layer.destination}, is not there")
-    for mount in spec.mounts:
-        if not os.path.exists(mount.source):
-            hint = "Make it, or correct the mount in the profile."
-            raise SandboxGatewayError(
-                "invalid_request", f"{mount.source}, to be seen at {mount.destination}, is not there", hint
-            )
-
-
-def _cores(spec: SandboxSpec) -> list[int] | None:
-    """Cores to bind to where processor time cannot be limited otherwise, spread over the machine by the id."""
-    if spec.limits.cpu is None:
-        return None
-    available = sorted(os.sched_getaffinity(0))
-    count = min(max(math.ceil(spec.limits.cpu), 1), len(available))
-    first = zlib.crc32(spec.id.encode()) % len(available)
-    return sorted((available * 2)[first : first + count])
 
 
 def _limit_of(handle: Handle) -> int | None:

@@ -109,6 +109,8 @@ class SnapshotStore:
                 directory.mkdir(mode=0o700)
                 lease = take_lease(directory, create=True)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                remove_all(directory)
             raise storage_error(error, f"cannot begin a snapshot in {self.directory}") from error
         if lease is None:
             raise SandboxGatewayError("data_directory", f"{directory} vanished while it was made")
