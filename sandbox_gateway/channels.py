@@ -36,6 +36,7 @@ class KernelChannels:
         self._key = key
         self._subscribers: list[Deliver] = []
         self._sender: Sender | None = None
+        self._wake: Callable[[], None] | None = None
         self._waiting: list[tuple[int, Sequence[Buffer]]] = []
         self._parent: Buffer = messages.EMPTY
         self._missing_file_hint = missing_file_hint
@@ -44,6 +45,7 @@ class KernelChannels:
     def connect(self, sender: Sender) -> None:
         """Carry requests over ``sender`` from now on, beginning with those that came while there was none."""
         self._sender = sender
+        self._wake = None
         waiting, self._waiting = self._waiting, []
         for channel, parts in waiting:
             sender.send(channel, parts)
@@ -51,6 +53,23 @@ class KernelChannels:
     def disconnect(self) -> None:
         """The sandbox is gone; requests wait for the next one (a restart), up to a bound."""
         self._sender = None
+
+    def sleep(self, wake: Callable[[], None]) -> None:
+        """The kernel is paused or suspended: requests wait, and the first that needs it calls ``wake`` once."""
+        self._sender = None
+        self._wake = wake
+
+    def asleep_again(self, reason: str) -> None:
+        """It could not be woken; what waits, waits for the next try."""
+        self.notice(f"[sandbox] The kernel could not be woken: {reason}\n")
+
+    def retain(self) -> None:
+        """Keep what comes until somebody listens."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether everything received was handed to every client."""
+        return True
 
     def subscribe(self, deliver: Deliver) -> Callable[[], None]:
         """Give every message to ``deliver``; the returned function ends that."""
@@ -68,6 +87,8 @@ class KernelChannels:
             self._sender.send(channel, parts)
         elif len(self._waiting) < _WAITING_BOUND:
             self._waiting.append((channel, parts))
+            if self._wake is not None:
+                self._wake()
         else:
             log.warning("a request was refused: the kernel is down and %d others wait", _WAITING_BOUND)
 

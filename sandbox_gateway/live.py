@@ -429,10 +429,17 @@ class LiveSandbox:
         }
 
     async def signal(self, number: int) -> None:
-        """Send a signal to the kernel's process group, waking it first; a kernel that is gone takes none."""
-        if self.kernel_exit is None and self.death is None:
-            await self.resume()
+        """Send a signal to the kernel's process group, waking it first; one that is gone, or cannot be woken, takes
+        none."""
+        if self.kernel_exit is None and self.death is None and await self._woken():
             await self.link.call("signal", signum=number)
+
+    async def _woken(self) -> bool:
+        try:
+            await self.resume()
+        except SandboxGatewayError as error:
+            log.warning("sandbox %s could not be woken: %s", self.id, error)
+        return self.state in _AWAKE
 
     def expect_exit(self) -> None:
         """The kernel was asked to shut down: its end is no news. Thread-safe: it only sets a mark."""
@@ -444,9 +451,12 @@ class LiveSandbox:
         await self.link.call("interrupt")
 
     async def stop_kernel(self, grace: float) -> None:
-        """SIGTERM, ``grace`` seconds, SIGKILL; the sandbox stays."""
-        if self.kernel_exit is None and self.death is None:
-            await self.resume()
+        """SIGTERM, ``grace`` seconds, SIGKILL; the sandbox stays. A suspended kernel is not woken for its end."""
+        if self.kernel_exit is not None or self.death is not None:
+            return
+        if self.state is State.SUSPENDED:
+            self._kernel_ended(KernelExit(None, signal.SIGKILL, "", expected=True), self._boots)
+        elif await self._woken():
             await self.link.call("stop_kernel", timeout=grace + 30.0, grace=grace)
 
     def poll(self) -> int | None:

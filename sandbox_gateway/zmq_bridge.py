@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import socket
@@ -82,6 +83,17 @@ class ZmqBridge:
             "key": self._key,
             "signature_scheme": "hmac-sha256",
         }
+
+    @property
+    def connection_file(self) -> Path:
+        """The same as a file in Jupyter's format, private to this user; written on first use."""
+        path = self.directory / "owner.connection.json"
+        info = {**self.connection_info, "key": self._key.decode("ascii"), "kernel_name": ""}
+        fresh = path.with_suffix(".new")
+        with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w") as file:
+            json.dump(info, file)
+        os.rename(fresh, path)
+        return path
 
     @property
     def backlog(self) -> int:
