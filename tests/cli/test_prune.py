@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import select
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -34,14 +35,21 @@ def made(snapshots: SnapshotStore, *arguments: Any, **changes: Any) -> Snapshot:
     return asyncio.run(make(snapshots, *arguments, **changes))
 
 
+CRASH = """
+import asyncio, os
+from snapshot_helpers import save_image
+from sandbox_gateway.host.paths import discover
+from sandbox_gateway.snapshots import SnapshotStore
+draft = asyncio.run(SnapshotStore(discover()).begin())
+save_image(draft.image)
+os._exit(0)
+"""
+
+
 def crashed_draft(snapshots: SnapshotStore) -> str:
-    """The draft of a process that was killed."""
-    pid = os.fork()
-    if pid == 0:
-        draft = asyncio.run(snapshots.begin())
-        save_image(draft.image)
-        os._exit(0)
-    os.waitpid(pid, 0)
+    """The draft of a process that ended half-way."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    subprocess.run([sys.executable, "-c", CRASH], env=environment, check=True, timeout=60)
     return next(path.name for path in snapshots.directory.iterdir() if path.name.endswith(".new"))
 
 
@@ -158,10 +166,10 @@ def test_on_a_terminal_it_shows_and_asks_first(
     paths: Paths, snapshots: SnapshotStore, answer: str, status: int, left: int
 ) -> None:
     made(snapshots)
-    pid, terminal = pty.fork()
-    if pid == 0:
-        command = [sys.executable, "-m", "sandbox_gateway.cli", "prune", "--budget", "0"]
-        os.execv(sys.executable, command)
+    terminal, inside = pty.openpty()
+    command = [sys.executable, "-m", "sandbox_gateway.cli", "prune", "--budget", "0"]
+    process = subprocess.Popen(command, stdin=inside, stdout=inside, stderr=inside)
+    os.close(inside)
     said = b""
     deadline = time.monotonic() + 60
     answered = False
@@ -179,7 +187,6 @@ def test_on_a_terminal_it_shows_and_asks_first(
             assert b"beyond the budget" in said and len(snapshots.list()) == 1
             os.write(terminal, f"{answer}\n".encode())
             answered = True
-    _, ended = os.waitpid(pid, 0)
     os.close(terminal)
-    assert answered and os.waitstatus_to_exitcode(ended) == status, said
+    assert process.wait(60) == status and answered, said
     assert len(snapshots.list()) == left
