@@ -8,7 +8,7 @@ Each owning process answers on one socket, ``<runtime>/owners/<pid>-<tag>.sock``
 for all of its sandboxes (DESIGN 4.8). One connection carries one request, as lines of JSON::
 
     -> {"op": "stop", "id": "<sandbox>", "params": {...}}
-    <- {"progress": {...}}                  any number of these
+    <- {"progress": {...}}                  any number of these; an empty one is a sign of life
     <- {"ok": {...}}  or  {"error": {"code": ..., "message": ..., "hint": ...}}
 """
 
@@ -27,7 +27,7 @@ import socket
 import struct
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -44,6 +44,8 @@ MAX_ANSWER: Final = 8 << 20
 """Bytes of one line that an owner answers."""
 WATCH_INTERVAL = 10.0
 """Seconds between an owner's looks whether its socket's file is still there."""
+SIGN_OF_LIFE: Final = 5.0
+"""Seconds between an owner's words to who waits for something that takes long."""
 _REQUEST_TIMEOUT = 10.0
 _FLOCK = struct.Struct("hhqqi4x")
 _PEERCRED = struct.Struct("3i")
@@ -419,7 +421,8 @@ class OwnerServer:
             if not line:
                 return
             op, sandbox_id, params = _parse_request(line)
-            answer: dict[str, Any] = {"ok": dict(await self._handler(op, sandbox_id, params))}
+            async with _alive(asker):
+                answer: dict[str, Any] = {"ok": dict(await self._handler(op, sandbox_id, params))}
         except SandboxGatewayError as error:
             answer = {"error": error.as_dict()}
         except ValueError as error:
@@ -434,6 +437,23 @@ class OwnerServer:
             answer = {"error": SandboxGatewayError("internal", f"{type(error).__name__}: {error}").as_dict()}
         asker.send(answer)
         await writer.drain()
+
+
+@contextlib.asynccontextmanager
+async def _alive(asker: _Asker) -> AsyncIterator[None]:
+    """Give the asker a sign of life now and then: what takes long is not what is stuck."""
+
+    async def beat() -> None:
+        await asyncio.sleep(SIGN_OF_LIFE)
+        while asker.send({"progress": {}}):
+            await asyncio.sleep(SIGN_OF_LIFE)
+
+    beating = asyncio.create_task(beat())
+    try:
+        yield
+    finally:
+        beating.cancel()
+        await asyncio.gather(beating, return_exceptions=True)
 
 
 def sweep(directory: Path) -> None:
@@ -519,8 +539,9 @@ async def ask_holder(
                 return dict(answer["ok"])
             if "error" in answer:
                 raise SandboxGatewayError.from_dict(answer["error"])
-            if on_progress is not None and isinstance(answer.get("progress"), dict):
-                on_progress(answer["progress"])
+            progress = answer.get("progress")
+            if on_progress is not None and isinstance(progress, dict) and progress:
+                on_progress(progress)
     except TimeoutError as error:
         raise SandboxGatewayError("owner_unreachable", f"process {pid} did not answer in {timeout:g} s") from error
     except OSError as error:
@@ -570,22 +591,3 @@ async def _gone(directory: Path, pid: int) -> bool:
             return True
         await asyncio.sleep(0.05)
     return False
-
-
-_TAKE_TRIES = 5
-
-
-async def take_over(paths: Paths, sandbox_id: str, timeout: float = 30.0) -> OwnerLock:
-    """The lock of a sandbox, held: free, or handed over by its present owner, who is asked to.
-
-    An owner that hands over flushes, detaches, gives its lock up and then answers. Of several that ask at once each
-    gets it in turn, and ``owned_elsewhere`` when its turn does not come. Raises what the owner says instead.
-    """
-    lock = OwnerLock(paths.sandbox(sandbox_id))
-    for _ in range(_TAKE_TRIES):
-        if lock.try_acquire():
-            return lock
-        with contextlib.suppress(NoOwner):
-            await ask(paths, sandbox_id, "hand_over", timeout)
-    lock.acquire()
-    return lock
