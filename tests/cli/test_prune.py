@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from cli_harness import Run, record
-from snapshot_helpers import LAYER, RUNSC, make, make_layer, save_image
+from snapshot_helpers import LAYER, RUNSC, make, make_layer
 
 from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.model import State
