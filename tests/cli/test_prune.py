@@ -128,6 +128,19 @@ def test_snapshots_go_only_with_a_budget_and_when_it_was_said_twice(
     assert snapshots.list() == ()
 
 
+def test_the_budget_of_the_settings_holds_when_none_is_given(run: Run, paths: Paths, snapshots: SnapshotStore) -> None:
+    made(snapshots), made(snapshots, name="mine")
+    assert run("prune", "--json").json["items"] == []
+    paths.profiles.write_text("[settings]\nsnapshot_budget = 1000\n")
+    assert [item["reason"] for item in run("prune", "--json").json["items"]] == [
+        "beyond the budget, not used for longest"
+    ]
+    assert [snapshot.name for snapshot in snapshots.list()] == ["mine"]
+    paths.profiles.write_text("[settings]\nsnapshot_budget = 'much'\n")
+    done = run("prune")
+    assert done.status == 0 and "no budget" in done.stderr
+
+
 def test_layers_that_only_a_removed_snapshot_needs_go_with_it(run: Run, paths: Paths, snapshots: SnapshotStore) -> None:
     layer = old_layer(paths, LAYER)
     made(snapshots, layers=(LAYER,))
