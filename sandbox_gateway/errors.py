@@ -47,7 +47,7 @@ ERRORS: Mapping[str, ErrorRow] = MappingProxyType(
         "store_failed": ErrorRow(500, "Store failed", "Check that the data directory can be written."),
         "store_too_new": ErrorRow(500, "Store is newer than this program", "Upgrade sandbox_gateway."),
         "data_directory": ErrorRow(500, "Unusable data directory", "Point SANDBOX_GATEWAY_HOME at a local folder."),
-        "disk_full": ErrorRow(507, "Disk full", "Free some space (`jupyter sandbox image rm`)."),
+        "disk_full": ErrorRow(507, "Disk full", "Free some space (`jupyter sandbox prune`)."),
         "owned_elsewhere": ErrorRow(409, "Owned by another process", "Ask that process, or stop it first."),
         "owner_unreachable": ErrorRow(503, "The owner does not answer", "Try again, or end the process `ps` names."),
         "setup_failed": ErrorRow(500, "Set-up failed", "`jupyter sandbox doctor` tells what is missing."),

@@ -1,14 +1,10 @@
-"""One owner at a time: the lock in a sandbox's runtime directory, and the socket on which its holder answers.
-
-The lock is an open file description lock (``F_OFD_SETLK``) on ``<runtime>/<id>/owner.lock``: it ends with its holder
-however that dies, is not disturbed when somebody else opens the file, and, unlike ``flock``, can be asked for without
-being taken. The file's text tells who holds it: ``{"pid": ..., "socket": ...}``.
+"""One owner at a time: the socket on which the holder of a sandbox's lock answers, and asking it.
 
 Each owning process answers on one socket, ``<runtime>/owners/<pid>-<tag>.sock`` (mode 0600, the peer's uid checked),
 for all of its sandboxes (DESIGN 4.8). One connection carries one request, as lines of JSON::
 
     -> {"op": "stop", "id": "<sandbox>", "params": {...}}
-    <- {"progress": {...}}                  any number of these
+    <- {"progress": {...}}                  any number of these; an empty one is a sign of life
     <- {"ok": {...}}  or  {"error": {"code": ..., "message": ..., "hint": ...}}
 """
 
@@ -18,34 +14,46 @@ import asyncio
 import contextlib
 import contextvars
 import errno
-import fcntl
 import json
 import logging
 import os
-import secrets
 import socket
 import struct
 import time
-import weakref
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from sandbox_gateway.errors import SandboxGatewayError, storage_error
 from sandbox_gateway.host.paths import Paths
+from sandbox_gateway.owner_lock import LOCK_NAME, OWNERS, OwnerLock, default_socket, find_holder, holder, renew_held
 
 log = logging.getLogger(__name__)
 
-LOCK_NAME: Final = "owner.lock"
-OWNERS: Final = "owners"
+__all__ = [
+    "LOCK_NAME",
+    "OWNERS",
+    "NoOwner",
+    "OwnerLock",
+    "OwnerServer",
+    "ask",
+    "ask_holder",
+    "default_socket",
+    "holder",
+    "progress_to",
+    "report_progress",
+    "sweep",
+]
+
 MAX_REQUEST: Final = 1 << 20
 """Bytes of one request line."""
 MAX_ANSWER: Final = 8 << 20
 """Bytes of one line that an owner answers."""
 WATCH_INTERVAL = 10.0
 """Seconds between an owner's looks whether its socket's file is still there."""
+SIGN_OF_LIFE: Final = 5.0
+"""Seconds between an owner's words to who waits for something that takes long."""
 _REQUEST_TIMEOUT = 10.0
-_FLOCK = struct.Struct("hhqqi4x")
 _PEERCRED = struct.Struct("3i")
 
 Handler = Callable[[str, str, Mapping[str, Any]], Awaitable[Mapping[str, Any]]]
@@ -61,177 +69,6 @@ class NoOwner(SandboxGatewayError):
     def __init__(self, sandbox_id: str, *, died: bool = False) -> None:
         super().__init__("owner_unreachable", f"no process owns sandbox {sandbox_id}")
         self.died = died
-
-
-# The lock
-
-_held: weakref.WeakSet[OwnerLock] = weakref.WeakSet()
-_tag = secrets.token_hex(4)
-
-
-def default_socket(runtime: Path) -> Path:
-    """Where this process answers unless it says otherwise. The tag tells apart equal pids of two pid namespaces."""
-    return runtime / OWNERS / f"{os.getpid()}-{_tag}.sock"
-
-
-class OwnerLock:
-    """The right to drive one sandbox.
-
-    ``directory`` is the sandbox's runtime directory, made if it is missing (mode 0700). ``server`` is the socket that
-    answers for this owner (default: :func:`default_socket` of the directory's parent).
-    """
-
-    def __init__(self, directory: Path, server: Path | None = None) -> None:
-        self.directory = directory
-        self._server = server if server is not None else default_socket(directory.parent)
-        self._fd: int | None = None
-
-    @property
-    def pid(self) -> int:
-        """Of the process that holds it or would: this one."""
-        return os.getpid()
-
-    @property
-    def held(self) -> bool:
-        """Whether this object holds the lock."""
-        return self._fd is not None
-
-    def acquire(self) -> None:
-        """Take the lock; raises ``owned_elsewhere`` naming the holder, or ``data_directory``."""
-        if not self.try_acquire():
-            pid = holder(self.directory)
-            who = f"process {pid}" if pid else "another process"
-            raise SandboxGatewayError("owned_elsewhere", f"sandbox {self.directory.name} is owned by {who}")
-
-    def try_acquire(self) -> bool:
-        """Take the lock if it is free; True when it is held now.
-
-        Raises ``data_directory`` or ``disk_full`` when it cannot be made.
-        """
-        if self._fd is not None:
-            return True
-        try:
-            fd = _open_locked(self.directory)
-        except OSError as error:
-            raise storage_error(error, f"cannot lock {self.directory}") from error
-        if fd is None:
-            return False
-        self._fd = fd
-        _held.add(self)
-        text = json.dumps({"pid": os.getpid(), "socket": str(self._server)}).encode() + b"\n"
-        try:
-            os.pwrite(fd, text, 0)
-            os.ftruncate(fd, len(text))
-        except OSError as error:
-            # A directory that was there before is not empty, and stays.
-            self.release(remove=True)
-            raise storage_error(error, f"cannot lock {self.directory}") from error
-        return True
-
-    def release(self, *, remove: bool = False) -> None:
-        """Give the lock up; harmless when it is not held.
-
-        ``remove`` takes the lock file away first, and the directory too if nothing else is in it.
-        """
-        fd, self._fd = self._fd, None
-        if fd is None:
-            return
-        _held.discard(self)
-        try:
-            if remove:
-                with contextlib.suppress(OSError):
-                    os.unlink(self.directory / LOCK_NAME)
-                    os.rmdir(self.directory)
-            else:
-                os.ftruncate(fd, 0)
-            # Said in words, not left to close(): a child between its fork and exec still has a copy for a moment.
-            _lock(fd, fcntl.F_UNLCK)
-        finally:
-            os.close(fd)
-
-    def __enter__(self) -> OwnerLock:
-        self.acquire()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.release()
-
-
-def holder(directory: Path) -> int | None:
-    """The pid of the process that owns the sandbox of this runtime directory right now; None when nobody does.
-
-    0 means that somebody does who has not yet written who he is.
-    """
-    found = _holder(directory)
-    return None if found is None else found[0]
-
-
-def _holder(directory: Path) -> tuple[int, Path | None] | None:
-    try:
-        fd = os.open(directory / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:
-        return None
-    try:
-        query = _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
-        if _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, query))[0] == fcntl.F_UNLCK:
-            return None
-        text = os.pread(fd, 4096, 0)
-    finally:
-        os.close(fd)
-    try:
-        data = json.loads(text)
-        return int(data["pid"]), Path(data["socket"])
-    except (ValueError, KeyError, TypeError):
-        return 0, None
-
-
-def _open_locked(directory: Path) -> int | None:
-    # A holder that removes the directory may do so between any two of these steps: begin again then.
-    for _ in range(100):
-        # Not exist_ok: it looks again at what was there, which may be gone by then.
-        with contextlib.suppress(FileExistsError):
-            directory.mkdir(mode=0o700, parents=True)
-        path = directory / LOCK_NAME
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        except FileNotFoundError:
-            continue
-        try:
-            if not _lock(fd, fcntl.F_WRLCK):
-                os.close(fd)
-                return None
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False)):
-                    return fd
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)
-    raise OSError(errno.EBUSY, "it is made and removed again and again")
-
-
-def _lock(fd: int, kind: int) -> bool:
-    try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            return False
-        raise
-    return True
-
-
-def _after_fork() -> None:
-    """A forked child owns nothing; its copies of the descriptors would keep the locks after the parent's death."""
-    global _tag
-    _tag = secrets.token_hex(4)
-    for lock in tuple(_held):
-        fd, lock._fd = lock._fd, None
-        if fd is not None:
-            os.close(fd)
-    _held.clear()
-
-
-os.register_at_fork(after_in_child=_after_fork)
 
 
 # The owner's side of the socket
@@ -359,9 +196,10 @@ class OwnerServer:
         return (found.st_dev, found.st_ino) == self._inode
 
     async def _watch(self) -> None:
-        """Listen again where somebody removed the socket's file (a cleaner of temporary directories)."""
+        """Listen again where somebody removed the socket's file (a cleaner of temporary directories); the locks too."""
         while True:
             await asyncio.sleep(WATCH_INTERVAL)
+            renew_held()
             if not self._in_place():
                 log.warning("%s was removed: it is made again", self.path)
                 try:
@@ -419,7 +257,8 @@ class OwnerServer:
             if not line:
                 return
             op, sandbox_id, params = _parse_request(line)
-            answer: dict[str, Any] = {"ok": dict(await self._handler(op, sandbox_id, params))}
+            async with _alive(asker):
+                answer: dict[str, Any] = {"ok": dict(await self._handler(op, sandbox_id, params))}
         except SandboxGatewayError as error:
             answer = {"error": error.as_dict()}
         except ValueError as error:
@@ -434,6 +273,23 @@ class OwnerServer:
             answer = {"error": SandboxGatewayError("internal", f"{type(error).__name__}: {error}").as_dict()}
         asker.send(answer)
         await writer.drain()
+
+
+@contextlib.asynccontextmanager
+async def _alive(asker: _Asker) -> AsyncIterator[None]:
+    """Give the asker a sign of life now and then: what takes long is not what is stuck."""
+
+    async def beat() -> None:
+        await asyncio.sleep(SIGN_OF_LIFE)
+        while asker.send({"progress": {}}):
+            await asyncio.sleep(SIGN_OF_LIFE)
+
+    beating = asyncio.create_task(beat())
+    try:
+        yield
+    finally:
+        beating.cancel()
+        await asyncio.gather(beating, return_exceptions=True)
 
 
 def sweep(directory: Path) -> None:
@@ -519,8 +375,9 @@ async def ask_holder(
                 return dict(answer["ok"])
             if "error" in answer:
                 raise SandboxGatewayError.from_dict(answer["error"])
-            if on_progress is not None and isinstance(answer.get("progress"), dict):
-                on_progress(answer["progress"])
+            progress = answer.get("progress")
+            if on_progress is not None and isinstance(progress, dict) and progress:
+                on_progress(progress)
     except TimeoutError as error:
         raise SandboxGatewayError("owner_unreachable", f"process {pid} did not answer in {timeout:g} s") from error
     except OSError as error:
@@ -538,7 +395,7 @@ async def ask_holder(
 async def _reach(directory: Path) -> tuple[int, socket.socket]:
     deadline = time.monotonic() + _APPEARANCE
     while True:
-        found = _holder(directory)
+        found = find_holder(directory)
         if found is None:
             raise NoOwner(directory.name)
         pid, path = found
@@ -570,22 +427,3 @@ async def _gone(directory: Path, pid: int) -> bool:
             return True
         await asyncio.sleep(0.05)
     return False
-
-
-_TAKE_TRIES = 5
-
-
-async def take_over(paths: Paths, sandbox_id: str, timeout: float = 30.0) -> OwnerLock:
-    """The lock of a sandbox, held: free, or handed over by its present owner, who is asked to.
-
-    An owner that hands over flushes, detaches, gives its lock up and then answers. Of several that ask at once each
-    gets it in turn, and ``owned_elsewhere`` when its turn does not come. Raises what the owner says instead.
-    """
-    lock = OwnerLock(paths.sandbox(sandbox_id))
-    for _ in range(_TAKE_TRIES):
-        if lock.try_acquire():
-            return lock
-        with contextlib.suppress(NoOwner):
-            await ask(paths, sandbox_id, "hand_over", timeout)
-    lock.acquire()
-    return lock

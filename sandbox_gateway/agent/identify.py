@@ -43,7 +43,7 @@ class Identity:
     def applied(self, launch: Launch) -> Launch:
         """How the kernel is started from now on."""
         command = replace(launch.command, environment=self.environment, cwd=self.cwd)
-        return replace(launch, command=command, key=launch.key if self.key is None else self.key)
+        return replace(launch, command=command, preload=None, key=launch.key if self.key is None else self.key)
 
 
 def parse_identity(request: Mapping[str, Any]) -> Identity:

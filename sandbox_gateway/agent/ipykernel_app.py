@@ -163,6 +163,8 @@ class Pipe:
 
 _pipe: Pipe | None = None
 _identity: Any = None
+_preloads: list[str] | None = None
+"""Modules to import before the kernel is ready; None: this is no template."""
 
 
 class PipeIOPubThread(iostream.IOPubThread):  # type: ignore[misc]
@@ -208,6 +210,13 @@ class PipeOutStream(iostream.OutStream):  # type: ignore[misc]
     _cached: tuple[Any, bytes] = (None, b"{}")
     _head: tuple[Any, str, str] = (None, "", "")
 
+    muted = False
+
+    @classmethod
+    def mute(cls, wanted: bool) -> None:
+        """Throw away what is written (nobody has asked for it), or no longer."""
+        cls.muted = wanted
+
     def write(self, string: str) -> int | None:
         """Buffer text under the calling code's parent header. Stock asks for the process's id at each call, which
         inside gVisor costs more than all the rest."""
@@ -216,6 +225,8 @@ class PipeOutStream(iostream.OutStream):  # type: ignore[misc]
             return super().write(string)  # type: ignore[no-any-return]
         if not isinstance(string, str):
             raise TypeError(f"write() argument must be str, not {type(string)}")
+        if self.muted:
+            return len(string)
         parent = self.parent_header
         seen, key = self._parent_key
         if parent is not seen:
@@ -362,14 +373,30 @@ class PipeKernelApp(kernelapp.IPKernelApp):  # type: ignore[misc]
         """Make the kernel, and tell the agent that messages will come through the pipe from now on."""
         super().init_kernel()
         _identity.serve(self.kernel)
-        session = self.session
-        message = session.msg("iopub_welcome", {"subscription": "", "identity": True})
-        session.send(self.iopub_thread, message, ident=b"iopub_welcome")
+        if _preloads is None:
+            self._greet({})
 
     def initialize(self, argv: Any = None) -> None:
         """Initialize as usual, noting what that changes of the environment given."""
         super().initialize(argv)
         _identity.started(self.kernel)
+
+    def start(self) -> None:
+        """Run the kernel; for a template, import what was asked for and settle down before it is ready."""
+        if _preloads is not None:
+            loop = import_module("tornado.ioloop").IOLoop.current()
+            loop.add_callback(self._become_template, _sibling("preload"))  # once the kernel listens
+        super().start()
+
+    def _become_template(self, preload: Any) -> None:
+        loaded, failed = preload.preload(_preloads, PipeOutStream.mute)
+        preload.settle()
+        self._greet({"preloaded": loaded, "preload_failed": failed})
+
+    def _greet(self, facts: dict[str, Any]) -> None:
+        session = self.session
+        message = session.msg("iopub_welcome", {"subscription": "", "identity": True, **facts})
+        session.send(self.iopub_thread, message, ident=b"iopub_welcome")
 
 
 def _take_pipe() -> Pipe | None:
@@ -404,9 +431,11 @@ def _disguise() -> None:
 
 def main() -> None:
     """Run the kernel until it is told to end."""
-    global _pipe, _identity
+    global _pipe, _identity, _preloads
     _pipe = _take_pipe()
+    names = os.environ.pop("SANDBOX_PRELOAD", None)
     if _pipe is not None:
+        _preloads = None if names is None else names.split()
         _sibling("seeds")
         _identity = _sibling("identity").Identity()
     _disguise()

@@ -210,6 +210,8 @@ class Kernel:
             if fast is not None:
                 argv = fast
                 environment["SANDBOX_IOPUB_FD"] = str(process.EXTRA_FD)
+                if launch.preload is not None:
+                    environment["SANDBOX_PRELOAD"] = " ".join(launch.preload)
             child = process.spawn(replace(command, argv=argv, environment=environment), extra_pipe=fast is not None)
         except OSError as error:
             self._directory.forget(self.generation)
@@ -272,7 +274,7 @@ class Kernel:
         self.phase = Phase.READY
         greeting = self._channels.greeting
         event = {"event": "kernel_ready", "generation": self.generation, "identity": greeting.identity}
-        if self.launch is not None and self.launch.preload:
+        if self.launch is not None and self.launch.preload is not None:
             event["preloaded"], event["preload_failed"] = greeting.preloads(self.launch.preload)
         self._hooks.event(event)
         self._open_gate()

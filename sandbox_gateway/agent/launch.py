@@ -33,8 +33,8 @@ class Launch:
     welcome: bool | None = None
     """Whether the kernel greets subscribers on IOPub; None: not known."""
     fast_iopub: bool = False
-    preload: tuple[str, ...] = ()
-    """Modules that our ipykernel application imports before it is ready."""
+    preload: tuple[str, ...] | None = None
+    """Modules that our ipykernel application imports before it is ready, for a template; None: it is not for one."""
 
 
 def parse_launch(request: Mapping[str, Any], before: Launch | None = None) -> Launch:

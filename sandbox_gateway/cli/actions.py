@@ -189,29 +189,19 @@ async def fork(
     paths: Paths, source: str, count: int, name: str, on_progress: OnProgress
 ) -> list[tuple[str, SandboxGatewayError | None]]:
     """Make ``count`` children of a sandbox or a snapshot, kept by the keeper; their ids, each with what failed."""
-    from sandbox_gateway.keeper import ask_keeper, drive
+    from sandbox_gateway import keeper
 
-    params = {"count": count, "name": name}
     try:
         sandbox = resolve(paths, source)
     except SandboxGatewayError as error:
         if error.code != "unknown_sandbox":
             raise
-        answer = await ask_keeper(paths, "fork", _snapshot(paths, source), params, on_progress=on_progress)
+        children = await keeper.spawn(paths, _snapshot(paths, source), count, name, on_progress)
     else:
-        answer = await drive(paths, sandbox.id, "fork", params, on_progress)
-    outcomes: list[tuple[str, SandboxGatewayError | None]] = []
-    for child in answer["children"]:
-        failed = child.get("error")
-        problem = SandboxGatewayError.from_dict(failed) if failed else None
-        if problem is None:
-            # The application that forked may end before its children are done with.
-            try:
-                await ask_keeper(paths, "adopt", child["id"])
-            except SandboxGatewayError as error:
-                problem = error
-        outcomes.append((child["id"], problem))
-    return outcomes
+        children = await keeper.fork(paths, sandbox.id, count, name, on_progress)
+    return [
+        (child["id"], SandboxGatewayError.from_dict(child["error"]) if child["error"] else None) for child in children
+    ]
 
 
 def _snapshot(paths: Paths, reference: str) -> str:

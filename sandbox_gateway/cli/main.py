@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from sandbox_gateway import SandboxGatewayError, __version__
 from sandbox_gateway.cli import (
+    event_commands,
     host_commands,
     image_commands,
     kernelspec_commands,
@@ -86,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"sandbox_gateway {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
-    about_sandboxes = (sandbox_commands, state_commands, snapshot_commands, prune_command)
+    about_sandboxes = (sandbox_commands, state_commands, event_commands, snapshot_commands, prune_command)
     for part in (host_commands, kernelspec_commands, image_commands, *about_sandboxes):
         part.add(commands)
     return top

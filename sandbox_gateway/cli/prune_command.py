@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sandbox_gateway.cli.arguments import Commands, command
 from sandbox_gateway.cli.failures import Usage
-from sandbox_gateway.cli.output import ProgressLine, size, write_json, write_line, write_table
+from sandbox_gateway.cli.output import ProgressLine, clean, size, write_json, write_line, write_table
 from sandbox_gateway.errors import SandboxGatewayError
 
 if TYPE_CHECKING:
@@ -30,13 +30,15 @@ def add(commands: Commands) -> None:
         _prune,
         "free the disk of what nobody needs any more",
         "What crashed processes left, image layers and runsc binaries that nothing refers to, snapshots whose "
-        "sandboxes went on. Suspended sandboxes are never touched.",
+        "sandboxes went on, templates and unnamed snapshots beyond their budget. Suspended sandboxes are never "
+        "touched.",
     )
     prune.add_argument(
         "--budget",
         metavar="SIZE",
         type=_size,
-        help="remove templates and unnamed snapshots too, least recently used first, until all take no more (20G)",
+        help="bytes that snapshots may take, instead of the settings' snapshot_budget; templates and unnamed snapshots "
+        "beyond it go, least recently used first",
     )
     prune.add_argument("--snapshots", action="store_true", help="damaged snapshots too, and with --budget named ones")
     prune.add_argument("-n", "--dry-run", action="store_true", help="only say what would go")
@@ -78,6 +80,8 @@ def _prune(options: argparse.Namespace) -> int:
     asks = sys.stdin.isatty() and sys.stdout.isatty() and not options.json
     if not (options.yes or options.dry_run or asks) and (options.snapshots or options.budget is not None):
         raise Usage("jupyter sandbox prune", "somebody may want these snapshots: give --yes, or --dry-run to look")
+    if options.budget is None:
+        options.budget = _budget(paths)
     if options.dry_run or (asks and not options.yes):
         found = _planned(paths, options)
         _show(options, found, removed=False)
@@ -91,6 +95,16 @@ def _prune(options: argparse.Namespace) -> int:
         gone = list(_removed(paths, options, progress))
     _show(options, gone, removed=True)
     return 0
+
+
+def _budget(paths: Paths) -> int | None:
+    from sandbox_gateway.profiles import load_profiles
+
+    try:
+        return load_profiles(paths).settings.snapshot_budget
+    except SandboxGatewayError as error:  # a mistake in the file is no reason to keep what nobody needs
+        sys.stderr.write(f"note: no budget: {clean(error.message)}\n")
+        return None
 
 
 def _agreed() -> bool:

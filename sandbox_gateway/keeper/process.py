@@ -7,24 +7,22 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host.paths import Paths
-from sandbox_gateway.keeper import keeper_directory
-from sandbox_gateway.owner import NoOwner, OwnerLock, OwnerServer, ask, holder
+from sandbox_gateway.keeper.start import keeper_directory
+from sandbox_gateway.model import OnOwnerExit
+from sandbox_gateway.owner import OwnerLock, OwnerServer, holder
 
 log = logging.getLogger(__name__)
 
 SOCKET: Final = "keeper.sock"
 LINGER: Final = 2.0
 """Seconds that a keeper stays without a sandbox: a command may be about to ask for the next."""
-HAND_OVER_TIMEOUT: Final = 30.0
-"""Seconds that an owner has to give a sandbox up."""
 _LOOK = 0.5
-_TRIES = 5
 
 
 class Keeps(Protocol):
@@ -35,7 +33,10 @@ class Keeps(Protocol):
         """The sandboxes that this process owns, by id."""
 
     async def adopt(self, sandbox_id: str) -> Any:
-        """Own a sandbox from now on. Raises ``owned_elsewhere``."""
+        """Own a sandbox that nobody owns. Raises ``owned_elsewhere``."""
+
+    async def spawn(self, snapshot_id: str, count: int = 1) -> Sequence[Any]:
+        """Make children from a snapshot and own them; an outcome with ``id`` and ``error`` for each."""
 
     async def close(self) -> None:
         """Leave everything by its ``on_owner_exit``."""
@@ -45,7 +46,6 @@ class Keeper:
     """Runs on one event loop until it is told to end, or owns nothing for :data:`LINGER` seconds."""
 
     def __init__(self, paths: Paths, lock: OwnerLock, make: Callable[[], Awaitable[Keeps]]) -> None:
-        self._paths = paths
         self._lock = lock
         self._make = make
         self._made: asyncio.Future[Keeps] | None = None
@@ -100,24 +100,32 @@ class Keeper:
         if op == "ping":
             return {"sandboxes": len(keeps.live)}
         if op == "adopt":
-            await self._adopt(keeps, sandbox_id)
+            if sandbox_id not in keeps.live:
+                await self._kept(await keeps.adopt(sandbox_id))
             return {}
+        if op == "spawn":
+            return {"children": await self._spawn(keeps, sandbox_id, params)}
         raise SandboxGatewayError("invalid_request", f"unknown request {op!r}")
 
-    async def _adopt(self, keeps: Keeps, sandbox_id: str) -> None:
-        for _ in range(_TRIES):
-            if sandbox_id in keeps.live:
-                return
-            try:
-                await keeps.adopt(sandbox_id)
-                log.info("keeping sandbox %s", sandbox_id)
-                return
-            except SandboxGatewayError as error:
-                if error.code != "owned_elsewhere":
-                    raise
-            with contextlib.suppress(NoOwner):
-                await ask(self._paths, sandbox_id, "hand_over", HAND_OVER_TIMEOUT)
-        await keeps.adopt(sandbox_id)
+    async def _spawn(self, keeps: Keeps, snapshot_id: str, params: Mapping[str, Any]) -> list[dict[str, Any]]:
+        count, name = params.get("count", 1), params.get("name", "")
+        if type(count) is not int or not isinstance(name, str):
+            raise SandboxGatewayError("invalid_request", "count is a number, name a text")
+        children = []
+        for outcome in await keeps.spawn(snapshot_id, count):
+            child = keeps.live.get(outcome.id)
+            if child is not None:
+                await self._kept(child, **({"name": name} if name else {}))
+            children.append({"id": outcome.id, "error": None if outcome.error is None else outcome.error.as_dict()})
+        return children
+
+    async def _kept(self, sandbox: Any, **changes: Any) -> None:
+        """What a keeper owns belongs to no script any more whose end would be its own."""
+        if sandbox.record.on_owner_exit is OnOwnerExit.TERMINATE:
+            changes["on_owner_exit"] = OnOwnerExit.KEEP
+        if changes:
+            await sandbox.amend(**changes)
+        log.info("keeping sandbox %s", sandbox.id)
 
 
 def keep(home: str, runtime: str, say: Callable[[Mapping[str, Any]], None]) -> int:

@@ -20,7 +20,6 @@ from sandbox_gateway.snapshots.store import Entry, SnapshotStore
 Records = Callable[[], Iterable[SandboxRecord]]
 """Reads the records of all sandboxes, now."""
 _GONE = frozenset({State.TERMINATED, State.EXPIRED})
-_ON_THE_WAY = frozenset({State.SUSPENDING, State.SUSPENDED, State.RESUMING})
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +110,15 @@ def _reason(entry: Entry, records: Sequence[SandboxRecord], damaged: bool) -> st
     if manifest.kind is Kind.FORK:
         return "a fork that is over"
     if manifest.kind is Kind.SUSPENDED:
-        # Between its commit and the record that names it, its sandbox is being suspended.
-        coming = any(record.id == manifest.sandbox and record.state in _ON_THE_WAY for record in records)
+        coming = any(record.id == manifest.sandbox and _may_come_to_need(record) for record in records)
         return "" if coming else "its sandbox does not need it any more"
     return ""
+
+
+def _may_come_to_need(record: SandboxRecord) -> bool:
+    """Whether its sandbox is between a commit and the record that names what was committed."""
+    unnamed = record.state in {State.SUSPENDED, State.RESUMING} and record.snapshot is None
+    return record.state is State.SUSPENDING or unnamed
 
 
 def _beyond(

@@ -16,8 +16,10 @@ from sandbox_gateway.cli.each import Meter
 from sandbox_gateway.cli.output import ProgressLine
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host.paths import Paths
+from sandbox_gateway.keeper import driving
 from sandbox_gateway.model import OnOwnerExit, State
-from sandbox_gateway.owner import OwnerLock
+from sandbox_gateway.owner import NoOwner, OwnerLock
+from sandbox_gateway.snapshots import SnapshotStore
 from sandbox_gateway.store import Store
 
 A = "11112222-3333-4444-5555-666677778888"
@@ -36,7 +38,7 @@ def asked_of_the_keeper(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str,
         asked.append((op, sandbox_id, params))
         return {"children": [{"id": C, "error": None}]}
 
-    monkeypatch.setattr(keeper, "ask_keeper", ask_keeper)
+    monkeypatch.setattr(driving, "ask_keeper", ask_keeper)
     return asked
 
 
@@ -96,7 +98,7 @@ def test_what_nobody_owns_is_given_to_the_keeper(
         owner.own(store.get(A))
         return {}
 
-    monkeypatch.setattr(keeper, "ask_keeper", ask_keeper)
+    monkeypatch.setattr(driving, "ask_keeper", ask_keeper)
     owner.answers["resume"] = {}
     store.put(record(A, State.SUSPENDED))
     assert run("resume", A).stdout == f"{A} running\n"
@@ -111,41 +113,56 @@ def test_an_owner_that_dies_over_it_is_replaced(
     async def ask(paths: Paths, sandbox_id: str, op: str, *_: Any, **__: Any) -> dict[str, Any]:
         asked.append(op)
         if len(asked) == 1:
-            raise keeper.NoOwner(sandbox_id, died=True)
+            raise NoOwner(sandbox_id, died=True)
         return {}
 
     async def ask_keeper(*_: Any, **__: Any) -> dict[str, Any]:
         return {}
 
-    monkeypatch.setattr(keeper, "ask", ask)
-    monkeypatch.setattr(keeper, "ask_keeper", ask_keeper)
+    monkeypatch.setattr(driving, "ask", ask)
+    monkeypatch.setattr(driving, "ask_keeper", ask_keeper)
     store.put(record(A, State.SUSPENDED))
     assert run("resume", A).status == 0 and asked == ["resume", "resume"]
     asked.clear()
     done = run("fork", A)
-    assert done.status == 1 and asked == ["fork"], "what may have been done is not done twice"
+    assert done.status == 1 and asked == ["save"], "what may have been done is not done twice"
     assert "ended over it" in done.stderr
 
 
-def test_fork_gives_the_children_to_the_keeper_and_lists_exactly_their_ids(
-    run: Run, owner: Owner, asked_of_the_keeper: list[tuple[str, str, Any]]
+def test_fork_has_the_owner_save_it_and_the_keeper_make_the_children(
+    run: Run, owner: Owner, asked_of_the_keeper: list[tuple[str, str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    owner.answers["fork"] = {"children": [{"id": B, "error": None}, {"id": C, "error": None}]}
+    removed: list[str] = []
+    monkeypatch.setattr(SnapshotStore, "remove", lambda store, snapshot: removed.append(snapshot))
+    owner.answers["save"] = {"snapshot": "f0"}
     owner.own(record(A))
-    assert run("fork", A[:5], "-n", "2", "--json").json == [B, C]
-    assert asked_of_the_keeper == [("adopt", B, None), ("adopt", C, None)]
-    assert run("fork", A).stdout == f"{B}\n{C}\n"
+    assert run("fork", A[:5], "-n", "2", "--name", "tries", "--json").json == [C]
+    assert owner.asked == [("save", A)]
+    assert asked_of_the_keeper == [("spawn", "f0", {"count": 2, "name": "tries"})]
+    assert removed == ["f0"], "what was saved for the fork goes with it"
+    assert run("fork", A).stdout == f"{C}\n"
+
+
+def test_fork_of_a_suspended_sandbox_needs_no_owner(
+    run: Run, store: Store, asked_of_the_keeper: list[tuple[str, str, Any]]
+) -> None:
+    store.put(record(A, State.SUSPENDED, snapshot="f1"))
+    assert run("fork", A, "--json").json == [C]
+    assert asked_of_the_keeper == [("spawn", "f1", {"count": 1, "name": ""})]
 
 
 def test_a_child_that_could_not_be_made_is_told_beside_those_that_were(
-    run: Run, owner: Owner, asked_of_the_keeper: list[tuple[str, str, Any]]
+    run: Run, store: Store, asked_of_the_keeper: list[tuple[str, str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = SandboxGatewayError("restore_failed", "no memory for the second").as_dict()
-    owner.answers["fork"] = {"children": [{"id": B, "error": None}, {"id": C, "error": error}]}
-    owner.own(record(A))
+
+    async def ask_keeper(*_: Any, **__: Any) -> dict[str, Any]:
+        return {"children": [{"id": B, "error": None}, {"id": C, "error": error}]}
+
+    monkeypatch.setattr(driving, "ask_keeper", ask_keeper)
+    store.put(record(A, State.SUSPENDED, snapshot="f1"))
     done = run("fork", A, "-n", "2", "--json")
     assert done.status == 1 and done.json == [B] and done.error["message"] == "no memory for the second"
-    assert asked_of_the_keeper == [("adopt", B, None)]
 
 
 def test_fork_of_what_is_neither_a_sandbox_nor_a_snapshot(run: Run, paths: Paths) -> None:

@@ -13,26 +13,63 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sandbox_gateway import keeper
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.host.processes import ProcessRef, wait_exit
-from sandbox_gateway.keeper import ask_keeper, drive, ensure_keeper, keeper_directory, keeper_log, keeper_pid, process
+from sandbox_gateway.keeper import (
+    ask_keeper,
+    drive,
+    ensure_keeper,
+    keeper_directory,
+    keeper_log,
+    keeper_pid,
+    process,
+    spawn,
+    start,
+    take_over,
+)
 from sandbox_gateway.keeper.process import SOCKET, Keeper
-from sandbox_gateway.owner import OwnerLock, OwnerServer, holder, report_progress, take_over
+from sandbox_gateway.model import OnOwnerExit
+from sandbox_gateway.owner import OwnerLock, OwnerServer, ask, holder, report_progress
+
+
+@dataclass
+class Record:
+    on_owner_exit: OnOwnerExit
+    name: str = ""
+
+
+class Sandbox:
+    """One that is only played: its lock is held, and its record can be changed."""
+
+    def __init__(self, sandbox_id: str, lock: OwnerLock, policy: OnOwnerExit) -> None:
+        self.id = sandbox_id
+        self.lock = lock
+        self.record = Record(policy)
+
+    async def amend(self, **changes: Any) -> None:
+        self.record = replace(self.record, **changes)
+
+
+@dataclass
+class Outcome:
+    id: str
+    error: SandboxGatewayError | None = None
 
 
 class Lifecycle:
     """What a keeper drives, without sandboxes: it holds locks, and answers for them."""
 
-    def __init__(self, paths: Paths) -> None:
+    def __init__(self, paths: Paths, policy: OnOwnerExit = OnOwnerExit.TERMINATE) -> None:
         self.paths = paths
-        self.live: dict[str, OwnerLock] = {}
+        self.policy = policy
+        self.live: dict[str, Sandbox] = {}
         self.asked: list[tuple[str, str, Mapping[str, Any]]] = []
         self.answers: dict[str, Any] = {}
         # Several play in one process.
@@ -40,22 +77,26 @@ class Lifecycle:
         self.server = OwnerServer(paths, self.answer, socket_path=socket_path)
         self.closed = False
 
-    async def adopt(self, sandbox_id: str) -> OwnerLock:
+    async def adopt(self, sandbox_id: str) -> Sandbox:
         if sandbox_id.startswith("unknown"):
             raise SandboxGatewayError("unknown_sandbox", f"there is no sandbox {sandbox_id}")
         if not self.server.path.exists():
             await self.server.start()
         lock = OwnerLock(self.paths.sandbox(sandbox_id), self.server.path)
         lock.acquire()
-        self.live[sandbox_id] = lock
-        return lock
+        self.live[sandbox_id] = Sandbox(sandbox_id, lock, self.policy)
+        return self.live[sandbox_id]
+
+    async def spawn(self, snapshot_id: str, count: int = 1) -> list[Outcome]:
+        children = [Outcome((await self.adopt(f"{snapshot_id}-{number}")).id) for number in range(count - 1)]
+        return [*children, Outcome("last", SandboxGatewayError("restore_failed", "no memory for the last"))]
 
     async def answer(self, op: str, sandbox_id: str, params: Mapping[str, Any]) -> Mapping[str, Any]:
         self.asked.append((op, sandbox_id, params))
         if sandbox_id not in self.live:
             raise SandboxGatewayError("unknown_sandbox", f"this process does not own sandbox {sandbox_id}")
         if op in ("hand_over", "stop"):
-            self.live.pop(sandbox_id).release(remove=op == "stop")
+            self.live.pop(sandbox_id).lock.release(remove=op == "stop")
         report_progress({"message": op})
         answer = self.answers.get(op, {"did": op})
         if isinstance(answer, Exception):
@@ -64,8 +105,8 @@ class Lifecycle:
 
     async def close(self) -> None:
         self.closed = True
-        for lock in self.live.values():
-            lock.release(remove=True)
+        for sandbox in self.live.values():
+            sandbox.lock.release(remove=True)
         self.live.clear()
         await self.server.stop()
 
@@ -138,10 +179,70 @@ async def test_it_adopts_what_nobody_owns_and_is_then_the_owner(paths: Paths) ->
         assert await drive(paths, "s1", "resume") == {"did": "resume"}
 
 
-async def test_an_owner_hands_over_to_the_keeper(paths: Paths) -> None:
+async def test_it_takes_nothing_from_an_application(paths: Paths) -> None:
     async with owning(paths, "s1") as application, keeping(paths) as (lifecycle, _):
+        with pytest.raises(SandboxGatewayError) as caught:
+            await ask_keeper(paths, "adopt", "s1")
+        assert caught.value.code == "owned_elsewhere"
+        assert list(application.live) == ["s1"] and lifecycle.live == {}
+
+
+async def test_an_application_takes_over_from_it(paths: Paths) -> None:
+    async with keeping(paths) as (lifecycle, _):
         await ask_keeper(paths, "adopt", "s1")
-        assert list(lifecycle.live) == ["s1"] and application.live == {}
+        application = Lifecycle(paths)
+        assert (await take_over(application, "s1")).id == "s1"
+        assert list(application.live) == ["s1"] and lifecycle.live == {}
+        with pytest.raises(SandboxGatewayError, match="there is no sandbox"):
+            await take_over(application, "unknown")
+        await application.close()
+
+
+@pytest.mark.parametrize(
+    ("policy", "then"),
+    [
+        (OnOwnerExit.TERMINATE, OnOwnerExit.KEEP),
+        (OnOwnerExit.KEEP, OnOwnerExit.KEEP),
+        (OnOwnerExit.SUSPEND, OnOwnerExit.SUSPEND),
+    ],
+)
+async def test_what_it_keeps_does_not_end_with_it(paths: Paths, policy: OnOwnerExit, then: OnOwnerExit) -> None:
+    async with keeping(paths) as (lifecycle, _):
+        lifecycle.policy = policy
+        await ask_keeper(paths, "adopt", "s1")
+        assert lifecycle.live["s1"].record.on_owner_exit is then
+
+
+async def test_children_are_its_own_and_each_outcome_is_told(paths: Paths) -> None:
+    async with keeping(paths) as (lifecycle, _):
+        children = await spawn(paths, "snap", 3, "a name")
+        assert [child["id"] for child in children] == ["snap-0", "snap-1", "last"]
+        assert [child["error"] and child["error"]["message"] for child in children] == [
+            None,
+            None,
+            "no memory for the last",
+        ]
+        assert {child.record.name for child in lifecycle.live.values()} == {"a name"}
+        assert {child.record.on_owner_exit for child in lifecycle.live.values()} == {OnOwnerExit.KEEP}
+        with pytest.raises(SandboxGatewayError) as caught:
+            await ask_keeper(paths, "spawn", "snap", {"count": "many"})
+        assert caught.value.code == "invalid_request"
+
+
+async def test_what_takes_long_is_not_taken_for_stuck(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sandbox_gateway.owner.SIGN_OF_LIFE", 0.05)
+    told: list[Mapping[str, Any]] = []
+
+    async def slow(op: str, sandbox_id: str, params: Mapping[str, Any]) -> dict[str, Any]:
+        await asyncio.sleep(1.0)
+        return {}
+
+    server = OwnerServer(paths, slow)
+    await server.start()
+    with OwnerLock(paths.sandbox("s1")):
+        assert await ask(paths, "s1", "suspend", 0.5, on_progress=told.append) == {}
+    assert told == []
+    await server.stop()
 
 
 async def test_what_drives_a_sandbox_asks_the_owner_there_is(paths: Paths) -> None:
@@ -172,7 +273,7 @@ async def test_the_owners_error_is_the_answer(paths: Paths) -> None:
 async def test_an_owner_that_is_about_to_let_go_is_waited_for(paths: Paths) -> None:
     async with keeping(paths) as (lifecycle, _):
         leaving = Lifecycle(paths)
-        lock = await leaving.adopt("s1")
+        lock = (await leaving.adopt("s1")).lock
         leaving.live.clear()
 
         async def let_go() -> None:
@@ -231,24 +332,18 @@ async def test_a_socket_whose_file_is_removed_comes_back(paths: Paths, monkeypat
 
 async def test_of_many_that_take_over_each_gets_it_in_turn(paths: Paths) -> None:
     async with owning(paths, "s1"):
+        takers = [Lifecycle(paths) for _ in range(5)]
+        turns = []
 
-        async def one() -> None:
-            async with asyncio.timeout(30):
-                while True:
-                    try:
-                        lock = await take_over(paths, "s1", 1.0)
-                        break
-                    except SandboxGatewayError as error:
-                        assert error.code in ("owned_elsewhere", "unknown_sandbox", "owner_unreachable")
-                        await asyncio.sleep(0.01)
-            assert holder(paths.sandbox("s1")) == os.getpid()
-            turns.append(lock)
-            await asyncio.sleep(0)
-            lock.release()
+        async def one(taker: Lifecycle) -> None:
+            await take_over(taker, "s1")
+            assert [other for other in takers if other.live] == [taker]
+            turns.append(taker)
 
-        turns: list[OwnerLock] = []
-        await asyncio.gather(*(one() for _ in range(5)))
+        await asyncio.gather(*map(one, takers))
         assert len(turns) == 5
+        for taker in takers:
+            await taker.close()
 
 
 # As a process of its own
@@ -364,7 +459,7 @@ async def test_one_that_hangs_at_its_start_is_given_up(
     (slow / "keeper" / "__init__.py").write_text("")
     (slow / "keeper" / "__main__.py").write_text("import time; time.sleep(600)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(keeper, "START_TIMEOUT", 1.0)
+    monkeypatch.setattr(start, "START_TIMEOUT", 1.0)
     begun = time.monotonic()
     with pytest.raises(SandboxGatewayError, match="did not start"):
         await ensure_keeper(after)
@@ -383,7 +478,7 @@ async def test_an_installation_of_another_user_gets_no_keeper_of_ours(after: Pat
 async def test_its_log_is_bounded(after: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
     after.logs.mkdir()
     keeper_log(after).write_bytes(b"x" * 5000)
-    monkeypatch.setattr(keeper, "LOG_LIMIT", 4096)
+    monkeypatch.setattr(start, "LOG_LIMIT", 4096)
     await ensure_keeper(after)
     assert keeper_log(after).stat().st_size < 4096
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sandbox_gateway.errors import SandboxGatewayError
-from sandbox_gateway.owner import OwnerLock, holder
+from sandbox_gateway.owner_lock import OwnerLock, holder, renew_held
 
 HOLDER = """
 import sys
@@ -190,3 +190,32 @@ def test_a_file_in_place_of_the_directory_is_an_unusable_data_directory(tmp_path
     with pytest.raises(SandboxGatewayError) as caught:
         OwnerLock(tmp_path / "s").acquire()
     assert caught.value.code == "data_directory"
+
+
+def test_a_lock_file_that_was_removed_is_made_again_and_still_ours(tmp_path: Path):
+    with OwnerLock(tmp_path / "s") as lock:
+        (tmp_path / "s" / "owner.lock").unlink()
+        assert holder(tmp_path / "s") is None, "nobody sees an owner"
+        assert lock.renew()
+        assert holder(tmp_path / "s") == os.getpid()
+        assert not OwnerLock(tmp_path / "s").try_acquire()
+        (tmp_path / "s" / "owner.lock").unlink()
+        (tmp_path / "s").rmdir()
+        assert lock.renew() and holder(tmp_path / "s") == os.getpid()
+    assert holder(tmp_path / "s") is None
+
+
+def test_a_removed_lock_that_another_one_took_is_told(tmp_path: Path):
+    with OwnerLock(tmp_path / "s") as lock:
+        (tmp_path / "s" / "owner.lock").unlink()
+        with OwnerLock(tmp_path / "s"):
+            assert not lock.renew()
+        assert lock.renew()
+
+
+def test_a_lock_that_is_held_is_kept_young(tmp_path: Path):
+    with OwnerLock(tmp_path / "s"):
+        os.utime(tmp_path / "s" / "owner.lock", (1, 1))
+        renew_held()
+        assert (tmp_path / "s" / "owner.lock").stat().st_mtime > 1e9
+    assert OwnerLock(tmp_path / "s").renew(), "one that is not held has nothing to keep"

@@ -50,7 +50,9 @@ async def test_a_snapshot_that_a_sandbox_lives_in_stays_even_beyond_the_budget(s
 
 async def test_a_snapshot_whose_record_is_not_yet_written_stays(store: SnapshotStore) -> None:
     made = await make(store, Kind.SUSPENDED)
-    assert collect(store, lambda: [record(state=State.SUSPENDING)], budget=0) == ()
+    for state in (State.SUSPENDING, State.SUSPENDED):
+        assert collect(store, lambda state=state: [record(state=state)], budget=0) == ()
+    assert ids(removable(store, lambda: [record(state=State.SUSPENDED, snapshot="another")])) == [made.id]
     assert ids(removable(store, lambda: [record(state=State.RUNNING)])) == [made.id]
     assert ids(removable(store, lambda: [record("another", State.SUSPENDING)])) == [made.id]
 

@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 def test_a_process_that_is_killed_at_any_step_leaves_a_store_that_is_whole(tmp_path: Path, operation: str) -> None:
     done = subprocess.run(
         [sys.executable, HERE / "kill_driver.py", tmp_path, operation],
-        env={**os.environ, "PYTHONPATH": str(HERE)},
+        env={**os.environ, "PYTHONPATH": str(HERE.parent)},
         capture_output=True,
         text=True,
         timeout=240,
@@ -130,7 +130,7 @@ except SandboxGatewayError as error:
 
 
 def test_of_two_processes_that_want_one_name_one_gets_it(paths: Paths) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "SANDBOX_GATEWAY_HOME": str(paths.home)}
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "SANDBOX_GATEWAY_HOME": str(paths.home)}
     for _ in range(3):
         both = [
             subprocess.Popen(
@@ -188,7 +188,7 @@ async def test_what_another_process_works_on_is_left_alone_until_it_is_killed(
     store: SnapshotStore, paths: Paths
 ) -> None:
     held = await make(store, name="held")
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "SANDBOX_GATEWAY_HOME": str(paths.home)}
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "SANDBOX_GATEWAY_HOME": str(paths.home)}
     other = await asyncio.create_subprocess_exec(
         sys.executable, "-c", HOLD, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
