@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from sandbox_gateway.runtimes.gvisor_files import BUNDLE
 from sandbox_gateway.runtimes.gvisor_requirements import Requirements
 from sandbox_gateway.runtimes.memory import MemoryWatch, end_on_alarm, sandbox_memory
 from sandbox_gateway.runtimes.runsc import TIMEOUT, Runsc
+from sandbox_gateway.runtimes.waiting import to_its_end
 
 _KILL_TIMEOUT = 10.0
 _ROUNDS = 20
@@ -109,10 +110,12 @@ class GvisorRuntime:
         self._ending.discard(spec.id)
         yield handle
         group = tree.path(self.cgroup_parent, spec.id) if grouped and not self._rootless else None
-        await _to_its_end(gvisor_files.make, self.paths.runsc_root, spec, directory, self._init(), group)
+        await to_its_end(
+            asyncio.to_thread(gvisor_files.make, self.paths.runsc_root, spec, directory, self._init(), group)
+        )
         if grouped:
             yield replace(handle, step="cgroup")
-            await _to_its_end(tree.create, self.cgroup_parent, spec.id, spec.limits)
+            await to_its_end(asyncio.to_thread(tree.create, self.cgroup_parent, spec.id, spec.limits))
         yield replace(handle, step="container")
         pid_file = directory / BUNDLE / "pid"
         command: tuple[str, ...] = ("create", f"--bundle={directory / BUNDLE}", f"--pid-file={pid_file}", spec.id)
@@ -285,7 +288,7 @@ class GvisorRuntime:
             with contextlib.suppress(SandboxGatewayError):  # what it leaves is removed by hand below
                 await self._runsc_of(handle).call(handle.data.get("flags", ()), "delete", "--force", handle.id)
                 known = "holder" in handle.data
-        await _to_its_end(self._remove, handle, known)
+        await to_its_end(asyncio.to_thread(self._remove, handle, known))
 
     def _remove(self, handle: Handle, known: bool) -> None:
         holder = ProcessRef.from_json(handle.data.get("holder"))
@@ -344,17 +347,6 @@ class GvisorRuntime:
         """The binary that made the sandbox, which need not be ours any more; ours when it is gone."""
         named = handle.data.get("binary")
         return self._runsc(Path(named) if isinstance(named, str) and os.access(named, os.X_OK) else None)
-
-
-async def _to_its_end(work: Callable[..., None], *arguments: object) -> None:
-    """Run short blocking work in a thread. A cancelled caller is held until it is done: the thread would go on anyway,
-    beside the removal that follows."""
-    running = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
-    try:
-        await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.wait({running})
-        raise
 
 
 def open_link(handle: Handle) -> LinkFds:

@@ -13,13 +13,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from sandbox_gateway.errors import SandboxGatewayError, storage_error
 from sandbox_gateway.runtimes.base import Handle
 from sandbox_gateway.runtimes.runsc import Runsc
+from sandbox_gateway.runtimes.waiting import to_its_end
 
 MANIFEST = "runtime.json"
 """Our own file in an image's directory: what restoring needs, and the sizes of runsc's files."""
@@ -29,17 +30,15 @@ SAVE_TIMEOUT = 1800.0
 RESTORE_TIMEOUT = 300.0
 """Seconds until runsc gives the sandbox back; the memory itself is read while it runs."""
 
-_T = TypeVar("_T")
-
 
 async def pause(runsc: Runsc, handle: Handle) -> None:
     """Stop all tasks; no error when they are stopped already. Raises ``runtime_failed``."""
-    await whole(_change(runsc, handle, "pause", "paused"))
+    await to_its_end(_change(runsc, handle, "pause", "paused"))
 
 
 async def resume(runsc: Runsc, handle: Handle) -> None:
     """Let all tasks go on; no error when they run. Waits for a save under way. Raises ``runtime_failed``."""
-    await whole(_change(runsc, handle, "resume", "running"))
+    await to_its_end(_change(runsc, handle, "resume", "running"))
 
 
 async def _change(runsc: Runsc, handle: Handle, command: str, wanted: str) -> None:
@@ -126,19 +125,6 @@ def restore_command(image: Path) -> tuple[str, ...]:
 async def loaded(runsc: Runsc, handle: Handle) -> None:
     """Return when a restored sandbox has read all of its image. Raises ``runtime_failed`` when that failed."""
     await runsc.call(_flags(handle), "wait", "-restore", handle.id, timeout=SAVE_TIMEOUT)
-
-
-async def whole(work: Awaitable[_T]) -> _T:
-    """Await ``work`` to its end even when the caller is cancelled: a runsc that is killed between a change and its
-    record of it would leave a sandbox that is paused and said to run, or the other way round."""
-    running = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.wait({running})
-        if not running.cancelled():
-            running.exception()
-        raise
 
 
 def _flags(handle: Handle) -> Sequence[str]:

@@ -25,6 +25,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import sandbox_gateway
 from sandbox_gateway.errors import SandboxGatewayError
@@ -45,6 +46,10 @@ class Subject:
     make: Callable[[Paths], Runtime]
     image: Image
     limits: Limits = field(default_factory=Limits)
+    python: tuple[str, ...] = (sys.executable, "-P")
+    """A Python with pyzmq, as it is called inside."""
+    copies: bool = True
+    """Whether an image can be restored under other ids, and while the sandbox that it was made from runs on."""
 
     def spec(self, sandbox_id: str) -> SandboxSpec:
         """A specification for this runtime."""
@@ -100,13 +105,17 @@ async def running(subject: Subject, runtime: Runtime) -> AsyncIterator[Handle]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-async def create_and_be_killed(subject: Subject, sandbox_id: str, step: str) -> Handle:
-    """Have another process create (and, for step ``"running"``, start) the sandbox; it is killed at ``step``.
+Record = Callable[[str, Handle], None]
+"""Told of every step's name and handle, as the lifecycle would record it."""
 
-    ``"start+0.03"`` is 0.03 seconds into what follows the recording of step ``start``.
-    Returns the last handle that it would have recorded, as the store would give it back.
+
+async def spawn_and_be_killed(work: Callable[[Any, Record], None], argument: object, step: str) -> Handle:
+    """Have another process call ``work(argument, record)``; it is killed with SIGKILL when ``step`` is recorded.
+
+    ``"start+0.03"`` is 0.03 seconds into what follows the recording of step ``start``. ``work`` is a function of a
+    module, ``argument`` picklable. Returns the last handle that was recorded, as the store would give it back.
     """
-    request = pickle.dumps((subject, sandbox_id, step))
+    request = pickle.dumps((work, argument, step))
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-P",
@@ -117,10 +126,31 @@ async def create_and_be_killed(subject: Subject, sandbox_id: str, step: str) -> 
         env={**os.environ, "PYTHONPATH": os.pathsep.join(_import_path())},
     )
     output, _ = await asyncio.wait_for(process.communicate(request), TIMEOUT)
-    assert process.returncode == -signal.SIGKILL, f"the creator ended with {process.returncode} before {step}"
+    assert process.returncode == -signal.SIGKILL, f"the process ended with {process.returncode} before {step}"
     handle = pickle.loads(output)
     assert isinstance(handle, Handle)
     return handle
+
+
+async def create_and_be_killed(subject: Subject, sandbox_id: str, step: str) -> Handle:
+    """Have another process create (and, for step ``"running"``, start) the sandbox; it is killed at ``step``."""
+    return await spawn_and_be_killed(_create, (subject, sandbox_id), step)
+
+
+def _create(request: tuple[Subject, str], record: Record) -> None:
+    subject, sandbox_id = request
+
+    async def main() -> None:
+        runtime = subject.make(subject.paths)
+        directory = subject.directory(sandbox_id)
+        handle: Handle | None = None
+        async for handle in runtime.create(subject.spec(sandbox_id), directory):
+            record(handle.step, handle)
+        assert handle is not None
+        record("start", handle)
+        record("running", await runtime.start(handle))
+
+    asyncio.run(main())
 
 
 def _import_path() -> list[str]:
@@ -128,35 +158,24 @@ def _import_path() -> list[str]:
     return [own, *(entry for entry in sys.path if entry and entry != own)]
 
 
-def _creator() -> None:
-    subject, sandbox_id, step = pickle.loads(sys.stdin.buffer.read())
+def _die() -> None:
+    """Do the work that is asked for on standard input, and be killed in the middle of it."""
+    work, argument, step = pickle.loads(sys.stdin.buffer.read())
     name, _, delay = step.partition("+")
 
     def end() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def record(handle: Handle) -> None:
+    def record(recorded: str, handle: Handle) -> None:
+        if recorded != name:
+            return
         sys.stdout.buffer.write(pickle.dumps(handle))
         sys.stdout.buffer.flush()
         if not delay:
             end()
         threading.Timer(float(delay), end).start()
 
-    async def main() -> None:
-        runtime = subject.make(subject.paths)
-        directory = subject.directory(sandbox_id)
-        handle: Handle | None = None
-        async for handle in runtime.create(subject.spec(sandbox_id), directory):
-            if handle.step == name:
-                record(handle)
-        assert handle is not None
-        if name == "start":
-            record(handle)
-        started = await runtime.start(handle)
-        if name == "running":
-            record(started)
-
-    asyncio.run(main())
+    work(argument, record)
     signal.pause()
 
 
@@ -352,4 +371,4 @@ class RuntimeContract:
 
 
 if __name__ == "__main__":
-    _creator()
+    _die()

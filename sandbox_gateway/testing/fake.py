@@ -26,6 +26,7 @@ from sandbox_gateway.model import Death, DeathKind, SandboxSpec
 from sandbox_gateway.runtimes import launcher
 from sandbox_gateway.runtimes.base import Capability, Handle, LinkFds, RuntimeReport, Stats
 from sandbox_gateway.runtimes.gvisor import open_link
+from sandbox_gateway.runtimes.waiting import to_its_end
 from sandbox_gateway.testing import parking
 from sandbox_gateway.testing.parking import Parking
 
@@ -82,11 +83,11 @@ class FakeRuntime:
 
     async def pause(self, handle: Handle) -> None:
         """SIGSTOP to everything but the holder."""
-        await asyncio.to_thread(parking.stop_all, lambda: self._processes(handle)[0])
+        await to_its_end(asyncio.to_thread(parking.stop_all, lambda: self._processes(handle)[0]))
 
     async def resume(self, handle: Handle) -> None:
         """SIGCONT to everything."""
-        await asyncio.to_thread(lambda: parking.proceed(self._all(handle)))
+        await to_its_end(asyncio.to_thread(lambda: parking.proceed(self._all(handle))))
 
     async def snapshot(self, handle: Handle, image: Path) -> None:
         """Let the sandbox be parked when it is removed, for as long as ``image`` is there."""
@@ -100,7 +101,7 @@ class FakeRuntime:
         self._ending.discard(spec.id)
         handle = Handle(spec.id, self.name, directory, "files", {})
         yield handle
-        await asyncio.to_thread(Parking.of(self.paths, spec.id).take, directory, KIND)
+        await to_its_end(asyncio.to_thread(Parking.of(self.paths, spec.id).take, directory, KIND))
         handle = replace(handle, data=found["data"])
         yield replace(handle, step="thaw")
         await self.resume(handle)

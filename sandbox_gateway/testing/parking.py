@@ -13,6 +13,7 @@ that
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import json
 import os
@@ -204,11 +205,22 @@ def _watch(image: Path, parking: Parking, kinds: Path) -> None:
     while os.fstat(fd).st_nlink:
         time.sleep(_LOOK)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    os.unlink(_WARDEN, dir_fd=lock)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(_WARDEN, dir_fd=lock)
+    # What was stopped cannot fork: one look finds all of it.
     if parking.taken:
-        # What was stopped cannot fork: the record is all there is.
         processes.kill_all(parking.processes(), _STOP_TIMEOUT)
         parking.clear()
+    elif not kinds.exists():
+        # Somebody removed the whole installation, the record of what is parked with it.
+        processes.kill_all(_marked(kinds.parent), _STOP_TIMEOUT)
+
+
+def _marked(directory: Path) -> set[ProcessRef]:
+    marker = f"{launcher.MARKER}={directory}"
+    roots = processes.find(lambda argv, environment: marker in environment)
+    below = processes.descendants([ref.pid for ref in roots])
+    return {ref for pid in below if (ref := ProcessRef.of(pid)) is not None}
 
 
 if __name__ == "__main__":
