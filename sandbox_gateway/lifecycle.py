@@ -37,6 +37,7 @@ from sandbox_gateway.seat import Seat
 from sandbox_gateway.snapshots import Kind, Snapshot, SnapshotStore
 from sandbox_gateway.store import Store
 from sandbox_gateway.suspension import Saved, Suspension
+from sandbox_gateway.templates import Templates
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class Lifecycle:
         self.store = Store(paths.database)
         self.snapshots = SnapshotStore(paths)
         self.images = images or ImageService(paths)
+        self.templates = Templates(paths, self, self.snapshots)
         self.live: dict[str, LiveSandbox] = {}
         self._seats: dict[str, Seat] = {}
         self._make_runtime = runtimes
@@ -108,35 +110,61 @@ class Lifecycle:
 
         ``seat`` has the lock of the id, from :meth:`claim`.
         """
+        launch, notes = await self.launch(wanted, progress)
         runtime, report = await self.runtime(wanted.profile.runtime)
+        await self._clear(wanted.id)
+        start = await self.templates.find(wanted, launch, runtime, report)
+        record = replace(self._record(launch, wanted.profile), name=wanted.name)
+        if start.saved is not None and start.plan is not None:
+            parent = f"template:{start.plan.key.short}"
+            warm = replace(record, parent=parent, epoch=start.saved.epoch, notes=notes)
+            sandbox = await self._new(warm, launch, seat, runtime, report)
+            try:
+                await self._made(sandbox, sandbox.restore(start.saved, identity.fresh(launch)))
+                return sandbox
+            except SandboxGatewayError as error:
+                if sandbox.death is not None and sandbox.death.kind is DeathKind.STOPPED:
+                    raise
+                start = await asyncio.to_thread(self.templates.failed, start, error)
+        record = replace(record, notes=(*notes, *start.notes))
+        sandbox = await self._new(record, launch, seat, runtime, report)
+        await self._made(sandbox, sandbox.create(launch.kernel))
+        if start.plan is not None:
+            self.templates.want(start.plan)
+        return sandbox
+
+    async def launch(self, wanted: CreateRequest, progress: OnProgress | None = None) -> tuple[Launch, tuple[str, ...]]:
+        """What a sandbox for ``wanted`` is made from, and notes on what does not hold here, or only softly."""
+        _, report = await self.runtime(wanted.profile.runtime)
         notes, limits = _enforceable(report, wanted.profile)
         who = requests.identity(wanted, root=os.geteuid() == 0)
         image = await self.image(wanted.profile, who.uid, progress)
-        spec = requests.compose(
-            wanted, image, who, limits, private=(self.paths.home, self.paths.runtime), empty=self._empty()
-        )
+        private = (self.paths.home, self.paths.runtime)
+        spec = requests.compose(wanted, image, who, limits, private=private, empty=self._empty())
         kernel = requests.kernel(wanted, image)
-        await self._clear(wanted.id)
-        launch = Launch(spec, kernel, wanted.key, who.uid, who.gid, requests.missing_file_hint(wanted))
-        now = time.time()
-        record = SandboxRecord(
-            id=wanted.id,
+        return Launch(spec, kernel, wanted.key, who.uid, who.gid, requests.missing_file_hint(wanted)), notes
+
+    def _record(self, launch: Launch, profile: Profile) -> SandboxRecord:
+        image, now = launch.spec.image, time.time()
+        return SandboxRecord(
+            id=launch.spec.id,
             state=State.CREATING,
-            profile=wanted.profile.name,
-            runtime=wanted.profile.runtime,
+            profile=profile.name,
+            runtime=profile.runtime,
             created=now,
             changed=now,
             boot_id=boot_id(),
             layers=tuple(layer.digest for layer in (*image.layers, image.agent) if layer and layer.digest),
-            on_owner_exit=wanted.profile.on_owner_exit,
-            grace=wanted.profile.grace,
+            on_owner_exit=profile.on_owner_exit,
+            grace=profile.grace,
             owner_pid=os.getpid(),
-            notes=notes,
-            name=wanted.name,
         )
-        sandbox = await self._new(record, launch, seat, runtime, report)
-        await self._made(sandbox, sandbox.create(kernel))
-        return sandbox
+
+    async def blank(self, launch: Launch, profile: Profile, seat: Seat, name: str) -> LiveSandbox:
+        """Record a sandbox that nobody is to use, for a template; nothing of it is made yet."""
+        runtime, report = await self.runtime(profile.runtime)
+        record = replace(self._record(launch, profile), name=name, on_owner_exit=OnOwnerExit.TERMINATE)
+        return await self._new(record, launch, seat, runtime, report)
 
     async def _clear(self, sandbox_id: str) -> None:
         """Remove what an earlier owner of this id, whose lock we have now, has left half-way."""
@@ -404,6 +432,7 @@ class Lifecycle:
 
     async def close(self) -> None:
         """End what this process owns, by each sandbox's ``on_owner_exit``; then stop answering."""
+        await self.templates.close()
         if self._sweeping is not None:
             await asyncio.wait({self._sweeping}, timeout=5.0)
         await asyncio.gather(*(self._leave(sandbox) for sandbox in tuple(self.live.values())))

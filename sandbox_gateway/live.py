@@ -14,7 +14,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,9 +38,23 @@ T = TypeVar("T")
 
 LOG_LIMIT = 16 << 20
 """Bytes of a kernel's raw output that are taken from the agent, who keeps 1 MiB, at most."""
+PREPARATION = 600.0
+"""Seconds that a kernel may take until it has imported everything that its template is to hold."""
+STILLNESS = 0.2
+"""Seconds that a kernel is left alone before it is saved as a template."""
 _LOG_PATIENCE = 0.5
 _KILL_PATIENCE = 0.2
 _AWAKE = frozenset({State.RUNNING, State.RESTARTING})
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """What a kernel that is to become a template said when it was ready."""
+
+    identity: bool
+    """It can be given another identity."""
+    failed: Mapping[str, str]
+    """Modules that it could not import, and why."""
 
 
 class LiveSandbox:
@@ -68,6 +82,7 @@ class LiveSandbox:
         self.kernel_exit: KernelExit | None = None
         self.ended = asyncio.Event()
         self._kernel_gone = asyncio.Event()
+        self._kernel_ready: asyncio.Future[Preparation] | None = None
         self._runtime = runtime
         self._store = store
         self._suspension = suspension
@@ -78,7 +93,7 @@ class LiveSandbox:
         self._agent: Mapping[str, Any] = {}
         self._ending = False
         self._removal: asyncio.Task[None] | None = None
-        self._making: asyncio.Task[None] | None = None
+        self._making: asyncio.Task[Any] | None = None
         self._waking: asyncio.Task[None] | None = None
         self._work: set[asyncio.Task[Any]] = set()
         self._boots = 0
@@ -118,10 +133,53 @@ class LiveSandbox:
         """Become a clone of what was saved, with an ``identity`` of its own (see :mod:`sandbox_gateway.identity`)."""
         await self._make(self._restore_as_new(saved, identity))
 
-    async def _make(self, making: Coroutine[Any, Any, None]) -> None:
-        self._making = asyncio.create_task(self._serially(making))
+    async def prepare(self, preload: Sequence[str]) -> Preparation:
+        """Boot a kernel that is to become a template, and wait until it is ready and still. The sandbox stays
+        CREATING: one that is found so without an owner is removed. Raises as :meth:`create`."""
+        return await self._make(self._prepare(preload))
+
+    async def _prepare(self, preload: Sequence[str]) -> Preparation:
+        ready: asyncio.Future[Preparation] = asyncio.get_running_loop().create_future()
+        self._kernel_ready = ready
+        await self._create(self.launch.kernel, preload=list(preload))
+        gone = asyncio.create_task(self._kernel_gone.wait())
         try:
-            await self._making
+            either: set[asyncio.Future[Any]] = {ready, gone}
+            await asyncio.wait(either, timeout=PREPARATION, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+        if not ready.done():
+            what = "ended" if self.kernel_exit is not None else f"was not ready within {PREPARATION:.0f} seconds"
+            raise SandboxGatewayError("kernel_failed", f"the kernel {what}")
+        await asyncio.sleep(STILLNESS)
+        await self.link.drain()
+        return ready.result()
+
+    async def preserve(self, template_key: str) -> Snapshot:
+        """Save what :meth:`prepare` made, as a template; it is left paused, for :meth:`vanish`.
+
+        Raises ``snapshot_failed``, ``disk_full``, ``unsupported``.
+        """
+        return await self._make(self._preserve(template_key))
+
+    async def _preserve(self, template_key: str) -> Snapshot:
+        self._suspension.check()
+        attachment, self._attachment = self._attachment, None
+        remains = Remains({}) if attachment is None else await attachment.close(silence=True)
+        await self._suspension.freeze(self._made())
+        return await self._suspension.save(
+            self._made(), self.record, self.launch, remains.received, Kind.TEMPLATE, template_key=template_key
+        )
+
+    async def vanish(self) -> None:
+        """End and remove everything, the record too: of a sandbox that nobody ever used."""
+        await self.destroy(Death(DeathKind.STOPPED, "it was made for a template"))
+        await asyncio.to_thread(self._store.delete, self.id)
+
+    async def _make(self, making: Coroutine[Any, Any, T]) -> T:
+        self._making = task = asyncio.create_task(self._serially(making))
+        try:
+            return await task
         except asyncio.CancelledError:
             if not self._ending:
                 raise
@@ -129,7 +187,7 @@ class LiveSandbox:
         finally:
             self._making = None
 
-    async def _create(self, kernel: KernelSpec) -> None:
+    async def _create(self, kernel: KernelSpec, preload: list[str] | None = None) -> None:
         async for handle in self._runtime.create(self.launch.spec, self.seat.directory):
             self._handle = handle
             await self._save(step=handle.step, handle=_handle_json(handle))
@@ -137,7 +195,10 @@ class LiveSandbox:
         self._handle = await self._runtime.start(self._made())
         await self._save(step="attach", handle=_handle_json(self._made()))
         await self._attach(self.record.epoch)
-        await self._boot(kernel)
+        if preload is None:
+            await self._boot(kernel)
+        else:
+            await self.link.call("start_kernel", **self._kernel_parameters(kernel), preload=preload)
 
     async def _boot(self, kernel: KernelSpec) -> None:
         """Start the kernel process; returns when it is spawned. Raises ``kernel_failed`` when it cannot be."""
@@ -583,6 +644,9 @@ class LiveSandbox:
         return None if self._attachment is None else self._attachment.link.received()
 
     def _event(self, event: Mapping[str, Any]) -> None:
+        ready = self._kernel_ready
+        if event.get("event") == "kernel_ready" and ready is not None and not ready.done():
+            ready.set_result(_preparation(event))
         if event.get("event") != "kernel_exit":
             return
         gone = KernelExit.from_event(event)
@@ -648,6 +712,13 @@ async def _raw_output(link: Link) -> bytes:
         return bytes(text[:LOG_LIMIT])
     finally:
         await stream.close()
+
+
+def _preparation(event: Mapping[str, Any]) -> Preparation:
+    """Read what came from inside: it may be anything."""
+    failed = event.get("preload_failed")
+    texts = {str(name)[:200]: str(why)[:500] for name, why in failed.items()} if isinstance(failed, dict) else {}
+    return Preparation(event.get("identity") is True, texts)
 
 
 def _read_log(path: Path) -> bytes:

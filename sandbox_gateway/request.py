@@ -15,7 +15,7 @@ from sandbox_gateway.profiles import HOME, WORKSPACE, Profile
 DEFAULT_UID = 1000
 AGENT_UID = 64999
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\Z")
-_BASE_ENVIRONMENT = {"HOME": HOME, "USER": "jovyan", "LANG": "C.UTF-8", "TERM": "xterm-color", "SHELL": "/bin/bash"}
+BASE_ENVIRONMENT = {"HOME": HOME, "USER": "jovyan", "LANG": "C.UTF-8", "TERM": "xterm-color", "SHELL": "/bin/bash"}
 _NO_WORKSPACE = ("/boot", "/dev", "/etc", "/proc", "/sys")
 """Who may write there owns the machine; a server started from ``/`` or ``/etc`` makes no workspace of it."""
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
@@ -118,7 +118,7 @@ def compose(
 def kernel(request: CreateRequest, image: Image) -> KernelSpec:
     """The kernel to run inside: the command in the image's terms, and an environment made from nothing."""
     profile = request.profile
-    environment = {**_BASE_ENVIRONMENT, **image.environment}
+    environment = {**BASE_ENVIRONMENT, **image.environment}
     if profile.limits.cpu is not None:
         threads = str(max(1, int(profile.limits.cpu)))
         environment.update(dict.fromkeys(_THREAD_VARIABLES, threads))

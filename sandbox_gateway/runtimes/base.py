@@ -191,6 +191,13 @@ class Snapshots(Protocol):
         """Why an image with these requirements cannot be restored here now, in one line; empty when it can."""
         ...
 
+    def shape(self, spec: SandboxSpec) -> Mapping[str, Any]:
+        """What of a specification has to be the same in a sandbox that is restored from its image, as JSON values.
+
+        Ids, the host name, sources of mounts and of layers, and limits that the host enforces are no part of it.
+        """
+        ...
+
     async def host_files(self, handle: Handle) -> tuple[str, ...]:
         """Paths on the host of regular files behind the sandbox's mounts that it has open or mapped.
 

@@ -181,6 +181,12 @@ class GvisorRuntime:
         """Which runsc or which feature of the processor is missing; empty when none is."""
         return await self._fitness(self._runsc().binary).unfit(requirements)
 
+    def shape(self, spec: SandboxSpec) -> Mapping[str, Any]:
+        """What is compared at a restore, and the number of processors that are seen inside."""
+        limited = gvisor_files.cores(spec) if not (self.tree.usable and "cpu" in self.tree.controllers) else None
+        visible = len(os.sched_getaffinity(0)) if limited is None else len(limited)
+        return {"config": gvisor_bundle.shape(spec, self._init()), "cores": visible}
+
     async def host_files(self, handle: Handle) -> tuple[str, ...]:
         """Files of bind mounts that are open or mapped: exactly, after a snapshot; before one also those that were
         open lately. Raises ``runtime_failed`` when the sandbox cannot be looked at."""

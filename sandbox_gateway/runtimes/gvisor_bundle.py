@@ -81,6 +81,25 @@ def config(
     }
 
 
+def shape(spec: SandboxSpec, argv: tuple[str, ...]) -> dict[str, Any]:
+    """What gVisor compares between a saved and the restored specification, and what it never looks at again after a
+    restore: all but ids, names and sources (``runsc/specutils/restore.go``)."""
+    found = config(spec, argv, empty_root="")
+    del found["hostname"]
+    process = {name: value for name, value in found["process"].items() if name != "env"}
+    mounted = [{name: value for name, value in mount.items() if name != "source"} for mount in found["mounts"]]
+    annotations = {name: value for name, value in found["annotations"].items() if not name.endswith(".source")}
+    root = {"readonly": found["root"]["readonly"]}
+    return {
+        **found,
+        "process": process,
+        "mounts": mounted,
+        "annotations": annotations,
+        "root": root,
+        "flags": flags(spec),
+    }
+
+
 def _process(spec: SandboxSpec, argv: tuple[str, ...]) -> dict[str, Any]:
     limits = [{"type": "RLIMIT_NOFILE", "soft": OPEN_FILES, "hard": OPEN_FILES}, _rlimit("RLIMIT_CORE", 0)]
     if spec.limits.processes is not None:

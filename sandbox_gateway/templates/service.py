@@ -1,0 +1,129 @@
+"""Finding the template for a request, and seeing to it that there is one the next time."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.host.paths import Paths
+from sandbox_gateway.model import Launch
+from sandbox_gateway.request import CreateRequest
+from sandbox_gateway.runtimes.base import Runtime, RuntimeReport, Snapshots
+from sandbox_gateway.snapshots import Snapshot, SnapshotStore
+from sandbox_gateway.suspension import Saved
+from sandbox_gateway.templates.builder import Builder, Maker
+from sandbox_gateway.templates.key import key_of
+from sandbox_gateway.templates.plan import Plan, Start, obstacle, without_client
+from sandbox_gateway.templates.records import TemplateRecord, TemplateRecords
+from sandbox_gateway.wire.handshake import VERSION
+
+log = logging.getLogger(__name__)
+
+DELAY = 2.0
+"""Seconds after a cold start until its template is built beside it: the kernel's first cell comes first."""
+
+
+class Templates:
+    """The templates of one installation, as one lifecycle uses them. Use it on one event loop."""
+
+    def __init__(self, paths: Paths, maker: Maker, snapshots: SnapshotStore, *, delay: float = DELAY) -> None:
+        self.records = TemplateRecords(paths)
+        self.builder = Builder(maker, snapshots, self.records)
+        self._snapshots = snapshots
+        self._delay = delay
+        self._wanted: dict[str, Plan] = {}
+        self._worker: asyncio.Task[None] | None = None
+        self._closed = False
+
+    # Starting
+
+    async def plan(self, wanted: CreateRequest, launch: Launch, runtime: Runtime, report: RuntimeReport) -> Plan | str:
+        """The template that a kernel like this starts from, or why there can be none."""
+        reason = obstacle(wanted, launch, report)
+        if reason:
+            return reason
+        saving: Snapshots = runtime  # type: ignore[assignment]  # the report says so
+        neutral = without_client(wanted, launch)
+        key = key_of(
+            neutral,
+            preload=wanted.profile.preload,
+            shape=saving.shape(neutral.spec),
+            requirements=await saving.requirements(),
+            link_version=VERSION,
+        )
+        return Plan(key, wanted.profile, neutral)
+
+    async def find(self, wanted: CreateRequest, launch: Launch, runtime: Runtime, report: RuntimeReport) -> Start:
+        """The template for a request, or why its kernel starts cold."""
+        plan = await self.plan(wanted, launch, runtime, report)
+        if isinstance(plan, str):
+            return Start(reason=plan)
+        snapshot = await asyncio.to_thread(self.builder.find, plan.key.digest)
+        if snapshot is not None:
+            return Start(Saved(snapshot), plan)
+        return Start(None, plan, await asyncio.to_thread(self._missing, plan))
+
+    def _missing(self, plan: Plan) -> str:
+        record = self.records.get(plan.key.digest)
+        if record is not None and record.retry_at > time.time():
+            return f"its template could not be built: {record.reason}"
+        return "its template is not built yet"
+
+    def failed(self, start: Start, error: SandboxGatewayError) -> Start:
+        """A start from the template failed: the cold start that follows. The template is suspect from now on, and
+        given up when that happens again. Blocks for a moment."""
+        assert start.saved is not None and start.plan is not None
+        key, snapshot = start.plan.key, start.saved.snapshot
+        log.warning("a start from template %s failed: %s", key.short, error.message)
+        known = self.records.suspected(key.digest, snapshot.id, error.message)
+        if known is not None and known.snapshot is None:
+            self.builder.discard(snapshot.id)
+        return Start(None, start.plan, f"its template failed: {error.message}")
+
+    # Building
+
+    def want(self, plan: Plan) -> None:
+        """Have a template built in the background, unless it is there or could not be built lately."""
+        if self._closed or plan.key.digest in self._wanted:
+            return
+        self._wanted[plan.key.digest] = plan
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.create_task(self._work())
+
+    async def _work(self) -> None:
+        while self._wanted:
+            await asyncio.sleep(self._delay)
+            key, plan = next(iter(self._wanted.items()))
+            try:
+                record = await asyncio.to_thread(self.records.get, key)
+                if record is None or record.retry_at <= time.time():
+                    await self.builder.build(plan, wait=False)
+            except SandboxGatewayError as error:
+                log.info("no template of profile %s: %s", plan.profile.name, error.message)
+            except Exception:
+                log.exception("the template of profile %s could not be built", plan.profile.name)
+            finally:
+                self._wanted.pop(key, None)
+
+    async def build(self, plan: Plan, say: Callable[[str], None] | None = None, *, again: bool = False) -> Snapshot:
+        """The template, built now unless it is there (or again in any case); see :meth:`Builder.build`."""
+        return await self.builder.build(plan, say, again=again)
+
+    def remove(self, record: TemplateRecord) -> bool:
+        """Remove a template and forget it; False while somebody starts from it. Blocks."""
+        if record.snapshot is not None and not self.builder.discard(record.snapshot):
+            return False
+        self.records.remove(record.key)
+        return True
+
+    async def close(self) -> None:
+        """Stop building; what is half built is removed."""
+        self._closed = True
+        self._wanted.clear()
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.cancel()
+            await asyncio.gather(worker, return_exceptions=True)
