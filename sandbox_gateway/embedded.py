@@ -121,7 +121,7 @@ class SandboxedKernel:
     def _open_bridge(self, directory: Path, wanted: CreateRequest) -> None:
         self._channels = KernelChannels(self._key, missing_file_hint=requests.missing_file_hint(wanted))
         self._bridge = ZmqBridge(directory, self._key, self._channels.request)
-        self._channels.subscribe(self._bridge.deliver)
+        self._bridge.follow(self._channels)
 
     def let_go(self) -> None:
         """Close the endpoints and give the id up; the directory goes with it."""
