@@ -25,7 +25,7 @@ from sandbox_gateway.store import Store
 
 T0 = 1_000_000.0
 DAY = 86400.0
-USUAL = Policy(pause=600, suspend=3600, expire=14 * DAY)
+USUAL = Policy(pause=600, suspend=3600, expire=2 * DAY)
 
 
 class Clock:
@@ -173,12 +173,12 @@ def times(sandbox: Sandbox) -> list[tuple[str, int]]:
 
 async def test_a_kernel_that_nobody_uses_goes_down_tier_by_tier(scene: Scene) -> None:
     sandbox = scene.add()
-    await scene.pass_(15 * DAY)
-    assert times(sandbox) == [("pause", 600), ("suspend", 3600), ("expire", 14 * DAY)]
+    await scene.pass_(3 * DAY)
+    assert times(sandbox) == [("pause", 600), ("suspend", 3600), ("expire", 2 * DAY)]
     (warned,) = scene.heard
-    assert warned.kind is EventKind.WARNED and round(warned.time - T0) == round(12.6 * DAY)
-    assert warned.data == {"due": pytest.approx(T0 + 14 * DAY)}
-    assert warned.text == "it expires in 33.6 h unless it is used: not used for 14 days"
+    assert warned.kind is EventKind.WARNED and round(warned.time - T0) == round(1.8 * DAY)
+    assert warned.data == {"due": pytest.approx(T0 + 2 * DAY)}
+    assert warned.text == "it expires in 4.8 h unless it is used: not used for 2 days"
     assert not scene.driver._tasks, "what has ended is not watched"
 
 
@@ -284,7 +284,7 @@ async def test_what_the_runtime_cannot_do_is_not_tried(scene: Scene) -> None:
     scene.abilities = Abilities(pause=False, suspend=False)
     scene.policies["p"] = replace(USUAL, expire=None)
     sandbox = scene.add()
-    await scene.pass_(DAY)
+    await scene.pass_(2 * 3600)
     assert sandbox.done == []
 
 
@@ -330,14 +330,14 @@ async def test_a_kernel_that_does_not_tell_what_it_does_counts_as_active(scene: 
     record = SandboxRecord("a", State.RUNNING, "p", "fake", T0, T0, "boot")
     sandbox = scene.live["a"] = Mute(scene.clock, record)
     scene.driver.poke("a")
-    await scene.pass_(DAY)
+    await scene.pass_(2 * 3600)
     assert sandbox.done == []
 
 
 async def test_the_next_owner_goes_on_counting_for_what_sleeps_and_begins_anew_for_what_runs(scene: Scene) -> None:
-    scene.store.put_activity("a", Activity(T0 - 13.9 * DAY))
+    scene.store.put_activity("a", Activity(T0 - 1.9 * DAY))
     sleeping = scene.add("a", State.SUSPENDED)
-    scene.store.put_activity("b", Activity(T0 - 13.9 * DAY))
+    scene.store.put_activity("b", Activity(T0 - 1.9 * DAY))
     running = scene.add("b")
     await scene.pass_(500)
     assert scene.kinds() == ["warned"] and running.done == []
@@ -383,9 +383,9 @@ async def test_what_nobody_owns_is_announced_and_ended_by_whoever_comes(scene: S
     await scene.driver.sweep(expire)
     await scene.events.flush()
     assert scene.kinds() == ["warned"] and ended == []
-    scene.clock.now += 1.4 * DAY
+    scene.clock.now += 0.2 * DAY
     await scene.driver.sweep(expire)
-    assert ended == [("x", "not used for 14 days")]
+    assert ended == [("x", "not used for 2 days")]
 
 
 async def test_a_watch_that_breaks_is_told_and_begins_anew_with_the_next_event(
