@@ -199,7 +199,7 @@ async def test_processor_use_is_activity_without_any_request(scene: Scene) -> No
 
 
 async def test_a_cell_that_waits_for_input_is_idle(scene: Scene) -> None:
-    sandbox = scene.add(reading=Reading.of({"busy": True, "busy_for": 50.0, "input_waiting": True}))
+    sandbox = scene.add(reading=Reading.of({"busy": True, "busy_for": 50.0, "input": True}))
     await scene.pass_(700)
     assert times(sandbox) == [("pause", 600)]
 
@@ -207,9 +207,9 @@ async def test_a_cell_that_waits_for_input_is_idle(scene: Scene) -> None:
 async def test_a_message_that_would_wake_it_is_activity_when_it_came(scene: Scene) -> None:
     sandbox = scene.add()
     await scene.pass_(100)
-    sandbox.reading = Reading(waking_ago=20.0)
+    sandbox.reading = Reading(since_use=20.0)
     await scene.pass_(30)
-    sandbox.reading = Reading(waking_ago=None)
+    sandbox.reading = Reading(since_use=None)
     await scene.pass_(700)
     ((what, at),) = sandbox.done
     assert what == "pause" and 680 <= at <= 730
@@ -256,7 +256,7 @@ async def test_an_announced_end_does_not_come_once_it_was_used(scene: Scene) -> 
     sandbox = scene.add()
     await scene.pass_(950)
     assert scene.kinds() == ["warned"]
-    sandbox.reading = Reading(waking_ago=0.0)
+    sandbox.reading = Reading(since_use=0.0)
     await scene.pass_(60)
     sandbox.reading = Reading()
     await scene.pass_(800)
@@ -359,7 +359,7 @@ async def test_a_shortage_suspends_the_longest_idle_and_no_more_than_needed(scen
     await scene.pass_(500)
     middle, young = scene.add("middle"), scene.add("young")
     await scene.settle()
-    young.reading = Reading(waking_ago=100.0)
+    young.reading = Reading(since_use=100.0)
     await scene.pass_(200)
     scene.pressure = MemoryPressure(850, 0.0)
     assert await scene.driver.relieve(1000) == ("old", "middle")
@@ -407,10 +407,10 @@ async def test_a_watch_that_breaks_is_told_and_begins_anew_with_the_next_event(
 NUMBERS = st.one_of(st.none(), st.booleans(), st.text(max_size=3), st.floats(), st.integers(), st.lists(st.integers()))
 
 
-@given(st.dictionaries(st.sampled_from(["busy", "busy_for", "waking_ago", "cpu_seconds", "input_waiting"]), NUMBERS))
+@given(st.dictionaries(st.sampled_from(["busy", "busy_for", "since_use", "cpu_seconds", "input"]), NUMBERS))
 def test_whatever_comes_from_inside_is_a_reading(told: dict[str, Any]) -> None:
     reading = Reading.of(told)
-    for value in (reading.busy_for, reading.waking_ago, reading.cpu_seconds):
+    for value in (reading.busy_for, reading.since_use, reading.cpu_seconds):
         assert value is None or (isinstance(value, float) and 0 <= value < math.inf)
 
 
