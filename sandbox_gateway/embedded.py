@@ -14,17 +14,15 @@ from typing import Any
 
 from sandbox_gateway import request as requests
 from sandbox_gateway.background import background_loop
-from sandbox_gateway.channels import KernelChannels
 from sandbox_gateway.errors import storage_error
 from sandbox_gateway.host.paths import Paths, discover
 from sandbox_gateway.images.service import Progress
 from sandbox_gateway.lifecycle import Lifecycle
 from sandbox_gateway.live import LiveSandbox
 from sandbox_gateway.model import Death, DeathKind, KernelSpec
-from sandbox_gateway.owner import OwnerLock
 from sandbox_gateway.profiles import load_profiles
 from sandbox_gateway.request import CreateRequest
-from sandbox_gateway.zmq_bridge import ZmqBridge
+from sandbox_gateway.seat import Seat
 
 _lifecycles: dict[Paths, Lifecycle] = {}
 _of_parents: list[Lifecycle] = []
@@ -69,9 +67,7 @@ class SandboxedKernel:
         self._profile_name = profile
         self._key = key
         self._sandbox: LiveSandbox | None = None
-        self._channels: KernelChannels | None = None
-        self._bridge: ZmqBridge | None = None
-        self._lock: OwnerLock | None = None
+        self._seat: Seat | None = None
         self._closing: asyncio.Task[None] | None = None
 
     async def launch(
@@ -88,11 +84,12 @@ class SandboxedKernel:
         owner = lifecycle()
         profile = load_profiles(owner.paths).get(self._profile_name)
         wanted = CreateRequest(self.id, profile, kernel, self._key, directory, client_environment, name, private)
-        if self._lock is None:
-            self._lock = await owner.claim(self.id)
+        if self._seat is None:
+            hint = requests.missing_file_hint(wanted)
+            self._seat = Seat(await owner.claim(self.id), self._key, missing_file_hint=hint)
             _open_kernels.add(self)
         try:
-            return await self._start(owner, self._lock, wanted, progress)
+            return await self._start(owner, self._seat, wanted, progress)
         except BaseException as error:
             if self._sandbox is None:
                 self.let_go()
@@ -100,38 +97,26 @@ class SandboxedKernel:
                 raise storage_error(error, f"the kernel could not be started in {owner.paths.home}") from error
             raise
 
-    async def _start(
-        self, owner: Lifecycle, lock: OwnerLock, wanted: CreateRequest, progress: Callable[[str], None]
-    ) -> Any:
-        if self._bridge is None:
-            self._open_bridge(lock.directory, wanted)
-        assert self._channels is not None and self._bridge is not None
+    async def _start(self, owner: Lifecycle, seat: Seat, wanted: CreateRequest, progress: Callable[[str], None]) -> Any:
+        bridge = seat.bridge()
         sandbox = self._sandbox
         if sandbox is not None and sandbox.death is None:
-            image = await owner.image(wanted.profile, sandbox.kernel_uid)
+            image = await owner.image(wanted.profile, sandbox.launch.uid)
             await sandbox.reboot(requests.kernel(wanted, image))
         else:
             lost = sandbox.death if sandbox is not None else None
-            self._sandbox = await owner.create(wanted, lock, self._channels, _phases(progress))
+            self._sandbox = await owner.create(wanted, seat, _phases(progress))
             if lost is not None:
-                self._channels.notice(f"[sandbox] A new sandbox was made ({lost.describe()}); earlier files are lost\n")
-        self._bridge.publish_endpoints()
-        return self._bridge.connection_info
-
-    def _open_bridge(self, directory: Path, wanted: CreateRequest) -> None:
-        self._channels = KernelChannels(self._key, missing_file_hint=requests.missing_file_hint(wanted))
-        self._bridge = ZmqBridge(directory, self._key, self._channels.request)
-        self._bridge.follow(self._channels)
+                seat.channels.notice(f"[sandbox] A new sandbox was made ({lost.describe()}); earlier files are lost\n")
+        bridge.publish_endpoints()
+        return bridge.connection_info
 
     def let_go(self) -> None:
         """Close the endpoints and give the id up; the directory goes with it."""
         _open_kernels.discard(self)
-        bridge, self._bridge = self._bridge, None
-        if bridge is not None:
-            bridge.close()
-        lock, self._lock = self._lock, None
-        if lock is not None:
-            lock.release(remove=True)
+        seat, self._seat = self._seat, None
+        if seat is not None:
+            seat.release()
 
     def poll(self) -> int | None:
         """None while the kernel lives, else its return code. Thread-safe: it only reads."""

@@ -10,35 +10,52 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sandbox_gateway import identity
 from sandbox_gateway import request as requests
-from sandbox_gateway.channels import KernelChannels
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host.machine import boot_id
 from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.images.service import ImageService, Progress
-from sandbox_gateway.live import LiveSandbox
-from sandbox_gateway.model import LIVE, Death, DeathKind, Image, Limits, OnOwnerExit, SandboxRecord, State
+from sandbox_gateway.live import LiveSandbox, handle_of
+from sandbox_gateway.model import LIVE, Death, DeathKind, Image, Launch, Limits, OnOwnerExit, SandboxRecord, State
 from sandbox_gateway.owner import LOCK_NAME, OWNERS, NoOwner, OwnerLock, OwnerServer, ask, holder
 from sandbox_gateway.owner import sweep as sweep_sockets
-from sandbox_gateway.profiles import Profile
+from sandbox_gateway.profiles import Profile, load_profiles
 from sandbox_gateway.registry import make_runtime
 from sandbox_gateway.request import CreateRequest
 from sandbox_gateway.runtimes.base import Handle, Runtime, RuntimeReport
+from sandbox_gateway.seat import Seat
+from sandbox_gateway.snapshots import Kind, Snapshot, SnapshotStore
 from sandbox_gateway.store import Store
+from sandbox_gateway.suspension import Saved, Suspension
 
 log = logging.getLogger(__name__)
 
 OnProgress = Callable[[Progress], None]
 _OTHER_DIRECTORIES = frozenset({OWNERS, "empty", "runsc"})
+MAX_FORK = 1000
+"""Children of one fork at most."""
+AT_A_TIME = 4
+"""Restores under way at the same time."""
 KEPT_TOMBSTONES = 100
 """Records of ended sandboxes kept for `ps --all`, newest first."""
+
+
+@dataclass(frozen=True, slots=True)
+class ForkOutcome:
+    """What became of one child."""
+
+    id: str
+    error: SandboxGatewayError | None = None
 
 
 class Lifecycle:
@@ -53,8 +70,10 @@ class Lifecycle:
     ) -> None:
         self.paths = paths.ensure()
         self.store = Store(paths.database)
+        self.snapshots = SnapshotStore(paths)
         self.images = images or ImageService(paths)
         self.live: dict[str, LiveSandbox] = {}
+        self._seats: dict[str, Seat] = {}
         self._make_runtime = runtimes
         self._runtimes: dict[str, tuple[Runtime, RuntimeReport]] = {}
         self._probing = asyncio.Lock()
@@ -84,12 +103,10 @@ class Lifecycle:
         except Exception:
             log.exception("what others left could not be removed; the next start tries again")
 
-    async def create(
-        self, wanted: CreateRequest, lock: OwnerLock, channels: KernelChannels, progress: OnProgress | None = None
-    ) -> LiveSandbox:
+    async def create(self, wanted: CreateRequest, seat: Seat, progress: OnProgress | None = None) -> LiveSandbox:
         """Make a sandbox and boot its kernel; on any failure nothing is left and the reason is raised.
 
-        ``lock`` is that of the id, from :meth:`claim`.
+        ``seat`` has the lock of the id, from :meth:`claim`.
         """
         runtime, report = await self.runtime(wanted.profile.runtime)
         notes, limits = _enforceable(report, wanted.profile)
@@ -98,6 +115,9 @@ class Lifecycle:
         spec = requests.compose(
             wanted, image, who, limits, private=(self.paths.home, self.paths.runtime), empty=self._empty()
         )
+        kernel = requests.kernel(wanted, image)
+        await self._clear(wanted.id)
+        launch = Launch(spec, kernel, wanted.key, who.uid, who.gid, requests.missing_file_hint(wanted))
         now = time.time()
         record = SandboxRecord(
             id=wanted.id,
@@ -114,23 +134,54 @@ class Lifecycle:
             notes=notes,
             name=wanted.name,
         )
+        sandbox = await self._new(record, launch, seat, runtime, report)
+        await self._made(sandbox, sandbox.create(kernel))
+        return sandbox
+
+    async def _clear(self, sandbox_id: str) -> None:
+        """Remove what an earlier owner of this id, whose lock we have now, has left half-way."""
+        try:
+            record = await asyncio.to_thread(self.store.get, sandbox_id)
+        except SandboxGatewayError:
+            return
+        if record.state is State.SUSPENDED:
+            hint = f"`jupyter sandbox resume {sandbox_id}` wakes it, `jupyter sandbox rm {sandbox_id}` removes it."
+            raise SandboxGatewayError("invalid_request", f"there is a suspended sandbox {sandbox_id} already", hint)
+        if record.state in LIVE:
+            await self._finish_unowned(record, Death(DeathKind.OWNER_GONE))
+
+    async def _new(
+        self, record: SandboxRecord, launch: Launch, seat: Seat, runtime: Runtime, report: RuntimeReport
+    ) -> LiveSandbox:
+        await asyncio.to_thread(self.store.put_launch, record.id, launch)
         await asyncio.to_thread(self.store.put, record)
+        return self._live(record, launch, seat, runtime, report)
+
+    def _live(
+        self, record: SandboxRecord, launch: Launch, seat: Seat, runtime: Runtime, report: RuntimeReport
+    ) -> LiveSandbox:
         sandbox = LiveSandbox(
-            spec,
             record,
-            who,
+            launch,
+            seat,
             runtime=runtime,
             store=self.store,
-            lock=lock,
-            channels=channels,
-            key=wanted.key,
-            log_file=self.paths.logs / f"{wanted.id}.log",
-            on_end=lambda ended: self.live.pop(ended.id, None),
+            suspension=Suspension(runtime, report, self.snapshots),
+            log_file=self.paths.logs / f"{record.id}.log",
+            on_end=self._ended,
         )
-        self.live[wanted.id] = sandbox
+        self.live[record.id] = sandbox
+        return sandbox
+
+    def _ended(self, sandbox: LiveSandbox) -> None:
+        self.live.pop(sandbox.id, None)
+        seat = self._seats.pop(sandbox.id, None)
+        if seat is not None:
+            seat.release()
+
+    async def _made(self, sandbox: LiveSandbox, making: Awaitable[None]) -> None:
         try:
-            await sandbox.create()
-            await sandbox.boot(requests.kernel(wanted, image))
+            await making
         except BaseException as error:
             died = sandbox.death
             await asyncio.shield(self._undo(sandbox, error))
@@ -139,7 +190,6 @@ class Lifecycle:
                 text = f"the sandbox ended while starting: {died.describe()}"
                 raise SandboxGatewayError("runtime_failed", text) from error
             raise
-        return sandbox
 
     async def _undo(self, sandbox: LiveSandbox, error: BaseException) -> None:
         log.info("creating %s failed (%s); removing what was made", sandbox.id, error)
@@ -148,6 +198,140 @@ class Lifecycle:
         finally:
             with contextlib.suppress(SandboxGatewayError):
                 await asyncio.to_thread(self.store.delete, sandbox.id)
+
+    # Saving and multiplying
+
+    def owned(self, sandbox_id: str) -> LiveSandbox:
+        """A sandbox that this process owns; raises ``unknown_sandbox``."""
+        sandbox = self.live.get(sandbox_id)
+        if sandbox is None:
+            raise SandboxGatewayError("unknown_sandbox", f"this process does not own sandbox {sandbox_id}")
+        return sandbox
+
+    async def adopt(self, sandbox_id: str) -> LiveSandbox:
+        """Become the owner of a sandbox that has none and go on where the last one left off.
+
+        Raises ``owned_elsewhere``, ``unknown_sandbox``, ``illegal_transition`` when it has ended, or what went wrong.
+        """
+        if sandbox_id in self.live:
+            return self.live[sandbox_id]
+        record = await asyncio.to_thread(self.store.get, sandbox_id)
+        lock = await self.claim(record.id)
+        try:
+            record = await self._settled(await asyncio.to_thread(self.store.get, sandbox_id))
+            launch = await asyncio.to_thread(self.store.launch, record.id)
+            runtime, report = await self.runtime(record.runtime)
+            seat = Seat(lock, launch.key, missing_file_hint=launch.missing_file_hint)
+        except BaseException:
+            lock.release()
+            raise
+        sandbox = self._live(record, launch, seat, runtime, report)
+        self._seats[record.id] = seat
+        try:
+            await sandbox.adopt()
+            seat.bridge()
+        except BaseException as error:
+            log.warning("sandbox %s could not be adopted: %s", record.id, error)
+            if self.live.pop(record.id, None) is not None:
+                with contextlib.suppress(Exception):
+                    await sandbox.detach()
+                self._seats.pop(record.id, None)
+                seat.release(remove=False)
+            raise
+        return sandbox
+
+    async def _settled(self, record: SandboxRecord) -> SandboxRecord:
+        """An unowned record, its lock held, in a state from which it can go on; raises where it cannot."""
+        death = await self._death_of(record)
+        if death is not None:
+            await self._finish_unowned(record, death)
+            record = await asyncio.to_thread(self.store.get, record.id)
+        if record.state not in LIVE and record.state is not State.SUSPENDED:
+            why = record.death.describe() if record.death is not None else "it has ended"
+            raise SandboxGatewayError("illegal_transition", f"sandbox {record.id} is {record.state}: {why}")
+        return record
+
+    async def connect(self, sandbox_id: str) -> Path:
+        """The connection file of a sandbox that this process owns, its endpoints open."""
+        return self.owned(sandbox_id).seat.bridge().connection_file
+
+    async def hand_over(self, sandbox_id: str) -> None:
+        """Give a sandbox up for another owner: flushed, detached, endpoints closed, lock free."""
+        sandbox = self.owned(sandbox_id)
+        await sandbox.detach()
+        self.live.pop(sandbox_id, None)
+        self._seats.pop(sandbox_id, None)
+        sandbox.seat.release(remove=False)
+
+    async def fork(self, sandbox_id: str, count: int = 1) -> list[ForkOutcome]:
+        """``count`` clones of a sandbox that this process owns; it goes on itself. See :meth:`spawn`."""
+        snapshot = await self.owned(sandbox_id).save(Kind.FORK)
+        try:
+            return await self.spawn(snapshot.id, count)
+        finally:
+            await asyncio.to_thread(self.snapshots.remove, snapshot.id)
+
+    async def spawn(self, snapshot_id: str, count: int = 1) -> list[ForkOutcome]:
+        """``count`` new sandboxes from a snapshot, owned by this process, each with an identity of its own.
+
+        A child that fails leaves nothing and its reason in its outcome. Raises only what stands in the way of all.
+        """
+        if not 1 <= count <= MAX_FORK:
+            raise SandboxGatewayError("invalid_request", f"{count} is not a number of children from 1 to {MAX_FORK}")
+        snapshot = await asyncio.to_thread(self.snapshots.find, snapshot_id)
+        runtime, report = await self.runtime(snapshot.manifest.runtime)
+        await Suspension(runtime, report, self.snapshots).fit(Saved(snapshot))
+        room = asyncio.Semaphore(AT_A_TIME)
+
+        async def one() -> ForkOutcome:
+            async with room:
+                child = str(uuid.uuid4())
+                try:
+                    await self._clone(snapshot, child, runtime, report)
+                except SandboxGatewayError as error:
+                    return ForkOutcome(child, error)
+                return ForkOutcome(child)
+
+        return list(await asyncio.gather(*(one() for _ in range(count))))
+
+    async def _clone(self, snapshot: Snapshot, child: str, runtime: Runtime, report: RuntimeReport) -> LiveSandbox:
+        manifest = snapshot.manifest
+        launch = requests.clone(manifest.saved_launch(), child, secrets.token_hex(32).encode())
+        seat = Seat(await self.claim(child), launch.key, missing_file_hint=launch.missing_file_hint)
+        now = time.time()
+        profile = await asyncio.to_thread(self._profile, manifest.profile)
+        record = SandboxRecord(
+            id=child,
+            state=State.CREATING,
+            profile=manifest.profile,
+            runtime=manifest.runtime,
+            created=now,
+            changed=now,
+            boot_id=boot_id(),
+            layers=manifest.layers,
+            on_owner_exit=profile.on_owner_exit if profile is not None else OnOwnerExit.KEEP,
+            grace=profile.grace if profile is not None else Profile(manifest.profile).grace,
+            owner_pid=os.getpid(),
+            parent=f"sandbox:{manifest.sandbox}" if manifest.kind is Kind.FORK else f"snapshot:{snapshot.id}",
+            epoch=manifest.epoch,
+        )
+        self._seats[child] = seat
+        try:
+            sandbox = await self._new(record, launch, seat, runtime, report)
+            seat.channels.retain()
+            await self._made(sandbox, sandbox.restore(Saved(snapshot), identity.fresh(launch)))
+            seat.bridge()
+        except BaseException:
+            self._seats.pop(child, None)
+            seat.release()
+            raise
+        return sandbox
+
+    def _profile(self, name: str) -> Profile | None:
+        try:
+            return load_profiles(self.paths).get(name)
+        except SandboxGatewayError:
+            return None
 
     async def runtime(self, name: str) -> tuple[Runtime, RuntimeReport]:
         """The runtime called ``name`` and what it can do here; raises with a hint when it cannot run at all."""
@@ -189,20 +373,34 @@ class Lifecycle:
                 self._server = server
 
     async def _answer(self, op: str, sandbox_id: str, params: Mapping[str, Any]) -> dict[str, Any]:
-        sandbox = self.live.get(sandbox_id)
-        if sandbox is None:
-            raise SandboxGatewayError("unknown_sandbox", f"this process does not own sandbox {sandbox_id}")
+        sandbox = self.owned(sandbox_id)
         if op == "stop":
             await sandbox.destroy(
                 Death(DeathKind.STOPPED, str(params.get("reason") or "stopped by `jupyter sandbox stop`"))
             )
-            return {"state": str(sandbox.record.state)}
-        if op == "log":
+        elif op == "suspend":
+            await sandbox.suspend(str(params.get("reason") or "by `jupyter sandbox suspend`"))
+        elif op == "resume":
+            await sandbox.resume()
+        elif op == "pause":
+            await sandbox.pause()
+        elif op == "save":
+            snapshot = await sandbox.save(
+                Kind.FORK if params.get("kind") == "fork" else Kind.SAVED, str(params.get("name") or "")
+            )
+            return {"snapshot": snapshot.id}
+        elif op == "connect":
+            return {"connection_file": str(await self.connect(sandbox_id))}
+        elif op == "hand_over":
+            await self.hand_over(sandbox_id)
+        elif op == "log":
             return {"log": (await sandbox.log()).decode(errors="replace")}
-        if op == "stats":
+        elif op == "stats":
             stats = await sandbox.stats()
             return {"memory": stats.memory, "cpu_seconds": stats.cpu_seconds, "processes": stats.processes}
-        raise SandboxGatewayError("invalid_request", f"unknown request {op!r}")
+        else:
+            raise SandboxGatewayError("invalid_request", f"unknown request {op!r}")
+        return {"state": str(sandbox.state)}
 
     async def close(self) -> None:
         """End what this process owns, by each sandbox's ``on_owner_exit``; then stop answering."""
@@ -216,11 +414,14 @@ class Lifecycle:
 
     async def _leave(self, sandbox: LiveSandbox) -> None:
         try:
-            if sandbox.record.on_owner_exit is OnOwnerExit.TERMINATE:
+            policy = sandbox.record.on_owner_exit
+            if policy is OnOwnerExit.SUSPEND and sandbox.state is not State.SUSPENDED:
+                await sandbox.suspend("its application ended")
+            # Who suspended a kernel wants to find it again.
+            if policy is OnOwnerExit.TERMINATE and sandbox.state is not State.SUSPENDED:
                 await sandbox.destroy(Death(DeathKind.OWNER_GONE, "its application ended"))
             else:
-                self.live.pop(sandbox.id, None)
-                await sandbox.detach()
+                await self.hand_over(sandbox.id)
         except Exception:
             log.exception("sandbox %s could not be left in order", sandbox.id)
 
@@ -229,7 +430,7 @@ class Lifecycle:
     async def stop(self, sandbox_id: str) -> SandboxRecord:
         """End a sandbox whoever owns it: ask the owner, or take the lock where there is none."""
         record = await asyncio.to_thread(self.store.get, sandbox_id)
-        if record.state not in LIVE:
+        if record.state not in LIVE and record.state is not State.SUSPENDED:
             return record
         try:
             await ask(self.paths, record.id, "stop", timeout=60.0)
@@ -252,8 +453,8 @@ class Lifecycle:
         """
         swept = []
         for record in await asyncio.to_thread(self.store.list):
-            if record.state in LIVE and record.id not in self.live:
-                death = await self._due(record)
+            if record.state in LIVE and record.id not in self.live and holder(self.paths.sandbox(record.id)) is None:
+                death = await self._death_of(record)
                 if death is not None and await self._destroy_unowned(record, death):
                     swept.append(record.id)
         await self._remove_strays()
@@ -261,15 +462,15 @@ class Lifecycle:
         await asyncio.to_thread(self._trim_tombstones)
         return swept
 
-    async def _due(self, record: SandboxRecord) -> Death | None:
+    async def _death_of(self, record: SandboxRecord) -> Death | None:
+        """Why an unowned record is to be brought to an end (or back to its snapshot); None when it can go on."""
+        if record.state not in LIVE:
+            return None
         if record.boot_id != boot_id():
             return Death(DeathKind.MACHINE_RESTARTED)
-        directory = self.paths.sandbox(record.id)
-        if holder(directory) is not None:
-            return None
-        if record.state in {State.CREATING, State.TERMINATING}:
+        if record.state in {State.CREATING, State.TERMINATING, State.RESUMING}:
             return Death(DeathKind.OWNER_GONE, "its owner ended half-way")
-        handle = _handle(record)
+        handle = handle_of(record)
         runtime = self._make_runtime(record.runtime, self.paths)
         if handle is None or not await runtime.alive(handle):
             return Death(DeathKind.OWNER_GONE)
@@ -280,23 +481,36 @@ class Lifecycle:
         if not lock.try_acquire():
             return False
         try:
-            handle = _handle(record)
-            if handle is not None:
-                await self._make_runtime(record.runtime, self.paths).destroy(handle)
-            crashed_creating = record.state is State.CREATING
-            if crashed_creating:
-                await asyncio.to_thread(self.store.delete, record.id)
-            else:
-                if record.state is not State.TERMINATING:
-                    target = State.FAILED if death.kind is DeathKind.MACHINE_RESTARTED else State.TERMINATING
-                    record = record.moved(target, time.time(), death=death, owner_pid=None)
-                if record.state is State.TERMINATING:
-                    record = record.moved(State.TERMINATED, time.time(), owner_pid=None)
-                await asyncio.to_thread(self.store.put, record)
+            # What it is may have changed until the lock was ours.
+            record = await asyncio.to_thread(self.store.get, record.id)
+            await self._finish_unowned(record, death)
         finally:
             _empty_directory(lock.directory)
             lock.release(remove=True)
         return True
+
+    async def _finish_unowned(self, record: SandboxRecord, death: Death) -> None:
+        """Remove what is there of a sandbox and write down what became of it; its lock is held."""
+        handle = handle_of(record)
+        if handle is not None:
+            await self._make_runtime(record.runtime, self.paths).destroy(handle)
+        now = time.time()
+        if record.state is State.CREATING:
+            await asyncio.to_thread(self.store.delete, record.id)
+            return
+        if record.state is State.RESUMING and death.kind is not DeathKind.STOPPED:
+            # A failed resume leaves the snapshot.
+            record = record.moved(State.SUSPENDED, now, owner_pid=None, step="", handle={})
+        else:
+            if record.snapshot is not None:
+                with contextlib.suppress(SandboxGatewayError):  # what is left is swept later
+                    await asyncio.to_thread(self.snapshots.remove, record.snapshot)
+            if record.state is not State.TERMINATING:
+                target = State.FAILED if death.kind is DeathKind.MACHINE_RESTARTED else State.TERMINATING
+                record = record.moved(target, now, death=death, owner_pid=None)
+            if record.state is State.TERMINATING:
+                record = record.moved(State.TERMINATED, now, owner_pid=None, snapshot=None)
+        await asyncio.to_thread(self.store.put, record)
 
     async def _remove_strays(self) -> None:
         """What has no record: a crash came before it was written, or between a sandbox's end and its endpoints'."""
@@ -352,13 +566,6 @@ def _enforceable(report: RuntimeReport, profile: Profile) -> tuple[tuple[str, ..
         if capability.reason:
             notes.append(f"{name} limit: {capability.reason}")
     return tuple(notes), replace(profile.limits, **absent)
-
-
-def _handle(record: SandboxRecord) -> Handle | None:
-    if not record.handle:
-        return None
-    data = dict(record.handle)
-    return Handle(data["id"], data["runtime"], Path(data["directory"]), data.get("step", ""), data.get("data", {}))
 
 
 def _empty_directory(directory: Path) -> None:

@@ -1,7 +1,8 @@
-"""One sandbox that this process owns: its link, its kernel, its end.
+"""One sandbox that this process owns: its states, its kernel, its end.
 
-Everything here runs on one event loop (DESIGN 4.15). A sandbox ends in one of two ways: it is destroyed on request,
-or it dies and the reason is recorded; in both its processes, mounts, cgroups and files are removed.
+Everything here runs on one event loop (DESIGN 4.15). Operations on one sandbox are serialised, and each goes on to its
+end when its caller is cancelled. A sandbox ends in one of two ways: it is destroyed on request, or it dies and the
+reason is recorded; in both its processes, mounts, cgroups and files are removed.
 """
 
 from __future__ import annotations
@@ -12,108 +13,82 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from sandbox_gateway.channels import KernelChannels
+from sandbox_gateway.attachment import Attachment, Callbacks, Remains
+from sandbox_gateway.cursors import Progress
 from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.host.machine import boot_id
+from sandbox_gateway.kernel_exit import KernelExit
 from sandbox_gateway.link.host import Link
-from sandbox_gateway.model import Death, DeathKind, KernelSpec, SandboxRecord, SandboxSpec, State
-from sandbox_gateway.owner import OwnerLock
-from sandbox_gateway.request import Identity
+from sandbox_gateway.messages import Buffer
+from sandbox_gateway.model import Death, DeathKind, KernelSpec, Launch, SandboxRecord, State
 from sandbox_gateway.runtimes.base import Handle, Runtime, Stats
+from sandbox_gateway.seat import Seat
+from sandbox_gateway.snapshots import Kind, Snapshot
 from sandbox_gateway.store import Store
+from sandbox_gateway.suspension import Saved, Suspension
 
 log = logging.getLogger(__name__)
 
-ATTACH_TIMEOUT = 30.0
-"""Seconds for PID 1 to answer the first attach; a cold start on a busy machine takes a few."""
-HEARTBEAT = 5.0
-"""Seconds between two signs of life to the agent."""
-SILENCE = 60.0
-"""Seconds without an answer after which a sandbox counts as dead."""
+T = TypeVar("T")
+
 LOG_LIMIT = 16 << 20
 """Bytes of a kernel's raw output that are taken from the agent, who keeps 1 MiB, at most."""
-_EXIT_NUMBERS = range(256)
+SETTLE = 1.0
+"""Seconds that clients are given to take what is theirs before an owner goes; what is left comes again."""
 _LOG_PATIENCE = 0.5
 _KILL_PATIENCE = 0.2
-
-
-@dataclass(frozen=True, slots=True)
-class KernelExit:
-    """How the kernel process ended."""
-
-    code: int | None
-    signal: int | None
-    stderr_tail: str
-    expected: bool
-    reason: str = ""
-    """Why the agent ended it, where it did so by itself."""
-
-    @property
-    def returncode(self) -> int:
-        """As :attr:`subprocess.Popen.returncode`: negative for a signal."""
-        if self.signal:
-            return -self.signal
-        return self.code if self.code is not None else 1
-
-    def describe(self) -> str:
-        """One line for people."""
-        if self.reason:
-            return self.reason
-        if self.signal:
-            with contextlib.suppress(ValueError):
-                return f"the kernel was ended by {signal.Signals(self.signal).name}"
-            return f"the kernel was ended by signal {self.signal}"
-        return f"the kernel exited with code {self.code}"
+_AWAKE = frozenset({State.RUNNING, State.RESTARTING})
 
 
 class LiveSandbox:
-    """Drives one running sandbox; made by :class:`~sandbox_gateway.lifecycle.Lifecycle`."""
+    """Drives one sandbox; made by :class:`~sandbox_gateway.lifecycle.Lifecycle`.
+
+    Also a suspended one, which has no processes: its owner keeps the kernel's endpoints open and wakes it.
+    """
 
     def __init__(
         self,
-        spec: SandboxSpec,
         record: SandboxRecord,
-        who: Identity,
+        launch: Launch,
+        seat: Seat,
         *,
         runtime: Runtime,
         store: Store,
-        lock: OwnerLock,
-        channels: KernelChannels,
-        key: bytes,
+        suspension: Suspension,
         on_end: Callable[[LiveSandbox], object],
         log_file: Path,
     ) -> None:
-        self.spec = spec
         self.record = record
-        self.channels = channels
+        self.launch = launch
+        self.seat = seat
         self.death: Death | None = None
         self.kernel_exit: KernelExit | None = None
         self.ended = asyncio.Event()
         self._kernel_gone = asyncio.Event()
-        self._who = who
         self._runtime = runtime
         self._store = store
-        self._lock = lock
-        self._key = key
+        self._suspension = suspension
         self._on_end = on_end
         self._log_file = log_file
-        self._handle: Handle | None = None
-        self._link: Link | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._handle: Handle | None = handle_of(record)
+        self._attachment: Attachment | None = None
+        self._agent: Mapping[str, Any] = {}
         self._ending = False
         self._removal: asyncio.Task[None] | None = None
+        self._making: asyncio.Task[None] | None = None
+        self._waking: asyncio.Task[None] | None = None
+        self._work: set[asyncio.Task[Any]] = set()
         self._boots = 0
         self._asked_to_exit: int | None = None
+        self._progress = Progress(seat.cursors, lambda: seat.channels.settled, self._numbers)
+        self._saved: Saved | None = None
+        self._sealing: asyncio.Task[None] | None = None
         self._serial = asyncio.Lock()
-
-    @property
-    def kernel_uid(self) -> int:
-        """The kernel's uid inside."""
-        return self._who.uid
 
     @property
     def id(self) -> str:
@@ -121,110 +96,381 @@ class LiveSandbox:
         return self.record.id
 
     @property
+    def state(self) -> State:
+        """Its state now."""
+        return self.record.state
+
+    @property
     def link(self) -> Link:
-        """The link; raises ``link_failed`` before the first attach and after the end."""
-        if self._link is None:
-            raise SandboxGatewayError("link_failed", f"sandbox {self.id} is not running")
-        return self._link
+        """The link; raises ``link_failed`` while the sandbox is not running."""
+        if self._attachment is None:
+            raise SandboxGatewayError("link_failed", f"sandbox {self.id} is {self.state}, not running")
+        return self._attachment.link
 
-    # Creation, driven by Lifecycle.create
+    # Beginnings, driven by Lifecycle
 
-    async def create(self) -> None:
-        """Take the runtime's steps, each recorded before it is taken, and attach to the agent."""
-        directory = self._lock.directory
-        async for handle in self._runtime.create(self.spec, directory):
+    async def create(self, kernel: KernelSpec) -> None:
+        """Take the runtime's steps, each recorded before it is taken, attach to the agent and start the kernel.
+
+        Raises ``runtime_failed`` also when the sandbox is destroyed meanwhile.
+        """
+        await self._make(self._create(kernel))
+
+    async def restore(self, saved: Saved, identity: Mapping[str, Any]) -> None:
+        """Become a clone of what was saved, with an ``identity`` of its own (see :mod:`sandbox_gateway.identity`)."""
+        await self._make(self._restore_as_new(saved, identity))
+
+    async def _make(self, making: Coroutine[Any, Any, None]) -> None:
+        self._making = asyncio.create_task(self._serially(making))
+        try:
+            await self._making
+        except asyncio.CancelledError:
+            if not self._ending:
+                raise
+            raise SandboxGatewayError("runtime_failed", "the sandbox was ended while starting") from None
+        finally:
+            self._making = None
+
+    async def _create(self, kernel: KernelSpec) -> None:
+        async for handle in self._runtime.create(self.launch.spec, self.seat.directory):
             self._handle = handle
             await self._save(step=handle.step, handle=_handle_json(handle))
-        assert self._handle is not None
         await self._save(step="start")
-        self._handle = await self._runtime.start(self._handle)
-        await self._save(step="attach", handle=_handle_json(self._handle))
-        await self._attach()
+        self._handle = await self._runtime.start(self._made())
+        await self._save(step="attach", handle=_handle_json(self._made()))
+        await self._attach(self.record.epoch)
+        await self._boot(kernel)
 
-    async def _attach(self) -> None:
-        assert self._handle is not None
-        handle = self._handle
-        fds = await self._runtime.attach(handle)
-        link = Link(
-            fds.read_fd,
-            fds.write_fd,
-            on_message=self.channels.received,
-            on_gap=self.channels.dropped,
-            on_event=self._event,
-            on_lost=self._lost,
-        )
-        self._link = link
-        death = asyncio.ensure_future(self._runtime.wait(handle))
-        attached = asyncio.ensure_future(link.attach(owner=str(self._lock.pid), timeout=ATTACH_TIMEOUT))
-        try:
-            await asyncio.wait({death, attached}, return_when=asyncio.FIRST_COMPLETED)
-            if not attached.done():
-                reason = death.result()
-                raise SandboxGatewayError("runtime_failed", f"the sandbox ended while starting: {reason.describe()}")
-            attached.result()
-            await link.call("policy", on_owner_exit=str(self.record.on_owner_exit), grace=self.record.grace)
-        except BaseException:
-            death.cancel()
-            attached.cancel()
-            raise
-        self._tasks = [asyncio.create_task(self._watch(death)), asyncio.create_task(self._heartbeat())]
-
-    # The kernel inside
-
-    async def boot(self, kernel: KernelSpec) -> None:
+    async def _boot(self, kernel: KernelSpec) -> None:
         """Start the kernel process; returns when it is spawned. Raises ``kernel_failed`` when it cannot be."""
         self.kernel_exit = None
         self._kernel_gone.clear()
         await self.link.call("start_kernel", **self._kernel_parameters(kernel))
-        self.channels.connect(self.link)
+        self.seat.channels.connect(self.link)
         await self._move(State.RUNNING)
+
+    async def _restore_as_new(self, saved: Saved, identity: Mapping[str, Any]) -> None:
+        await self._restore(saved)
+        try:
+            await self.link.call("identify", timeout=30.0, **identity)
+        except SandboxGatewayError as error:
+            raise SandboxGatewayError(
+                "identity_failed", f"the clone did not take its identity: {error.message}"
+            ) from error
+        self._begin()
+        await self._move(State.RUNNING)
+
+    async def adopt(self) -> None:
+        """Go on where an owner that is gone has left off. The record's state is RUNNING, PAUSED, SUSPENDED,
+        SUSPENDING (which is undone) or RESTARTING (which is finished)."""
+        await self._serially(self._adopt())
+
+    async def _adopt(self) -> None:
+        channels = self.seat.channels
+        channels.retain()
+        channels.recall(self.launch.facts)
+        if self.state in {State.PAUSED, State.SUSPENDED}:
+            channels.sleep(self._wake)
+            await self._save(owner_pid=os.getpid())
+            return
+        if self.state is State.SUSPENDING:
+            await self._suspension.thaw(self._made())
+        await self._attach(self.record.epoch, Remains(self.seat.cursors.read(), None))
+        told = await self.link.call("stats")
+        if told.get("phase") == "none":
+            if self.state is State.RESTARTING:
+                await self._boot(self.launch.kernel)
+            elif isinstance(told.get("last_exit"), dict):
+                self._event({"event": "kernel_exit", **told["last_exit"]})
+        channels.connect(self.link)
+        await self._move(State.RUNNING)
+        await self._save(owner_pid=os.getpid())
+
+    # The incarnation
+
+    def _made(self) -> Handle:
+        if self._handle is None:
+            raise SandboxGatewayError("link_failed", f"sandbox {self.id} is {self.state}, not running")
+        return self._handle
+
+    async def _attach(self, epoch: int, remains: Remains | None = None, *, hold: bool = False) -> None:
+        """Attach to the running incarnation; with ``hold`` nothing of it is handed out before :meth:`_begin`."""
+        callbacks = Callbacks(self._message, self.seat.channels.dropped, self._event, self._died)
+        remains = remains or Remains({}, None)
+        attachment = Attachment(self._runtime, self._made(), callbacks, epoch=epoch, outbox=remains.outbox)
+        self._agent = await attachment.open(owner=str(self.seat.lock.pid), received=remains.received)
+        self._attachment = attachment
+        if not hold:
+            attachment.release()
+        await self.link.call("policy", on_owner_exit=str(self.record.on_owner_exit), grace=self.record.grace)
+
+    def _begin(self) -> None:
+        """Everything is in order: clients may see and be seen."""
+        assert self._attachment is not None
+        self._attachment.release()
+        self.seat.channels.connect(self.link)
+
+    async def _restore(self, saved: Saved) -> None:
+        """Make an incarnation from what was saved and see that it lives; one retry in a new epoch."""
+        first: SandboxGatewayError | None = None
+        epoch = max(self.record.epoch, saved.epoch)
+        for attempt in (1, 2):
+            epoch += 1
+            try:
+                await self._save(epoch=epoch, boot_id=boot_id())
+                async for handle in self._suspension.restore(self.launch.spec, self.seat.directory, saved):
+                    self._handle = handle
+                    await self._save(step=handle.step, handle=_handle_json(handle))
+                await self._attach(epoch, saved.remains or Remains(saved.received, None), hold=True)
+                await self._suspension.heartbeat(self.link)
+                return
+            except BaseException as error:
+                await self._drop_incarnation()
+                if not isinstance(error, SandboxGatewayError) or attempt == 2 or error.code == "disk_full":
+                    raise
+                log.warning("sandbox %s: restored, but %s; trying once more", self.id, error.message)
+                first = first or error
+
+    async def _drop_incarnation(self) -> None:
+        """End processes and files of the current incarnation; the sandbox itself goes on without."""
+        attachment, self._attachment = self._attachment, None
+        if attachment is not None:
+            await attachment.close()
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            await self._runtime.destroy(handle)
+        await self._save(step="", handle={})
+
+    # Pause, suspend, resume
+
+    async def pause(self) -> None:
+        """Freeze it, memory kept. Harmless when it is paused. Raises ``unsupported``, ``illegal_transition``."""
+        await self._shielded(self._pause())
+
+    async def _pause(self) -> None:
+        if self.state is State.PAUSED:
+            return
+        self._check_transition(State.PAUSED)
+        self.seat.channels.sleep(self._wake)
+        attachment = self._attachment
+        if attachment is not None:
+            attachment.freeze()
+        try:
+            await self._suspension.freeze(self._made())
+        except BaseException:
+            self._go_on()
+            raise
+        await self._keep_facts()
+        await self._move(State.PAUSED)
+
+    def _go_on(self) -> None:
+        if self._attachment is not None:
+            self._attachment.thaw()
+            self.seat.channels.connect(self.link)
+
+    async def suspend(self, reason: str = "") -> None:
+        """Save it to disk and release its memory. Harmless when it is suspended.
+
+        Raises ``snapshot_failed`` with the reason, ``disk_full``, ``unsupported`` or ``illegal_transition``; it then
+        goes on as before. ``reason`` is for people.
+        """
+        await self._shielded(self._suspend(reason))
+
+    async def _suspend(self, reason: str) -> None:
+        if self.state is State.SUSPENDED:
+            return
+        self._check_transition(State.SUSPENDING)
+        self._suspension.check()
+        before, handle = self.state, self._made()
+        self.seat.channels.sleep(self._wake)
+        await self._move(State.SUSPENDING)
+        attachment, self._attachment = self._attachment, None
+        remains = Remains(self.seat.cursors.read(), None)
+        try:
+            if before is State.RUNNING:
+                await self._keep_log(attachment)
+            if attachment is not None:
+                # A guest that does not fall silent in time is saved all the same: the next attach finds its way.
+                remains = await attachment.close(silence=before is State.RUNNING)
+            if before is State.RUNNING:
+                await self._suspension.freeze(handle)
+            snapshot = await self._suspension.save(handle, self.record, self.launch, remains.received, Kind.SUSPENDED)
+        except BaseException as error:
+            log.warning("sandbox %s could not be suspended: %s", self.id, error)
+            await self._stay(before, remains)
+            raise
+        self._saved = Saved(snapshot, remains)
+        await self._keep_facts()
+        await self._move(State.SUSPENDED, snapshot=snapshot.id)
+        # From here on the snapshot counts; what cannot be removed now is swept later.
+        self._handle = None
+        await self._runtime.destroy(handle)
+        await self._save(step="", handle={})
+        self._sealing = asyncio.create_task(self._suspension.seal(snapshot))
+        log.info("sandbox %s was suspended%s", self.id, f": {reason}" if reason else "")
+
+    async def _keep_facts(self) -> None:
+        """What the next owner needs to answer for the sleeping kernel."""
+        self.launch = replace(self.launch, facts=self.seat.channels.facts())
+        await asyncio.to_thread(self._store.put_launch, self.id, self.launch)
+
+    async def _stay(self, before: State, remains: Remains) -> None:
+        """A suspend failed: go on as ``before``. What is beyond that has died."""
+        try:
+            if before is State.RUNNING:
+                await self._suspension.thaw(self._made())
+                await self._attach(self.record.epoch, remains)
+                self.seat.channels.connect(self.link)
+            await self._move(before)
+        except SandboxGatewayError as error:
+            self._died(Death(DeathKind.FAILED, f"it could not be suspended, and does not go on: {error.message}"))
+
+    async def resume(self) -> None:
+        """Let a paused or suspended one go on; harmless when it runs.
+
+        Raises ``restore_failed``, ``snapshot_damaged``, ``snapshot_unfit``, ``workspace_changed``; it then stays
+        suspended, with its snapshot.
+        """
+        await self._shielded(self._resume())
+
+    async def _resume(self) -> None:
+        if self.state in _AWAKE:
+            return
+        if self.state is State.PAUSED:
+            await self._suspension.thaw(self._made())
+            if self._attachment is None:
+                await self._attach(self.record.epoch, Remains(self.seat.cursors.read(), None))
+            self._go_on()
+            await self._move(State.RUNNING)
+            return
+        self._check_transition(State.RESUMING)
+        try:
+            saved = self._saved or await self._suspension.load(self.record)
+            await self._sealed()
+            await self._suspension.fit(saved)
+            await self._move(State.RESUMING)
+            await self._restore(saved)
+        except BaseException as error:
+            if self.state is State.RESUMING:
+                await self._move(State.SUSPENDED)
+            self.seat.channels.asleep_again(error.message if isinstance(error, SandboxGatewayError) else str(error))
+            raise
+        self._saved = None
+        self._begin()
+        await self._move(State.RUNNING, snapshot=None)
+        await self._suspension.remove(saved.snapshot.id)
+
+    async def _sealed(self) -> None:
+        sealing, self._sealing = self._sealing, None
+        if sealing is not None:
+            await sealing
+
+    async def save(self, kind: Kind, name: str = "", template_key: str | None = None) -> Snapshot:
+        """A snapshot of it as it is now; it goes on. Raises as :meth:`suspend`."""
+        snapshot = await self._shielded(self._save_as(kind, name, template_key))
+        if kind is not Kind.FORK:
+            await self._suspension.seal(snapshot)
+        return snapshot
+
+    async def _save_as(self, kind: Kind, name: str, template_key: str | None) -> Snapshot:
+        if self.state not in {State.RUNNING, State.PAUSED}:
+            raise SandboxGatewayError("illegal_transition", f"a sandbox that is {self.state} cannot be saved")
+        self._suspension.check()
+        attachment, handle, running = self._attachment, self._made(), self.state is State.RUNNING
+        if attachment is not None:
+            attachment.freeze()
+        try:
+            if running:
+                await self._suspension.freeze(handle)
+            received = self.seat.cursors.read() if attachment is None else attachment.link.received()
+            return await self._suspension.save(
+                handle, self.record, self.launch, received, kind, name=name, template_key=template_key
+            )
+        finally:
+            if running:
+                await self._suspension.thaw(handle)
+                if attachment is not None:
+                    attachment.thaw()
+
+    def _wake(self) -> None:
+        """A client wants something that needs the kernel."""
+        if self._waking is None or self._waking.done():
+            self._waking = asyncio.create_task(self._try_to_wake())
+
+    async def _try_to_wake(self) -> None:
+        try:
+            await self.resume()
+        except Exception as error:
+            log.warning("sandbox %s could not be woken: %s", self.id, error)
+            if self.state in {State.PAUSED, State.SUSPENDED}:
+                self.seat.channels.asleep_again(str(error))
+
+    # The kernel inside
 
     async def reboot(self, kernel: KernelSpec) -> None:
         """Restart in place (DESIGN, Restart): end every process of the kernel's uid, keep the files, boot again."""
-        async with self._serial:
-            await self._move(State.RESTARTING)
-            self.channels.disconnect()
-            await self.link.call("restart_kernel", timeout=30.0, **self._kernel_parameters(kernel))
-            self._boots += 1
-            self.kernel_exit = None
-            self._kernel_gone.clear()
-            self.channels.connect(self.link)
-            await self._move(State.RUNNING)
+        await self._shielded(self._reboot(kernel))
+
+    async def _reboot(self, kernel: KernelSpec) -> None:
+        await self._resume()
+        await self._move(State.RESTARTING)
+        self.seat.channels.disconnect()
+        await self.link.call("restart_kernel", timeout=30.0, **self._kernel_parameters(kernel))
+        self._boots += 1
+        self.kernel_exit = None
+        self._kernel_gone.clear()
+        self.launch = replace(self.launch, kernel=kernel)
+        await asyncio.to_thread(self._store.put_launch, self.id, self.launch)
+        self.seat.channels.connect(self.link)
+        await self._move(State.RUNNING)
 
     def _kernel_parameters(self, kernel: KernelSpec) -> dict[str, Any]:
         return {
             "argv": list(kernel.argv),
             "env": dict(kernel.environment),
             "cwd": kernel.cwd,
-            "uid": self._who.uid,
-            "gid": self._who.gid,
+            "uid": self.launch.uid,
+            "gid": self.launch.gid,
             "interrupt_mode": kernel.interrupt_mode,
-            "key": self._key.decode("ascii"),
+            "key": self.launch.key.decode("ascii"),
             "rlimits": {},
             # The agent takes its own way for ipykernel's output; it knows that command and leaves others alone.
             "fast_iopub": True,
         }
 
     async def signal(self, number: int) -> None:
-        """Send a signal to the kernel's process group; a kernel that is gone takes none."""
-        if self.kernel_exit is None and self.death is None:
+        """Send a signal to the kernel's process group, waking it first; one that is gone, or cannot be woken, takes
+        none."""
+        if self.kernel_exit is None and self.death is None and await self._woken():
             await self.link.call("signal", signum=number)
+
+    async def _woken(self) -> bool:
+        try:
+            await self.resume()
+        except SandboxGatewayError as error:
+            log.warning("sandbox %s could not be woken: %s", self.id, error)
+        return self.state in _AWAKE
 
     def expect_exit(self) -> None:
         """The kernel was asked to shut down: its end is no news. Thread-safe: it only sets a mark."""
         self._asked_to_exit = self._boots
 
     async def interrupt(self) -> None:
-        """Interrupt what runs, in the kernelspec's own way."""
+        """Interrupt what runs, in the kernelspec's own way, waking it first."""
+        await self.resume()
         await self.link.call("interrupt")
 
     async def stop_kernel(self, grace: float) -> None:
-        """SIGTERM, ``grace`` seconds, SIGKILL; the sandbox stays."""
-        if self.kernel_exit is None and self.death is None:
+        """SIGTERM, ``grace`` seconds, SIGKILL; the sandbox stays. A suspended kernel is not woken for its end."""
+        if self.kernel_exit is not None or self.death is not None:
+            return
+        if self.state is State.SUSPENDED:
+            self._kernel_ended(KernelExit(None, signal.SIGKILL, "", expected=True), self._boots)
+        elif await self._woken():
             await self.link.call("stop_kernel", timeout=grace + 30.0, grace=grace)
 
     def poll(self) -> int | None:
-        """None while the kernel lives, else its return code (negative: a signal)."""
+        """None while the kernel lives (paused and suspended are alive), else its return code (negative: a signal)."""
         if self.kernel_exit is not None:
             return self.kernel_exit.returncode
         if self.death is not None:
@@ -243,22 +489,19 @@ class LiveSandbox:
 
     async def log(self) -> bytes:
         """What the kernel wrote to its raw stdout and stderr, up to the agent's bound."""
-        stream = await self.link.open_stream("log", {"follow": False})
-        try:
-            text = bytearray()
-            while len(text) < LOG_LIMIT and (chunk := await stream.read()):
-                text += chunk
-            return bytes(text[:LOG_LIMIT])
-        finally:
-            await stream.close()
+        if self.state in {State.PAUSED, State.SUSPENDED}:
+            return await asyncio.to_thread(_read_log, self._log_file)
+        return await _raw_output(self.link)
 
     # The end
 
-    async def _keep_log(self) -> None:
+    async def _keep_log(self, attachment: Attachment | None) -> None:
         """Keep the kernel's raw output for `jupyter sandbox logs`: a short try, never a reason to fail."""
+        if attachment is None:
+            return
         with contextlib.suppress(Exception):
             async with asyncio.timeout(_LOG_PATIENCE):
-                text = await self.log()
+                text = await _raw_output(attachment.link)
             if text:
                 await asyncio.to_thread(_write_private, self._log_file, text)
 
@@ -267,61 +510,66 @@ class LiveSandbox:
 
         Goes on to its end when the caller is cancelled: nobody else would finish what is half removed.
         """
-        await self._end(death, State.TERMINATED)
-
-    async def _end(self, death: Death, final: State) -> None:
         if self._removal is None:
             if self._ending:
                 return
             self._ending = True
-            self._removal = asyncio.create_task(self._finish(death, final))
+            self._removal = asyncio.create_task(self._finish(death, State.TERMINATED))
+            if self._making is not None:
+                self._making.cancel()
         await asyncio.shield(self._removal)
 
     async def detach(self) -> None:
-        """Leave the sandbox running for its next owner (``on_owner_exit`` is not ``terminate``)."""
-        async with self._serial:
-            if self._ending:
-                return
-            self._ending = True
-            self.channels.disconnect()
-            for task in self._tasks:
-                task.cancel()
-            await self.link.close(detach=True)
-            await self._save(owner_pid=None)
+        """Leave the sandbox as it is for its next owner."""
+        if self._ending:
+            return
+        self._ending = True
+        await self._shielded(self._detach())
+
+    async def _detach(self) -> None:
+        await self._sealed()
+        self._progress.stop()
+        self.seat.channels.disconnect()
+        attachment, self._attachment = self._attachment, None
+        if attachment is not None:
+            remains = await attachment.close(silence=self.state is State.RUNNING)
+            await self.seat.channels.settle(SETTLE)
+            if self.seat.channels.settled:
+                self.seat.cursors.write(remains.received)
+        await self._save(owner_pid=None)
 
     async def _finish(self, death: Death, final: State) -> None:
         async with self._serial:
-            if final is State.TERMINATED and self._link is not None:
-                await self._keep_log()
+            if final is State.TERMINATED and self.state is State.RUNNING:
+                await self._keep_log(self._attachment)
             self.death = self.death or death
             # Live until all of it is gone: whoever comes after a crash of ours still finds something to remove.
             with contextlib.suppress(SandboxGatewayError):
                 await self._move(State.TERMINATING, death=self.death)
-            self.channels.disconnect()
-            for task in self._tasks:
-                task.cancel()
-            link, self._link = self._link, None
-            if link is not None:
-                with contextlib.suppress(Exception):
-                    await link.close(detach=False)
+            self.seat.channels.disconnect()
+            self._progress.stop()
+            attachment, self._attachment = self._attachment, None
+            if attachment is not None:
+                await attachment.close()
             try:
                 if self._handle is not None:
                     await self._runtime.destroy(self._handle)
+                await self._sealed()
+                if self.record.snapshot is not None:
+                    await self._suspension.remove(self.record.snapshot)
                 with contextlib.suppress(SandboxGatewayError):
-                    await self._move(final, owner_pid=None)
+                    await self._move(final, owner_pid=None, snapshot=None)
             finally:
                 self._kernel_gone.set()
                 self.ended.set()
                 self._on_end(self)
 
-    async def _watch(self, death: asyncio.Future[Death]) -> None:
-        self._died(self._explained(await death))
-
     def _died(self, death: Death) -> None:
         if self._ending:
             return
+        death = self._explained(death)
         log.warning("sandbox %s died: %s", self.id, death.describe())
-        self.channels.kernel_died(f"\n[sandbox] The kernel died: {death.describe()}\n")
+        self.seat.channels.kernel_died(f"\n[sandbox] The kernel died: {death.describe()}\n")
         self._ending = True
         self._removal = asyncio.create_task(self._finish(death, State.FAILED))
         self._removal.add_done_callback(self._removed)
@@ -331,32 +579,24 @@ class LiveSandbox:
             log.error("sandbox %s could not be removed; the next start tries again: %s", self.id, removal.exception())
 
     def _explained(self, death: Death) -> Death:
-        if death.kind is DeathKind.OUT_OF_MEMORY and not death.detail and self.spec.limits.memory:
-            size = self.spec.limits.memory / 2**20
+        if death.kind is DeathKind.OUT_OF_MEMORY and not death.detail and self.launch.spec.limits.memory:
+            size = self.launch.spec.limits.memory / 2**20
             return replace(death, detail=f"out of memory at {size:.0f} MiB; its files are lost")
         return death
 
-    async def _heartbeat(self) -> None:
-        last = time.monotonic()
-        while True:
-            await asyncio.sleep(HEARTBEAT)
-            try:
-                await self.link.ping(HEARTBEAT)
-                last = time.monotonic()
-            except (TimeoutError, SandboxGatewayError):
-                if time.monotonic() - last > SILENCE:
-                    self._lost(TimeoutError(f"no sign of life for {SILENCE:.0f} seconds"))
-                    return
+    # What comes from inside
 
-    def _lost(self, error: Exception) -> None:
-        """The link is beyond repair: a sandbox that does not speak is ended."""
-        log.error("sandbox %s: link lost: %s", self.id, error)
-        self._died(Death(DeathKind.AGENT_DIED, f"the sandbox stopped speaking: {error}"))
+    def _message(self, channel: int, parts: Sequence[Buffer]) -> None:
+        self.seat.channels.received(channel, parts)
+        self._progress.moved()
+
+    def _numbers(self) -> Mapping[int, int] | None:
+        return None if self._attachment is None else self._attachment.link.received()
 
     def _event(self, event: Mapping[str, Any]) -> None:
         if event.get("event") != "kernel_exit":
             return
-        gone = _kernel_exit(event)
+        gone = KernelExit.from_event(event)
         if gone is None:
             log.debug("sandbox %s: a malformed kernel_exit event was dropped", self.id)
             return
@@ -376,9 +616,29 @@ class LiveSandbox:
             # Indented, so that no line of it can pass for one of ours.
             tail = "".join(f"\n    {line}" for line in gone.stderr_tail.strip().splitlines())
             log.warning("sandbox %s: %s%s", self.id, gone.describe(), tail)
-            self.channels.notice(f"\n[sandbox] {gone.describe()}{tail}\n")
+            self.seat.channels.notice(f"\n[sandbox] {gone.describe()}{tail}\n")
 
-    # The record
+    # Order and record
+
+    async def _serially(self, work: Coroutine[Any, Any, T]) -> T:
+        try:
+            async with self._serial:
+                return await work
+        finally:
+            work.close()
+
+    async def _shielded(self, work: Coroutine[Any, Any, T]) -> T:
+        """One after the other, and to its end whatever becomes of the caller."""
+        if self._ending and self._removal is not None:
+            work.close()
+            raise SandboxGatewayError("illegal_transition", f"sandbox {self.id} is {self.state}")
+        task = asyncio.create_task(self._serially(work))
+        self._work.add(task)
+        task.add_done_callback(self._work.discard)
+        return await asyncio.shield(task)
+
+    def _check_transition(self, state: State) -> None:
+        self.record.moved(state, 0.0)
 
     async def _move(self, state: State, **changes: Any) -> None:
         if state is not self.record.state:
@@ -390,26 +650,29 @@ class LiveSandbox:
         await asyncio.to_thread(self._store.put, self.record)
 
 
+async def _raw_output(link: Link) -> bytes:
+    stream = await link.open_stream("log", {"follow": False})
+    try:
+        text = bytearray()
+        while len(text) < LOG_LIMIT and (chunk := await stream.read()):
+            text += chunk
+        return bytes(text[:LOG_LIMIT])
+    finally:
+        await stream.close()
+
+
+def _read_log(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(LOG_LIMIT)
+    except OSError:
+        return b""
+
+
 def _write_private(path: Path, content: bytes) -> None:
     path.parent.mkdir(mode=0o700, exist_ok=True)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as file:
         file.write(content)
-
-
-def _kernel_exit(event: Mapping[str, Any]) -> KernelExit | None:
-    code, number, tail = event.get("code"), event.get("signal"), event.get("stderr_tail", "")
-    if any(value is not None and (type(value) is not int or value not in _EXIT_NUMBERS) for value in (code, number)):
-        return None
-    if not isinstance(tail, str):
-        return None
-    reason = event.get("reason", "")
-    reason = reason[:500] if isinstance(reason, str) else ""
-    return KernelExit(code, number, _printable(tail[-4000:]), bool(event.get("expected")), reason)
-
-
-def _printable(text: str) -> str:
-    """``text`` without control characters but newline and tab: it goes to terminals, logs and notebooks."""
-    return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def _handle_json(handle: Handle) -> dict[str, Any]:
@@ -420,3 +683,11 @@ def _handle_json(handle: Handle) -> dict[str, Any]:
         "step": handle.step,
         "data": dict(handle.data),
     }
+
+
+def handle_of(record: SandboxRecord) -> Handle | None:
+    """What the runtime needs to find a recorded sandbox again; None when nothing of it was made."""
+    if not record.handle:
+        return None
+    data = dict(record.handle)
+    return Handle(data["id"], data["runtime"], Path(data["directory"]), data.get("step", ""), data.get("data", {}))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sandbox_gateway.errors import SandboxGatewayError
-from sandbox_gateway.model import Image, KernelSpec, Limits, Mount, SandboxSpec, WorkspaceMode
+from sandbox_gateway.model import Image, KernelSpec, Launch, Limits, Mount, SandboxSpec, WorkspaceMode
 from sandbox_gateway.profiles import HOME, WORKSPACE, Profile
 
 DEFAULT_UID = 1000
@@ -131,6 +131,17 @@ def kernel(request: CreateRequest, image: Image) -> KernelSpec:
         argv[0] = image.interpreter
     cwd = WORKSPACE if _workspace(request) is not None else HOME
     return replace(request.kernel, argv=tuple(argv), environment=environment, cwd=cwd)
+
+
+def clone(launch: Launch, sandbox_id: str, key: bytes) -> Launch:
+    """``launch`` for another sandbox made from the same memory: its id and key are its own."""
+    environment = {**launch.kernel.environment, "SANDBOX_ID": sandbox_id}
+    return replace(
+        launch,
+        spec=replace(launch.spec, id=checked_id(sandbox_id)),
+        kernel=replace(launch.kernel, environment=environment),
+        key=key,
+    )
 
 
 def missing_file_hint(request: CreateRequest) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from sandbox_gateway.channels import KernelChannels
 from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.lifecycle import Lifecycle
 from sandbox_gateway.live import LiveSandbox
@@ -18,6 +17,7 @@ from sandbox_gateway.model import Death, DeathKind, Image, KernelSpec, State
 from sandbox_gateway.profiles import Profile
 from sandbox_gateway.request import CreateRequest
 from sandbox_gateway.runtimes.base import Handle
+from sandbox_gateway.seat import Seat
 from sandbox_gateway.testing.fake import FakeRuntime
 
 ID = "a-kernel"
@@ -58,7 +58,7 @@ async def started(lifecycle: Lifecycle) -> LiveSandbox:
     lock = await lifecycle.claim(ID)
     kernel = KernelSpec(argv=("sleep", "1000"), cwd="/")
     wanted = CreateRequest(ID, Profile("p", runtime="fake", argv=kernel.argv), kernel, b"key", Path("/tmp"))
-    return await lifecycle.create(wanted, lock, KernelChannels(b"key"))
+    return await lifecycle.create(wanted, Seat(lock, b"key"))
 
 
 async def test_a_caller_who_gives_up_does_not_stop_a_removal(slow: tuple[Lifecycle, SlowToRemove]) -> None:
@@ -80,7 +80,7 @@ async def test_a_sandbox_that_died_counts_as_live_until_all_of_it_is_gone(slow: 
     """Whoever comes after a crash in between then still finds that there is something to remove."""
     lifecycle, runtime = slow
     sandbox = await started(lifecycle)
-    sandbox._lost(TimeoutError("silence"))
+    sandbox._died(Death(DeathKind.AGENT_DIED, "silence"))
     await runtime.begun.wait()
     assert lifecycle.store.get(ID).state is State.TERMINATING
     runtime.go.set()

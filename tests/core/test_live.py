@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,6 @@ from sandbox_gateway.channels import KernelChannels
 from sandbox_gateway.live import LOG_LIMIT, LiveSandbox
 from sandbox_gateway.messages import Buffer
 from sandbox_gateway.model import SandboxRecord, State
-from sandbox_gateway.request import Identity
 
 EXIT = {"event": "kernel_exit", "code": 3, "signal": None, "stderr_tail": "last words", "expected": False}
 
@@ -20,15 +20,14 @@ EXIT = {"event": "kernel_exit", "code": 3, "signal": None, "stderr_tail": "last 
 def live(channels: KernelChannels) -> LiveSandbox:
     record = SandboxRecord("id", State.RUNNING, "p", "fake", 0.0, 0.0, "boot")
     nothing: Any = None
+    seat: Any = SimpleNamespace(channels=channels, cursors=None)
     return LiveSandbox(
-        nothing,
         record,
-        Identity(1000, 1000, 64999),
+        nothing,
+        seat,
         runtime=nothing,
         store=nothing,
-        lock=nothing,
-        channels=channels,
-        key=b"key",
+        suspension=nothing,
         on_end=print,
         log_file=Path("/nowhere"),
     )
@@ -78,5 +77,5 @@ async def test_a_log_without_end_is_cut() -> None:
             return Endless()
 
     sandbox = live(KernelChannels(b"key"))
-    sandbox._link = Link()  # type: ignore[assignment]
+    sandbox._attachment = SimpleNamespace(link=Link())  # type: ignore[assignment]
     assert len(await sandbox.log()) == LOG_LIMIT

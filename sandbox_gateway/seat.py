@@ -1,0 +1,50 @@
+"""A kernel's place in the process that owns it: the lock, the channels, the endpoints for jupyter_client.
+
+It outlives the sandboxes that come and go under the kernel's id.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sandbox_gateway.channels import KernelChannels
+from sandbox_gateway.cursors import CursorFile
+from sandbox_gateway.owner import OwnerLock
+from sandbox_gateway.zmq_bridge import ZmqBridge
+
+
+class Seat:
+    """Made with a lock that is held; :meth:`release` gives everything back."""
+
+    def __init__(self, lock: OwnerLock, key: bytes, *, missing_file_hint: str = "") -> None:
+        self.lock = lock
+        self.key = key
+        self.channels = KernelChannels(key, missing_file_hint=missing_file_hint)
+        self.cursors = CursorFile(lock.directory)
+        self._bridge: ZmqBridge | None = None
+
+    @property
+    def directory(self) -> Path:
+        """The sandbox's runtime directory."""
+        return self.lock.directory
+
+    def bridge(self) -> ZmqBridge:
+        """The endpoints, opened on demand, and again where somebody removed their files.
+
+        Raises ``data_directory`` when they cannot be made.
+        """
+        if self._bridge is None:
+            bridge = ZmqBridge(self.directory, self.key, self.channels.request)
+            bridge.follow(self.channels)
+            self._bridge = bridge
+        else:
+            self._bridge.publish_endpoints()
+        return self._bridge
+
+    def release(self, *, remove: bool = True) -> None:
+        """Close the endpoints and give the id up; with ``remove`` the directory goes too, if nothing else is in it."""
+        bridge, self._bridge = self._bridge, None
+        if bridge is not None:
+            bridge.close()
+        self.cursors.close(remove=remove)
+        self.lock.release(remove=remove)
