@@ -51,16 +51,19 @@ class Subscription:
         self.settled = settled
         self.identity = identity
         self._channels = channels
+        self._closed = False
 
     def listen(self, deliver: Deliver | None = None) -> None:
         """A listener has come behind this subscriber: hand it what was kept for one, before anything newer.
 
         ``deliver`` is the listener's own way, where the subscriber has several; it is not used after the return.
         """
-        self._channels._catch_up(deliver or self.deliver)
+        if not self._closed:
+            self._channels._catch_up(deliver or self.deliver)
 
     def close(self) -> None:
         """Nothing is delivered any more."""
+        self._closed = True
         self._channels._unsubscribe(self)
 
 
@@ -160,7 +163,7 @@ class KernelChannels:
 
     def retain(self) -> None:
         """Keep the kernel's output for the first listener, if there is none now (:mod:`sandbox_gateway.retention`)."""
-        if self._retention is None and not any(known.listening() for known in self._subscriptions):
+        if not self._held and not any(known.listening() for known in self._subscriptions):
             self._retention = Retention(self._key)
             self._held = True
 

@@ -24,6 +24,9 @@ MAX_WAITING: Final = 1000
 """Messages that wait for a kernel at most."""
 MAX_WAITING_BYTES: Final = 64 << 20
 """Bytes that wait for a kernel at most; one larger message still waits, alone."""
+PATIENT: Final = 0.25
+"""Share of both that messages which do not wake may take up: pages that are loaded again and again leave their
+questions behind, and must not keep a person's request out."""
 
 
 class Sender(Protocol):
@@ -46,6 +49,7 @@ class Gate:
         self._called = False
         self._waiting: deque[tuple[int, Sequence[Buffer]]] = deque()
         self._size = 0
+        self._patient = 0
 
     @property
     def asleep(self) -> bool:
@@ -65,6 +69,7 @@ class Gate:
             sender.send(*self._waiting[0])
             _, parts = self._waiting.popleft()
             self._size -= sum(map(len, parts))
+        self._patient = 0
         self._sender = sender
 
     def disconnect(self) -> None:
@@ -85,7 +90,7 @@ class Gate:
         widget's message) goes on waiting; the next message that wakes tries again."""
         self._called = False
         waiting, self._waiting = self._waiting, deque()
-        self._size = 0
+        self._size = self._patient = 0
         for channel, parts in waiting:
             request = messages.read_request(self._key, parts)
             if request is None or request.reply_type is None:
@@ -119,7 +124,7 @@ class Gate:
             self._out(host_replies.answer(self._key, channel, request, info, running=self._cache.running))
         elif effect is Effect.UNAVAILABLE:
             self._out(host_replies.unavailable(self._key, channel, request, running=self._cache.running))
-        elif not self._keep(channel, parts):
+        elif not self._keep(channel, parts, patient=effect is Effect.WAIT):
             self._fail(channel, request, ASLEEP, "too many requests wait for the kernel")
         elif effect is Effect.WAKE and not self._called:
             self._call()
@@ -141,12 +146,15 @@ class Gate:
             log.exception("a kernel could not be woken")
             self.asleep_again(str(error))
 
-    def _keep(self, channel: int, parts: Sequence[Buffer]) -> bool:
+    def _keep(self, channel: int, parts: Sequence[Buffer], *, patient: bool = False) -> bool:
         size = sum(map(len, parts))
-        if len(self._waiting) >= MAX_WAITING or (self._waiting and self._size + size > MAX_WAITING_BYTES):
+        share = PATIENT if patient else 1.0
+        count = self._patient if patient else len(self._waiting)
+        if count >= MAX_WAITING * share or (self._waiting and self._size + size > MAX_WAITING_BYTES * share):
             return False
         self._waiting.append((channel, parts))
         self._size += size
+        self._patient += patient
         return True
 
     def _refuse(self, channel: int, parts: Sequence[Buffer], ename: str, reason: str) -> None:

@@ -54,25 +54,22 @@ def failure(
     """That the kernel cannot take the request. A message that has no reply gets a line on stderr instead."""
     if request.reply_type is None:
         text = f"[sandbox] {ename}: {reason}\n"
-        return [(int(Channel.IOPUB), messages.stderr_notice(key, text, parent=request.header))]
+        # An input belongs to the cell that asked for it.
+        parent = running if running is not None and channel == Channel.STDIN else request.header
+        return [(int(Channel.IOPUB), messages.stderr_notice(key, text, parent=parent))]
     error = _error(ename, reason)
-    if request.msg_type != "execute_request":
-        return answer(
-            key, channel, request, _dumps({**error, **_EMPTY_REPLIES.get(request.msg_type, {})}), running=running
-        )
-    outgoing = answer(
-        key,
-        channel,
-        request,
-        _dumps({**error, "execution_count": 0, "user_expressions": {}, "payload": []}),
-        running=running,
-    )
-    # Notebooks show what is published, not what is replied.
-    outgoing.insert(1, (int(Channel.IOPUB), messages.build(key, "error", error, topic=b"error", parent=request.header)))
+    content = _dumps({**error, **_EXPECTED.get(request.msg_type, {})})
+    outgoing = answer(key, channel, request, content, running=running)
+    if request.msg_type == "execute_request":
+        # Notebooks show what is published, not what is replied.
+        published = messages.build(key, "error", error, topic=b"error", parent=request.header)
+        outgoing.insert(1, (int(Channel.IOPUB), published))
     return outgoing
 
 
-_EMPTY_REPLIES: Mapping[str, Mapping[str, Any]] = {
+_EXPECTED: Mapping[str, Mapping[str, Any]] = {
+    "execute_request": {"execution_count": 0, "user_expressions": {}, "payload": []},
+    "is_complete_request": {"status": "unknown", "indent": ""},
     "complete_request": {"matches": [], "cursor_start": 0, "cursor_end": 0, "metadata": {}},
     "inspect_request": {"found": False, "data": {}, "metadata": {}},
     "history_request": {"history": []},

@@ -40,7 +40,11 @@ class KernelCache:
         if at is None or len(parts[at + 2]) > _MAX_PARENT or b'"kernel_info_reply"' not in bytes(parts[at + 2]):
             return
         content = bytes(parts[at + 5][: MAX_INFO + 1])
-        if content != self._info and (found := _object(content, MAX_INFO)) is not None and found.get("status") == "ok":
+        if content == self._info:
+            return
+        found = _object(content, MAX_INFO)
+        # Kernels of protocol 5.0 send no status here.
+        if found is not None and found.get("status", "ok") == "ok":
             self._info = content
 
     def saw_status(self, parent: Buffer, content: Buffer) -> None:
