@@ -14,6 +14,8 @@ What decides the shape:
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,6 +81,27 @@ def config(
         "annotations": _annotations(spec, root),
         "linux": linux,
     }
+
+
+def shape(config: Mapping[str, Any]) -> dict[str, str]:
+    """What must be the same in the configuration of a saved sandbox and in the one that its image is restored with, as
+    a digest for each part (gVisor's ``specutils/restore.go``, which refuses other ones at length).
+
+    Free are: id, hostname, environment, sources of mounts, control group and what it limits.
+    """
+    process = config["process"]
+    parts = {
+        "mounts": sorted([m["destination"], m["type"], sorted(m["options"])] for m in config["mounts"]),
+        "root": [config["root"]["readonly"], {k: v for k, v in config["annotations"].items() if not _is_source(k)}],
+        "command": [process["args"], process["cwd"]],
+        "users": [process["user"], process["capabilities"]],
+        "process limits": sorted([limit["type"], limit["soft"], limit["hard"]] for limit in process["rlimits"]),
+    }
+    return {name: hashlib.sha256(json.dumps(part).encode()).hexdigest()[:16] for name, part in parts.items()}
+
+
+def _is_source(annotation: str) -> bool:
+    return annotation.startswith("dev.gvisor.spec.mount.") and annotation.endswith(".source")
 
 
 def _process(spec: SandboxSpec, argv: tuple[str, ...]) -> dict[str, Any]:

@@ -112,6 +112,10 @@ class FakeRuntime:
     async def loaded(self, handle: Handle) -> None:
         """At once: nothing is read."""
 
+    def shape(self, spec: SandboxSpec) -> Mapping[str, str]:
+        """The id, under which alone a sandbox is restored."""
+        return {"id": spec.id}
+
     async def requirements(self, handle: Handle | None = None) -> Mapping[str, str]:
         """The boot of the machine, which the parked processes do not outlive."""
         return {"boot": boot_id()}
