@@ -34,7 +34,8 @@ from sandbox_gateway.keeper import (
     start,
     take_over,
 )
-from sandbox_gateway.keeper.process import SOCKET, Keeper
+from sandbox_gateway.keeper.process import Keeper
+from sandbox_gateway.keeper.start import keeper_socket
 from sandbox_gateway.model import OnOwnerExit
 from sandbox_gateway.owner import OwnerLock, OwnerServer, ask, holder, report_progress
 
@@ -115,7 +116,7 @@ class Lifecycle:
 async def keeping(paths: Paths) -> AsyncIterator[tuple[Lifecycle, asyncio.Task[None]]]:
     """A keeper of this process, with a lifecycle that only plays."""
     directory = keeper_directory(paths)
-    lock = OwnerLock(directory, server=directory / SOCKET)
+    lock = OwnerLock(directory, server=keeper_socket(paths))
     lock.acquire()
     lifecycle = Lifecycle(paths)
 
@@ -306,14 +307,14 @@ async def test_it_ends_when_it_has_owned_nothing_for_a_moment(paths: Paths, monk
 async def test_garbage_on_its_socket_is_refused_and_changes_nothing(paths: Paths) -> None:
     async with keeping(paths) as (_, running):
         for garbage in (b"\n", b"\x00" * 4096 + b"\n", b"[" * 100_000 + b"\n", b'{"op": 1}\n', b'{"op":"x","id":""}\n'):
-            reader, writer = await asyncio.open_unix_connection(keeper_directory(paths) / SOCKET)
+            reader, writer = await asyncio.open_unix_connection(keeper_socket(paths))
             writer.write(garbage)
             answer = json.loads(await reader.readline())
             assert answer["error"]["code"] == "invalid_request"
             writer.close()
             await writer.wait_closed()
         for _ in range(20):
-            reader, writer = await asyncio.open_unix_connection(keeper_directory(paths) / SOCKET)
+            reader, writer = await asyncio.open_unix_connection(keeper_socket(paths))
             writer.write(os.urandom(2 << 20))
             writer.close()
             with contextlib.suppress(OSError):
