@@ -28,7 +28,7 @@ class Activity:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._used = clock()
-        self._requests: set[str] = set()
+        self._requests: dict[str, float] = {}
         self._asking: str | None = None
 
     def began(self) -> None:
@@ -57,19 +57,20 @@ class Activity:
         """The kernel has published what it is doing."""
         request, state = _parent(parts)
         if state == "busy" and request and len(self._requests) < _MOST:
-            self._requests.add(request)
+            self._requests.setdefault(request, self._clock())
         elif state == "idle" and request in self._requests:
-            self._requests.discard(request)
+            del self._requests[request]
             self.used()
             if self._asking == request:
                 self._asking = None
 
     def facts(self) -> dict[str, Any]:
-        """``busy``; ``input``: it waits for a person; ``since_use``: seconds since the last waking message or the
-        end of what that had begun."""
+        """``busy``, and ``busy_for``: seconds that the oldest request has been running; ``input``: it waits for a
+        person; ``since_use``: seconds since the last waking message or the end of what that had begun."""
         busy = bool(self._requests)
         return {
             "busy": busy,
+            "busy_for": max(self._clock() - min(self._requests.values()), 0.0) if busy else None,
             "input": busy and self._asking is not None,
             "since_use": 0.0 if busy else max(self._clock() - self._used, 0.0),
         }

@@ -158,6 +158,7 @@ def usage() -> dict[str, Any]:
         fields = stat[stat.rfind(b")") + 2 :].split()
         if len(fields) > 21:
             count += 1
-            ticks += int(fields[11]) + int(fields[12])
+            # With what its children used that have ended: else a loop of short programs would look idle.
+            ticks += sum(int(field) for field in fields[11:15])
             resident += int(fields[21]) * _PAGE
     return {"processes": count, "resident": resident, "cpu_seconds": ticks / _TICKS}
