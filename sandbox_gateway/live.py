@@ -25,7 +25,7 @@ from sandbox_gateway.host.machine import boot_id
 from sandbox_gateway.kernel_exit import KernelExit
 from sandbox_gateway.link.host import Link
 from sandbox_gateway.messages import Buffer
-from sandbox_gateway.model import Death, DeathKind, KernelSpec, Launch, SandboxRecord, State
+from sandbox_gateway.model import Death, DeathKind, KernelSpec, Launch, OnOwnerExit, SandboxRecord, State
 from sandbox_gateway.runtimes.base import Handle, Runtime, Stats
 from sandbox_gateway.seat import Seat
 from sandbox_gateway.snapshots import Kind, Snapshot
@@ -84,6 +84,7 @@ class LiveSandbox:
         self._waking: asyncio.Task[None] | None = None
         self._work: set[asyncio.Task[Any]] = set()
         self._boots = 0
+        self._policy_told = False
         self._asked_to_exit: int | None = None
         self._progress = Progress(seat.cursors, lambda: seat.channels.settled, self._numbers)
         self._saved: Saved | None = None
@@ -202,7 +203,7 @@ class LiveSandbox:
         self._attachment = attachment
         if not hold:
             attachment.release()
-        await self.link.call("policy", on_owner_exit=str(self.record.on_owner_exit), grace=self.record.grace)
+        await self._tell_policy()
 
     def _begin(self) -> None:
         """Everything is in order: clients may see and be seen."""
@@ -342,6 +343,9 @@ class LiveSandbox:
                 await self._attach(self.record.epoch, Remains(self.seat.cursors.read(), None))
             self._go_on()
             await self._move(State.RUNNING)
+            if not self._policy_told:
+                # It was changed while the agent could not hear of it.
+                await self._tell_policy()
             return
         self._check_transition(State.RESUMING)
         try:
@@ -468,6 +472,23 @@ class LiveSandbox:
             self._kernel_ended(KernelExit(None, signal.SIGKILL, "", expected=True), self._boots)
         elif await self._woken():
             await self.link.call("stop_kernel", timeout=grace + 30.0, grace=grace)
+
+    async def amend(self, *, name: str | None = None, on_owner_exit: OnOwnerExit | None = None) -> None:
+        """Change its label for people, or what becomes of it when its owner is gone."""
+        await self._shielded(self._amend(name, on_owner_exit))
+
+    async def _amend(self, name: str | None, on_owner_exit: OnOwnerExit | None) -> None:
+        if name is not None:
+            await self._save(name=name)
+        if on_owner_exit is not None:
+            await self._save(on_owner_exit=on_owner_exit)
+            self._policy_told = False
+            if self.state is State.RUNNING:
+                await self._tell_policy()
+
+    async def _tell_policy(self) -> None:
+        await self.link.call("policy", on_owner_exit=str(self.record.on_owner_exit), grace=self.record.grace)
+        self._policy_told = True
 
     def poll(self) -> int | None:
         """None while the kernel lives (paused and suspended are alive), else its return code (negative: a signal)."""
