@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from sandbox_gateway.model import Death, DeathKind, SandboxRecord, State
+
 log = logging.getLogger(__name__)
 
 MAX_TEXT = 1000
@@ -87,6 +89,42 @@ class Event:
         }
 
 
+_MOVES: Mapping[tuple[State, State], EventKind] = {
+    (State.CREATING, State.RUNNING): EventKind.STARTED,
+    (State.RUNNING, State.PAUSED): EventKind.PAUSED,
+    (State.PAUSED, State.RUNNING): EventKind.RESUMED,
+    (State.SUSPENDING, State.SUSPENDED): EventKind.SUSPENDED,
+    (State.SUSPENDING, State.RUNNING): EventKind.FAILED,
+    (State.SUSPENDING, State.PAUSED): EventKind.FAILED,
+    (State.RESUMING, State.RUNNING): EventKind.RESUMED,
+    (State.RESUMING, State.SUSPENDED): EventKind.FAILED,
+    (State.RESTARTING, State.RUNNING): EventKind.RESTARTED,
+}
+_FAILURES = {State.SUSPENDING: "it could not be suspended", State.RESUMING: "it could not be resumed"}
+
+
+def of_move(before: SandboxRecord, after: SandboxRecord, reason: str = "") -> Event | None:
+    """The event that a change of state is, with the time that it took; None for one that is half of another.
+
+    ``reason`` is why it was made, or why it failed.
+    """
+    if after.state in {State.EXPIRED, State.TERMINATED, State.FAILED}:
+        death = after.death or Death(DeathKind.FAILED)
+        kind = EventKind.EXPIRED if death.kind is DeathKind.EXPIRED else EventKind.STOPPED
+        if after.state is State.FAILED:
+            kind = EventKind.DIED
+        return Event(after.id, kind, death.describe(), {"kind": str(death.kind)}, after.changed)
+    found = _MOVES.get((before.state, after.state))
+    if found is None:
+        return None
+    text, data = reason, {"seconds": round(max(0.0, after.changed - before.changed), 3)}
+    if found is EventKind.FAILED:
+        text = f"{_FAILURES[before.state]}: {reason}" if reason else _FAILURES[before.state]
+    elif found is EventKind.PAUSED or before.state is State.PAUSED:
+        data = {}  # how long it was in the state before says nothing of how long this took
+    return Event(after.id, found, text, data, after.changed)
+
+
 class Keeper(Protocol):
     """Where events are written down: :class:`sandbox_gateway.store.Store`."""
 
@@ -111,11 +149,21 @@ class EventLog:
 
     def note(self, sandbox_id: str, kind: EventKind, text: str = "", **data: Any) -> None:
         """Write down that something happened just now. Never blocks, never raises."""
+        self.add(Event(sandbox_id, kind, text, data, self._clock()))
+
+    def moved(self, before: SandboxRecord, after: SandboxRecord, reason: str = "") -> None:
+        """Note a change of state, if it is an event (:func:`of_move`). Never blocks, never raises."""
+        event = of_move(before, after, reason)
+        if event is not None:
+            self.add(event)
+
+    def add(self, event: Event) -> None:
+        """Write an event down. Never blocks, never raises."""
         if len(self._waiting) >= _MAX_WAITING:
-            log.warning("an event was not written (%s %s): %d others wait", sandbox_id, kind, _MAX_WAITING)
+            log.warning("an event was not written (%s %s): %d others wait", event.sandbox, event.kind, _MAX_WAITING)
             return
-        line = " ".join(text[: MAX_TEXT + 1].split())
-        self._waiting.append(Event(sandbox_id, kind, line[:MAX_TEXT], data, self._clock()))
+        line = " ".join(event.text[: MAX_TEXT + 1].split())
+        self._waiting.append(replace(event, text=line[:MAX_TEXT]))
         if self._writing is None:
             self._writing = asyncio.create_task(self._write())
 

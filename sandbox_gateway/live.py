@@ -25,7 +25,7 @@ from sandbox_gateway.host.machine import boot_id
 from sandbox_gateway.kernel_exit import KernelExit
 from sandbox_gateway.link.host import Link
 from sandbox_gateway.messages import Buffer
-from sandbox_gateway.model import Death, DeathKind, KernelSpec, Launch, SandboxRecord, State
+from sandbox_gateway.model import Death, DeathKind, KernelSpec, Launch, OnOwnerExit, SandboxRecord, State
 from sandbox_gateway.runtimes.base import Handle, Runtime, Stats
 from sandbox_gateway.seat import Seat
 from sandbox_gateway.snapshots import Kind, Snapshot
@@ -38,6 +38,8 @@ T = TypeVar("T")
 
 LOG_LIMIT = 16 << 20
 """Bytes of a kernel's raw output that are taken from the agent, who keeps 1 MiB, at most."""
+SETTLE = 1.0
+"""Seconds that clients are given to take what is theirs before an owner goes; what is left comes again."""
 PREPARATION = 600.0
 """Seconds that a kernel may take until it has imported everything that its template is to hold."""
 STILLNESS = 0.2
@@ -97,6 +99,7 @@ class LiveSandbox:
         self._waking: asyncio.Task[None] | None = None
         self._work: set[asyncio.Task[Any]] = set()
         self._boots = 0
+        self._policy_told = False
         self._asked_to_exit: int | None = None
         self._progress = Progress(seat.cursors, lambda: seat.channels.settled, self._numbers)
         self._saved: Saved | None = None
@@ -227,6 +230,7 @@ class LiveSandbox:
     async def _adopt(self) -> None:
         channels = self.seat.channels
         channels.retain()
+        channels.recall(self.launch.facts)
         if self.state in {State.PAUSED, State.SUSPENDED}:
             channels.sleep(self._wake)
             await self._save(owner_pid=os.getpid())
@@ -260,7 +264,7 @@ class LiveSandbox:
         self._attachment = attachment
         if not hold:
             attachment.release()
-        await self.link.call("policy", on_owner_exit=str(self.record.on_owner_exit), grace=self.record.grace)
+        await self._tell_policy()
 
     def _begin(self) -> None:
         """Everything is in order: clients may see and be seen."""
@@ -318,6 +322,7 @@ class LiveSandbox:
         except BaseException:
             self._go_on()
             raise
+        await self._keep_facts()
         await self._move(State.PAUSED)
 
     def _go_on(self) -> None:
@@ -357,6 +362,7 @@ class LiveSandbox:
             await self._stay(before, remains)
             raise
         self._saved = Saved(snapshot, remains)
+        await self._keep_facts()
         await self._move(State.SUSPENDED, snapshot=snapshot.id)
         # From here on the snapshot counts; what cannot be removed now is swept later.
         self._handle = None
@@ -364,6 +370,11 @@ class LiveSandbox:
         await self._save(step="", handle={})
         self._sealing = asyncio.create_task(self._suspension.seal(snapshot))
         log.info("sandbox %s was suspended%s", self.id, f": {reason}" if reason else "")
+
+    async def _keep_facts(self) -> None:
+        """What the next owner needs to answer for the sleeping kernel."""
+        self.launch = replace(self.launch, facts=self.seat.channels.facts())
+        await asyncio.to_thread(self._store.put_launch, self.id, self.launch)
 
     async def _stay(self, before: State, remains: Remains) -> None:
         """A suspend failed: go on as ``before``. What is beyond that has died."""
@@ -393,6 +404,9 @@ class LiveSandbox:
                 await self._attach(self.record.epoch, Remains(self.seat.cursors.read(), None))
             self._go_on()
             await self._move(State.RUNNING)
+            if not self._policy_told:
+                # It was changed while the agent could not hear of it.
+                await self._tell_policy()
             return
         self._check_transition(State.RESUMING)
         try:
@@ -520,6 +534,23 @@ class LiveSandbox:
         elif await self._woken():
             await self.link.call("stop_kernel", timeout=grace + 30.0, grace=grace)
 
+    async def amend(self, *, name: str | None = None, on_owner_exit: OnOwnerExit | None = None) -> None:
+        """Change its label for people, or what becomes of it when its owner is gone."""
+        await self._shielded(self._amend(name, on_owner_exit))
+
+    async def _amend(self, name: str | None, on_owner_exit: OnOwnerExit | None) -> None:
+        if name is not None:
+            await self._save(name=name)
+        if on_owner_exit is not None:
+            await self._save(on_owner_exit=on_owner_exit)
+            self._policy_told = False
+            if self.state is State.RUNNING:
+                await self._tell_policy()
+
+    async def _tell_policy(self) -> None:
+        await self.link.call("policy", on_owner_exit=str(self.record.on_owner_exit), grace=self.record.grace)
+        self._policy_told = True
+
     def poll(self) -> int | None:
         """None while the kernel lives (paused and suspended are alive), else its return code (negative: a signal)."""
         if self.kernel_exit is not None:
@@ -584,6 +615,7 @@ class LiveSandbox:
         attachment, self._attachment = self._attachment, None
         if attachment is not None:
             remains = await attachment.close(silence=self.state is State.RUNNING)
+            await self.seat.channels.settle(SETTLE)
             if self.seat.channels.settled:
                 self.seat.cursors.write(remains.received)
         await self._save(owner_pid=None)

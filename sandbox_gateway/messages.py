@@ -11,12 +11,17 @@ import hmac
 import json
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
 DELIMITER: Final = b"<IDS|MSG>"
 PROTOCOL_VERSION: Final = "5.3"
 EMPTY: Final = b"{}"
+MAX_HEADER: Final = 64 << 10
+"""Bytes of a request's header that are parsed at most; real ones have some hundred."""
+MAX_TYPE: Final = 128
+"""Characters of a message type that the host looks at at most."""
 
 Buffer = bytes | memoryview
 
@@ -41,6 +46,19 @@ def build(
     session: str = "",
 ) -> list[Buffer]:
     """One signed message; ``parent`` is the raw JSON of the parent's header."""
+    return compose(key, [topic], msg_type, _dumps(content), parent=parent, session=session)
+
+
+def compose(
+    key: bytes,
+    prefix: Sequence[Buffer],
+    msg_type: str,
+    content: Buffer,
+    *,
+    parent: Buffer = EMPTY,
+    session: str = "",
+) -> list[Buffer]:
+    """As :func:`build`, with the frames in front of the delimiter and the raw JSON of the content."""
     header = {
         "msg_id": uuid.uuid4().hex,
         "msg_type": msg_type,
@@ -49,8 +67,8 @@ def build(
         "date": datetime.now(UTC).isoformat(),
         "version": PROTOCOL_VERSION,
     }
-    body: list[Buffer] = [_dumps(header), parent, EMPTY, _dumps(content)]
-    return [topic, DELIMITER, sign(key, body), *body]
+    body: list[Buffer] = [_dumps(header), parent, EMPTY, content]
+    return [*prefix, DELIMITER, sign(key, body), *body]
 
 
 def stderr_notice(key: bytes, text: str, *, parent: Buffer = EMPTY) -> list[Buffer]:
@@ -64,6 +82,44 @@ def delimiter_index(parts: Sequence[Buffer]) -> int | None:
         if part == DELIMITER:
             return index if len(parts) >= index + 6 else None
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A client's message as far as the host reads it."""
+
+    msg_type: str
+    identities: tuple[Buffer, ...]
+    """The frames that lead an answer back to the client."""
+    header: bytes
+    content: Buffer
+
+    @property
+    def reply_type(self) -> str | None:
+        """The type of its reply; None for a message that has none."""
+        stem = self.msg_type.removesuffix("_request")
+        return f"{stem}_reply" if stem != self.msg_type else None
+
+
+def read_request(key: bytes, parts: Sequence[Buffer]) -> Request | None:
+    """``parts`` as a request; None when a kernel would not take it either: malformed, or not signed with ``key``.
+
+    Only the header is parsed, and only up to :data:`MAX_HEADER` bytes.
+    """
+    at = delimiter_index(parts)
+    if at is None or len(parts[at + 2]) > MAX_HEADER:
+        return None
+    if key and not hmac.compare_digest(bytes(parts[at + 1]), sign(key, parts[at + 2 : at + 6])):
+        return None
+    header = bytes(parts[at + 2])
+    try:
+        found = json.loads(header)
+    except (ValueError, RecursionError):
+        return None
+    msg_type = found.get("msg_type") if isinstance(found, dict) else None
+    if not isinstance(msg_type, str) or len(msg_type) > MAX_TYPE:
+        return None
+    return Request(msg_type, tuple(parts[:at]), header, parts[at + 5])
 
 
 def _dumps(value: Mapping[str, Any]) -> bytes:

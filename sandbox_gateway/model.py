@@ -172,6 +172,8 @@ class Launch:
     """The kernel's uid and gid inside."""
     gid: int
     missing_file_hint: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What has to be known to answer for the kernel while it sleeps (``KernelChannels.facts``)."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form; :meth:`from_dict` reads it back."""

@@ -101,10 +101,9 @@ class OwnerLock:
         fd = self._fd
         if fd is None:
             return True
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(fd), os.stat(self.directory / LOCK_NAME, follow_symlinks=False)):
-                os.utime(fd)
-                return True
+        if self._in_place(fd):
+            os.utime(fd)
+            return True
         fresh = _open_locked(self.directory)
         if fresh is None:
             return False
@@ -112,6 +111,12 @@ class OwnerLock:
         os.close(fd)
         self._sign(fresh)
         return True
+
+    def _in_place(self, fd: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(fd), os.stat(self.directory / LOCK_NAME, follow_symlinks=False))
+        except FileNotFoundError:
+            return False
 
     def release(self, *, remove: bool = False) -> None:
         """Give the lock up; harmless when it is not held.
@@ -124,8 +129,10 @@ class OwnerLock:
         _held.discard(self)
         try:
             if remove:
+                # Not the file of somebody who took the place of one that was removed under us.
                 with contextlib.suppress(OSError):
-                    os.unlink(self.directory / LOCK_NAME)
+                    if self._in_place(fd):
+                        os.unlink(self.directory / LOCK_NAME)
                     os.rmdir(self.directory)
             else:
                 os.ftruncate(fd, 0)

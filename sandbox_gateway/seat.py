@@ -35,7 +35,7 @@ class Seat:
         """
         if self._bridge is None:
             bridge = ZmqBridge(self.directory, self.key, self.channels.request)
-            self.channels.subscribe(bridge.deliver)
+            bridge.follow(self.channels)
             self._bridge = bridge
         else:
             self._bridge.publish_endpoints()

@@ -18,6 +18,7 @@ from sandbox_gateway.messages import Buffer
 
 MAX_RUN: Final = 256 << 10
 """Bytes of text in one message that was made of several."""
+_PIECES: Final = 256
 _MAX_PIECE: Final = 64 << 10
 _MAX_HEADER: Final = 16 << 10
 _STREAM = re.compile(rb'"msg_type"\s*:\s*"stream"')
@@ -95,6 +96,9 @@ class StreamRun:
     def add(self, other: StreamText) -> None:
         """Join ``other``."""
         self._texts.append(other.text)
+        if len(self._texts) > _PIECES:
+            # A string of a few characters takes ten times its length.
+            self._texts = ["".join(self._texts)]
         self.size += other.size
         self.count += 1
 

@@ -4,8 +4,12 @@ They speak ZMTP themselves (:mod:`sandbox_gateway.zmtp`) on unix sockets instead
 what those cannot do: an XPUB knows nothing of its subscribers, so it either drops silently at its high-water mark, or
 grows without bound, or lets one slow subscriber stop all of them. Here each client has a queue of its own, bounded in
 bytes; at the bound its oldest streams and displays go, replaced by a notice that tells how much is missing, and never
-anything else; before that, small stream messages that wait are joined (:mod:`sandbox_gateway.stream_runs`). There is
+anything else; before that, small stream messages that wait are joined (:mod:`sandbox_gateway.bridge_queue`). There is
 no thread, no socket limit per context, and one hop less.
+
+A bridge stays open while its kernel is suspended. When its process is killed, the next owner opens one on the same
+paths with the same key: clients reconnect by themselves, find the replies that were kept for them, and get the output
+that :meth:`~sandbox_gateway.channels.KernelChannels.retain` kept.
 
 Everything runs on the event loop on which the bridge was made; nothing here blocks or raises into the caller.
 """
@@ -18,14 +22,15 @@ import json
 import logging
 import os
 import socket
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from sandbox_gateway import messages, stream_runs, zmtp
-from sandbox_gateway.bridge_queue import OVERHEAD, Message, Notice
+from sandbox_gateway import messages, zmtp
+from sandbox_gateway.bridge_queue import Message, Notice, OutputQueue
+from sandbox_gateway.channels import Deliver, KernelChannels
 from sandbox_gateway.errors import storage_error
+from sandbox_gateway.mailbox import Mailbox
 from sandbox_gateway.messages import Buffer
 from sandbox_gateway.stream_runs import StreamRun
 from sandbox_gateway.wire.frames import Channel
@@ -37,8 +42,6 @@ OnRequest = Callable[[int, list[bytes]], None]
 
 QUEUE_LIMIT: Final = 128 << 20
 """Bytes that may wait for one slow client on one channel before output is left out."""
-JOIN_ABOVE: Final = 4 << 20
-"""Bytes that wait for one client from where on adjacent stream messages are joined."""
 LINGER: Final = 1.0
 """Seconds that a closed bridge goes on writing what clients have not yet taken."""
 
@@ -56,22 +59,49 @@ _READ_SIZE = 256 << 10
 _MAX_BUFFERS = 256
 
 
+CONNECTION_FILE: Final = "owner.connection.json"
+
+
 class ZmqBridge:
-    """Five endpoints, ``ipc://<directory>/owner.z-<n>``, private to this user.
+    """Five endpoints, ``ipc://<directory>/owner.z-<n>``, private to this user, and the file that names them.
 
     ``on_request`` gets the clients' messages of the shell, control and stdin channels; :meth:`deliver` takes the
-    kernel's. Made on a running event loop. Raises ``data_directory`` when the sockets cannot be made.
+    kernel's. ``kernel_name`` is the kernelspec's, for the connection file. Made on a running event loop. Raises
+    ``data_directory`` when the sockets or the file cannot be made.
     """
 
-    def __init__(self, directory: Path, key: bytes, on_request: OnRequest, *, queue_limit: int = QUEUE_LIMIT) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        key: bytes,
+        on_request: OnRequest,
+        *,
+        queue_limit: int = QUEUE_LIMIT,
+        kernel_name: str = "",
+    ) -> None:
         self.directory = directory
         self._prefix = directory / "owner.z"
         self._key = key
+        self._kernel_name = kernel_name
+        self._file_inode: tuple[int, int] | None = None
         self._endpoints = {
             number: _Endpoint(Path(f"{self._prefix}-{number}"), number, key, on_request, queue_limit)
             for number in _PORTS.values()
         }
         self.publish_endpoints()
+
+    def follow(self, channels: KernelChannels) -> None:
+        """Carry this kernel's messages; clients that subscribe are its listeners."""
+        output = self._endpoints[int(Channel.IOPUB)]
+        subscription = channels.subscribe(
+            self.deliver, listening=lambda: any(peer.topics for peer in output.peers), settled=lambda: self.settled
+        )
+        output.on_listener = subscription.listen
+
+    @property
+    def connection_file(self) -> Path:
+        """The file that ``jupyter console --existing`` and ``BlockingKernelClient`` connect by."""
+        return self.directory / CONNECTION_FILE
 
     @property
     def connection_info(self) -> dict[str, Any]:
@@ -85,26 +115,25 @@ class ZmqBridge:
         }
 
     @property
-    def connection_file(self) -> Path:
-        """The same as a file in Jupyter's format, private to this user; written on first use."""
-        path = self.directory / "owner.connection.json"
-        info = {**self.connection_info, "key": self._key.decode("ascii"), "kernel_name": ""}
-        fresh = path.with_suffix(".new")
-        with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w") as file:
-            json.dump(info, file)
-        os.rename(fresh, path)
-        return path
-
-    @property
     def backlog(self) -> int:
         """Bytes that wait for the slowest client."""
         return max((peer.pending for endpoint in self._endpoints.values() for peer in endpoint.peers), default=0)
+
+    @property
+    def settled(self) -> bool:
+        """Whether everything was written to its clients' sockets, in whole messages.
+
+        False for as long as some client does not read.
+        """
+        return all(peer.settled for endpoint in self._endpoints.values() for peer in endpoint.peers)
 
     def publish_endpoints(self) -> None:
         """Listen where we do not (or no longer: somebody removed the file). Connections that exist are not touched."""
         try:
             for endpoint in self._endpoints.values():
                 endpoint.listen()
+            if self._file_inode is None or _inode(self.connection_file) != self._file_inode:
+                self._write_connection_file()
         except OSError as error:
             self.close()
             raise storage_error(error, f"cannot make sockets in {self.directory}") from error
@@ -127,6 +156,41 @@ class ZmqBridge:
         """Remove the endpoints. What clients have not yet taken is written for up to :data:`LINGER` seconds more."""
         for endpoint in self._endpoints.values():
             endpoint.close()
+        if self._file_inode is not None:
+            _unlink_own(self.connection_file, self._file_inode)
+            self._file_inode = None
+
+    def _write_connection_file(self) -> None:
+        content = {**self.connection_info, "key": self._key.decode(), "kernel_name": self._kernel_name}
+        fresh = self.directory / f"{CONNECTION_FILE}~"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(fresh)
+        try:
+            with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as file:
+                json.dump(content, file, indent=1)
+                found = os.fstat(file.fileno())
+            os.rename(fresh, self.connection_file)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(fresh)
+            raise
+        self._file_inode = (found.st_dev, found.st_ino)
+
+
+def _inode(path: Path) -> tuple[int, int] | None:
+    """What stands under this name now."""
+    try:
+        found = os.stat(path, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _unlink_own(path: Path, own: tuple[int, int]) -> None:
+    """Remove a file unless another owner has put its own under this name meanwhile."""
+    with contextlib.suppress(OSError):
+        if _inode(path) == own:
+            os.unlink(path)
 
 
 class _Endpoint:
@@ -139,19 +203,20 @@ class _Endpoint:
         self.socket_type = _SOCKET_TYPES.get(number, b"ROUTER")
         self.peers: set[_Peer] = set()
         self.loop = asyncio.get_running_loop()
+        self.on_listener: Callable[[Deliver], None] | None = None
         self._path = path
         self._on_request = on_request
         self._routes: dict[bytes, _Peer] = {}
+        self._mailbox = Mailbox()
+        self._expiry: asyncio.TimerHandle | None = None
         self._listening: socket.socket | None = None
         self._inode: tuple[int, int] | None = None
         self._cut_off = False
 
     def listen(self) -> None:
         if self._listening is not None:
-            with contextlib.suppress(FileNotFoundError):
-                found = os.stat(self._path, follow_symlinks=False)
-                if (found.st_dev, found.st_ino) == self._inode:
-                    return
+            if _inode(self._path) == self._inode:
+                return
             self._stop_listening()
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         fresh = f"{self._path}~"
@@ -176,8 +241,11 @@ class _Endpoint:
     def close(self) -> None:
         if self._listening is not None:
             self._stop_listening()
-            with contextlib.suppress(OSError):
-                os.unlink(self._path)
+            if self._inode is not None:
+                _unlink_own(self._path, self._inode)
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None
         for peer in tuple(self.peers):
             peer.finish()
 
@@ -190,9 +258,25 @@ class _Endpoint:
                     peer.send(message, parts)
 
     def route(self, parts: Sequence[Buffer]) -> None:
-        peer = self._routes.get(bytes(parts[0]))
-        if peer is not None and len(parts) > 1:
-            peer.send(Message(zmtp.encode(parts[1:])))
+        if len(parts) < 2:
+            return
+        identity = bytes(parts[0])
+        message = Message(zmtp.encode(parts[1:]))
+        peer = self._routes.get(identity)
+        if peer is not None:
+            peer.send(message)
+        elif self._listening is not None:
+            self._mailbox.put(identity, message, self.loop.time())
+            self._expire_later()
+
+    def _expire_later(self) -> None:
+        if self._expiry is None and (due := self._mailbox.due) is not None:
+            self._expiry = self.loop.call_at(due, self._expire)
+
+    def _expire(self) -> None:
+        self._expiry = None
+        self._mailbox.expire(self.loop.time())
+        self._expire_later()
 
     def ready(self, peer: _Peer, identity: bytes) -> None:
         """A client said who it is. One that comes again under its name takes over, as with ROUTER_HANDOVER."""
@@ -201,6 +285,8 @@ class _Endpoint:
         self._routes[peer.identity] = peer
         if before is not None and before is not peer:
             before.drop("another connection took its identity")
+        for message in self._mailbox.take(peer.identity, self.loop.time()):
+            peer.send(message)
 
     def received(self, peer: _Peer, frames: list[bytes]) -> None:
         """A client sent a message."""
@@ -223,6 +309,7 @@ class _Endpoint:
             with contextlib.suppress(ValueError):
                 peer.topics.remove(topic)
             return
+        before = tuple(peer.topics)
         peer.topics.append(topic)
         with contextlib.suppress(UnicodeDecodeError):
             welcome = messages.build(self.key, "iopub_welcome", {"subscription": topic.decode()}, topic=topic)
@@ -230,6 +317,13 @@ class _Endpoint:
         if self._cut_off:
             self._cut_off = False
             peer.send(Message(zmtp.encode(messages.stderr_notice(self.key, _CUT_OFF))))
+        if self.on_listener is not None and not _matches(topic, before):
+
+            def catch_up(channel: int, parts: Sequence[Buffer]) -> None:
+                if _matches(parts[0], (topic,)) and not _matches(parts[0], before):
+                    peer.send(Message(zmtp.encode(parts)), parts)
+
+            self.on_listener(catch_up)
 
     def gone(self, peer: _Peer, *, cut_off: bool) -> None:
         self.peers.discard(peer)
@@ -268,21 +362,23 @@ class _Endpoint:
 _CUT_OFF = "[sandbox] A client that did not read was disconnected; output may be missing from here back\n"
 
 
+def _matches(topic: Buffer, prefixes: Sequence[bytes]) -> bool:
+    return any(topic[: len(prefix)] == prefix for prefix in prefixes)
+
+
 class _Peer:
     """One client's connection."""
 
     def __init__(self, endpoint: _Endpoint, connected: socket.socket) -> None:
         self.identity = b""
         self.topics: list[bytes] = []
-        self.pending = 0
         self._endpoint = endpoint
         self._socket = connected
         self._fd = connected.fileno()
         self._loop = endpoint.loop
         self._decoder = zmtp.Decoder()
-        self._queue: deque[Message | Notice | StreamRun] = deque()
+        self._queue = OutputQueue(endpoint.queue_limit)
         self._writing = [memoryview(zmtp.GREETING + zmtp.ready(endpoint.socket_type))]
-        self._trim_at = endpoint.queue_limit
         self._scheduled = False
         self._blocked = False
         self._finishing = False
@@ -296,7 +392,17 @@ class _Peer:
     def wants(self, topic: Buffer) -> bool:
         """Whether the client subscribed to a prefix of ``topic``."""
         topics = self.topics
-        return topics == _EVERYTHING or any(topic[: len(prefix)] == prefix for prefix in topics)
+        return topics == _EVERYTHING or _matches(topic, topics)
+
+    @property
+    def pending(self) -> int:
+        """Bytes that wait for it."""
+        return self._queue.pending
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing waits, nor is half written."""
+        return not self._writing and not self._queue.entries
 
     def send(self, message: Message, parts: Sequence[Buffer] | None = None) -> None:
         """Queue a message. It is written when the loop has run what is ready now, together with others.
@@ -305,29 +411,12 @@ class _Peer:
         """
         if self._closed or self._finishing:
             return
-        if parts is None or self.pending <= JOIN_ABOVE or not self._join(parts):
-            self._queue.append(message)
-            self.pending += message.size + OVERHEAD
-        if self.pending > self._trim_at and len(self._queue) > 1:
-            self._trim()
-        if not self._scheduled and not self._blocked:
+        if self._queue.add(message, parts):
+            log.error("a client that does not read %d MB of replies was disconnected", self.pending >> 20)
+            self.drop("it does not read", cut_off=True)
+        elif not self._scheduled and not self._blocked:
             self._scheduled = True
             self._loop.call_soon(self._flush)
-
-    def _join(self, parts: Sequence[Buffer]) -> bool:
-        """Add a stream message to the one that waits last, or begin a new run with it; False: it is something else."""
-        found = stream_runs.read(parts)
-        if found is None:
-            return False
-        last = self._queue[-1] if self._queue else None
-        if isinstance(last, StreamRun) and last.takes(found):
-            last.add(found)
-            self.pending += found.size
-        else:
-            run = StreamRun(found)
-            self._queue.append(run)
-            self.pending += run.size + OVERHEAD
-        return True
 
     def drop(self, reason: str, *, cut_off: bool = False) -> None:
         """End the connection at once."""
@@ -345,45 +434,11 @@ class _Peer:
     def finish(self) -> None:
         """End the connection when all is written, or after :data:`LINGER` seconds."""
         self._flush()
-        if not self._closed and (self._writing or self._queue):
+        if not self._closed and not self.settled:
             self._finishing = True
             self._loop.call_later(LINGER, self.drop, "it did not take the last messages")
         else:
             self.drop("the bridge was closed")
-
-    def _trim(self) -> None:
-        """Leave out the oldest output until three quarters of the limit are used, and say so in its place."""
-        limit = self._endpoint.queue_limit
-        goal = limit * 3 // 4
-        kept: deque[Message | Notice | StreamRun] = deque()
-        notice: Notice | None = None
-        for entry in self._queue:
-            if isinstance(entry, Notice):
-                if notice is not None and notice.parent == entry.parent:
-                    notice.count += entry.count
-                    notice.size += entry.size
-                    self.pending -= entry.cost
-                else:
-                    notice = entry
-                    kept.append(entry)
-                continue
-            droppable, parent = entry.head if self.pending > goal else (False, b"")
-            if not droppable:
-                kept.append(entry)
-                continue
-            if notice is None or notice.parent != parent:
-                notice = Notice(parent)
-                kept.append(notice)
-                self.pending += notice.cost
-            notice.count += entry.count
-            notice.size += entry.size
-            self.pending -= entry.size + OVERHEAD
-        self._queue = kept
-        # What may not be left out is not looked at again with each message.
-        self._trim_at = max(limit, self.pending + limit // 4)
-        if self.pending > 2 * limit:
-            log.error("a client that does not read %d MB of replies was disconnected", self.pending >> 20)
-            self.drop("it does not read", cut_off=True)
 
     def _flush(self) -> None:
         self._scheduled = False
@@ -415,15 +470,13 @@ class _Peer:
         """Move messages from the queue, where they may still be left out, to what is being written."""
         writing = self._writing
         taken = 0
-        while self._queue and taken < _READ_SIZE and len(writing) < _MAX_BUFFERS:
-            entry = self._queue.popleft()
+        while self._queue.entries and taken < _READ_SIZE and len(writing) < _MAX_BUFFERS:
+            entry = self._queue.take()
             if isinstance(entry, Notice):
-                self.pending -= entry.cost
-                entry = entry.message(self._endpoint.key)
-            else:
-                self.pending -= entry.size + OVERHEAD
-                if isinstance(entry, StreamRun):
-                    entry = Message(zmtp.encode(entry.parts(self._endpoint.key)))
+                entry = Message(zmtp.encode(entry.parts(self._endpoint.key, _SLOW)))
+            elif isinstance(entry, StreamRun):
+                entry = Message(zmtp.encode(entry.parts(self._endpoint.key)))
+            assert isinstance(entry, Message)
             writing.extend(map(memoryview, entry.buffers))
             taken += entry.size
 
@@ -477,4 +530,5 @@ class _Peer:
             raise zmtp.ZmtpError("the client refused us")
 
 
+_SLOW = "this client reads more slowly than the kernel prints"
 _EVERYTHING = [b""]

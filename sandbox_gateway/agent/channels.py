@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +39,8 @@ class ChannelHooks:
     """The kernel can be spoken to and heard; called once."""
     broken: Callable[[str], None]
     """The output pipe carried garbage, with the reason; it is closed."""
+    status: Callable[[Sequence[bytes]], None]
+    """A status message, which is handed on as well."""
     hungry: Callable[[], bool]
     """False while the buffer towards the host takes no more of what could wait in the kernel."""
 
@@ -59,8 +60,9 @@ class KernelChannels:
         self._pipe = pipe
         self._reader: PipeReader | None = None
         self._output: Source | None = None
-        self._heard = time.monotonic()
+        self._heard = self._loop.now()
         self._welcomed = self._beating = self._is_ready = self._closed = False
+        self._echoes: list[Callable[[], None]] = []
         self._asking = False
         self._replies: dict[str, Callable[[dict[str, Any]], None]] = {}
         self.greeting = relay.Greeting()
@@ -110,6 +112,19 @@ class KernelChannels:
         self.send("control", parts)
         return True
 
+    def ping(self, heard: Callable[[], None]) -> None:
+        """Ask the kernel's heartbeat; ``heard`` is called when it echoes."""
+        if self._sockets is not None:
+            self._echoes.append(heard)
+            self._sockets.ping()
+
+    def look(self) -> None:
+        """Take what is there, whether or not anything said so."""
+        if self._output is not None:
+            self._output.relax()
+            self._output.look()
+        self._service()
+
     def last_words(self) -> bool:
         """Take what a kernel that has ended left behind; False while more may be on its way."""
         for _ in range(64):
@@ -121,7 +136,7 @@ class KernelChannels:
         self._service()
         if self._pipe is not None or self._sockets is None:
             return True
-        return time.monotonic() - self._heard >= _QUIET
+        return self._loop.now() - self._heard >= _QUIET
 
     def close(self) -> None:
         """Give everything back."""
@@ -171,10 +186,14 @@ class KernelChannels:
             for parts in messages:
                 if name != "control" or not self._own_reply(parts):
                     self._hooks.message(name, parts)
-        if sockets.receive(sockets.heartbeat, BATCH)[0] and not self._beating:
-            self._beating = True
-            self._check_ready()
-            self._await_welcome()
+        if sockets.receive(sockets.heartbeat, BATCH)[0]:
+            echoes, self._echoes = self._echoes, []
+            for heard in echoes:
+                heard()
+            if not self._beating:
+                self._beating = True
+                self._check_ready()
+                self._await_welcome()
         if more:
             self._loop.soon(self._service)
 
@@ -226,14 +245,17 @@ class KernelChannels:
 
     def _publish(self, messages: Sequence[Sequence[bytes]]) -> None:
         for parts in messages:
-            if relay.is_welcome(parts):  # the host greets its own subscribers
+            kind = relay.kind_of(parts)
+            if kind == relay.STATUS:
+                self._hooks.status(parts)
+            if kind == relay.WELCOME:  # the host greets its own subscribers
                 if self._pipe is not None and not self._welcomed:
                     self.greeting = relay.Greeting.of(parts)
                 self._loop.soon(self._greeted)
             else:
                 self._hooks.message("iopub", parts)
         if messages:
-            self._heard = time.monotonic()
+            self._heard = self._loop.now()
 
     def _own_reply(self, parts: list[bytes]) -> bool:
         """Whether this control reply answers a request of the agent's own (those carry no client's identity)."""

@@ -21,6 +21,8 @@ from sandbox_gateway.agent.owner import OwnerWatch
 
 DEFAULT_GRACE: Final = 5.0
 """Seconds between SIGTERM and SIGKILL when the host does not say."""
+DEFAULT_PING: Final = 10.0
+"""Seconds for the kernel to answer when the host does not say."""
 _MAX_SECONDS: Final = 30 * 24 * 3600.0
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
@@ -52,6 +54,8 @@ class Control:
             "signal": self._signal,
             "policy": self._policy,
             "stats": self._stats,
+            "activity": self._activity,
+            "ping_kernel": self._ping_kernel,
             "shutdown": self._shutdown,
         }
 
@@ -125,6 +129,12 @@ class Control:
             }
         )
 
+    def _activity(self, _request: dict[str, Any], answer: Answer) -> None:
+        answer({"phase": self._kernel.phase.value, **self._kernel.activity.facts(), **usage()})
+
+    def _ping_kernel(self, request: dict[str, Any], answer: Answer) -> None:
+        self._kernel.ping(_seconds(request, "seconds", DEFAULT_PING), answer)
+
     def _shutdown(self, _request: dict[str, Any], answer: Answer) -> None:
         answer({})
         self._shut_down()
@@ -148,6 +158,7 @@ def usage() -> dict[str, Any]:
         fields = stat[stat.rfind(b")") + 2 :].split()
         if len(fields) > 21:
             count += 1
-            ticks += int(fields[11]) + int(fields[12])
+            # With what its children used that have ended: else a loop of short programs would look idle.
+            ticks += sum(int(field) for field in fields[11:15])
             resident += int(fields[21]) * _PAGE
     return {"processes": count, "resident": resident, "cpu_seconds": ticks / _TICKS}

@@ -26,12 +26,10 @@ import contextlib
 import fcntl
 import os
 import stat
-import struct
-import threading
 import time
 import traceback
 import types
-from collections import defaultdict, deque
+from collections import defaultdict
 from datetime import datetime, timezone
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -55,113 +53,9 @@ def _sibling(name: str) -> Any:
     return module
 
 
-_MAGIC = b"SGio"
-_PIPE_FD = 120
-_MAX_PARTS = 1024
-_MAX_MESSAGE = 512 * 1024 * 1024
-"""As on the link; more would cost the kernel the pipe, and with it its life."""
-_JOIN = 64 * 1024
-_WRITEV = 512
+writer: Any = _sibling("writer")
 
-
-class Writer:
-    """Frames on the pipe, in order, each whole. See :mod:`sandbox_gateway.agent.outpipe` for the format."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self.broken = False
-        self._queue: deque[tuple[list[Any], int, list[int], list[Any]]] = deque()
-        self._lock = threading.RLock()
-
-    def entry(self, parts: list[Any]) -> tuple[list[Any], int, list[int], list[Any]]:
-        """A queue entry for a message: buffers to write, their length, bytes written so far, the message."""
-        if len(parts) > _MAX_PARTS:
-            raise ValueError(f"a message of {len(parts)} parts; at most {_MAX_PARTS} can leave the sandbox")
-        views = [part if isinstance(part, bytes) else memoryview(part).cast("B") for part in parts]
-        lengths = [len(view) for view in views]
-        total = 4 + 4 * len(lengths) + sum(lengths)
-        if total > _MAX_MESSAGE:
-            raise ValueError(f"a message of {total} bytes; at most {_MAX_MESSAGE} can leave the sandbox")
-        head = struct.pack(f"!4sII{len(lengths)}I", _MAGIC, total, len(lengths), *lengths)
-        if total <= _JOIN:
-            whole = b"".join([head, *views])
-            return [whole], len(whole), [], parts
-        return [head, *views], total + 8, [], parts
-
-    def put(self, entry: tuple[list[Any], int, list[int], list[Any]], done: list[Any]) -> None:
-        """Queue an entry; ``done`` gets an item in the same instant, so that an interrupt cannot come between."""
-        done.extend(map(self._queue.append, (entry,)))
-
-    def drain(self) -> list[list[Any]]:
-        """Write everything that is queued; waits while the pipe is full.
-
-        Returns the messages that could not be written because the pipe is gone (normally none).
-        """
-        queue = self._queue
-        with self._lock:
-            while queue:
-                entry = queue[0]
-                buffers, total, done, _ = entry
-                written = sum(done)
-                if written >= total:
-                    # No bytecode between the test and the call lets a signal handler in that would drain as well.
-                    if queue and queue[0] is entry:
-                        queue.popleft()
-                    continue
-                try:
-                    if len(buffers) == 1:
-                        rest = buffers[0] if not written else memoryview(buffers[0])[written:]
-                        done.extend(map(os.write, (self.fd,), (rest,)))
-                    else:
-                        done.extend(map(os.writev, (self.fd,), (_rest(buffers, written),)))
-                except OSError:
-                    self.broken = True
-                    left = [item[3] for item in queue]
-                    queue.clear()
-                    return left
-        return []
-
-    def close(self) -> None:
-        """The agent sees the end of the pipe and listens to the socket instead."""
-        self.broken = True
-        with contextlib.suppress(OSError):
-            os.close(self.fd)
-
-
-def _rest(buffers: list[Any], written: int) -> list[Any]:
-    found: list[Any] = []
-    for buffer in buffers:
-        size = len(buffer)
-        if written >= size:
-            written -= size
-            continue
-        found.append(memoryview(buffer)[written:] if written else buffer)
-        written = 0
-        if len(found) == _WRITEV:
-            break
-    return found
-
-
-class Pipe:
-    """What all streams and threads of this process share: the writer, and whether this is a forked child."""
-
-    def __init__(self, fd: int) -> None:
-        self.writer = Writer(fd)
-        self.flush_lock = threading.RLock()
-        self.child = False
-        os.register_at_fork(after_in_child=self._forked)
-
-    @property
-    def usable(self) -> bool:
-        """False in forked children, and once the pipe is gone."""
-        return not self.child and not self.writer.broken
-
-    def _forked(self) -> None:
-        self.child = True
-        self.flush_lock = threading.RLock()  # another thread may have held it
-
-
-_pipe: Pipe | None = None
+_pipe: Any = None
 _identity: Any = None
 _preloads: list[str] | None = None
 """Modules to import before the kernel is ready; None: this is no template."""
@@ -191,7 +85,7 @@ class PipeIOPubThread(iostream.IOPubThread):  # type: ignore[misc]
         pipe.writer.put(pipe.writer.entry(msg), [])
         self.after_put(pipe, msg)
 
-    def after_put(self, pipe: Pipe, msg: list[Any]) -> None:
+    def after_put(self, pipe: Any, msg: list[Any]) -> None:
         """Write what is queued; serve other subscribers."""
         for lost in pipe.writer.drain():
             super().send_multipart(lost)
@@ -276,7 +170,7 @@ class PipeOutStream(iostream.OutStream):  # type: ignore[misc]
             self._flush_pending = self._subprocess_flush_pending = False
             self._publish(pipe)
 
-    def _publish(self, pipe: Pipe) -> None:
+    def _publish(self, pipe: Any) -> None:
         taken: Any = None
         queued: dict[Any, list[Any]] = {}
         try:
@@ -399,7 +293,7 @@ class PipeKernelApp(kernelapp.IPKernelApp):  # type: ignore[misc]
         session.send(self.iopub_thread, message, ident=b"iopub_welcome")
 
 
-def _take_pipe() -> Pipe | None:
+def _take_pipe() -> Any:
     """The pipe that the agent named, unless this ipykernel lacks what the classes above build on."""
     text = os.environ.pop("SANDBOX_IOPUB_FD", "")
     if not text.isdigit():
@@ -408,14 +302,14 @@ def _take_pipe() -> Pipe | None:
     try:
         if not stat.S_ISFIFO(os.fstat(fd).st_mode):
             return None
-        # Out of the way of code that closes or reuses low numbers, and not for programs that are run from here.
-        moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _PIPE_FD)
+        # Out of the way, and not for programs that are run from here.
+        moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, writer.HIGH_FD)
         os.close(fd)
     except OSError:
         return None
     known = ("_rotate_buffers", "_schedule_flush", "_flush", "_hooks", "flush")
     if all(hasattr(iostream.OutStream, name) for name in known):
-        return Pipe(moved)
+        return writer.Pipe(moved)
     os.close(moved)  # the agent sees that, and listens to the socket
     return None
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import enum
 import os
 import signal
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,12 +16,15 @@ from importlib import import_module
 from typing import Any, Final
 
 from sandbox_gateway.agent import process, relay
+from sandbox_gateway.agent.activity import Activity
 from sandbox_gateway.agent.channels import ChannelHooks, KernelChannels
 from sandbox_gateway.agent.identify import REQUEST as IDENTITY_REQUEST
 from sandbox_gateway.agent.identify import Identification, Identity
 from sandbox_gateway.agent.launch import Answer, KernelError, Launch
 from sandbox_gateway.agent.logring import LogRing, tail
 from sandbox_gateway.agent.loop import Loop
+from sandbox_gateway.agent.probe import REQUEST as PING_REQUEST
+from sandbox_gateway.agent.probe import Probe
 
 _APPEAR_INTERVAL: Final = 0.01
 _LAST_WORDS: Final = 2.0
@@ -80,6 +82,8 @@ class Kernel:
         self._failed: Callable[[], None] | None = None
         self._busy: str | None = None
         self._identification: Identification | None = None
+        self._probe: Probe | None = None
+        self.activity = Activity(loop.now)
 
     @property
     def identity(self) -> bool:
@@ -143,6 +147,23 @@ class Kernel:
         self._identification = identification = Identification(self._loop, answer, accepted, self._open_gate)
         channels.ask(launch.key, IDENTITY_REQUEST, identity.message(), identification.replied)
 
+    def ping(self, seconds: float, answer: Answer) -> None:
+        """Whether the kernel answers within so many seconds: ``{heartbeat, control}``, else ``kernel_failed``."""
+        channels, launch = self._channels, self.launch
+        if self.phase is not Phase.READY or channels is None or launch is None:
+            raise KernelError("invalid_request", "no kernel is ready here")
+        ours = channels.greeting.identity
+        self._probe = probe = Probe(self._loop, channels.look, seconds, ours, answer)
+        channels.ping(probe.heart_beats)
+        if ours:
+            channels.ask(launch.key, PING_REQUEST, {}, probe.control_answers)
+
+    def restored(self) -> None:
+        """Another host has attached, perhaps after a restore: look at everything, whatever was signalled."""
+        self.children_ended()
+        if self._channels is not None:
+            self._channels.look()
+
     def _open_gate(self) -> None:
         """Hand on what clients have sent meanwhile."""
         gated, self._gated = self._gated, []
@@ -153,6 +174,7 @@ class Kernel:
         """Interrupt as the kernelspec says: SIGINT to the process group, or an ``interrupt_request``."""
         if self.pid is None or self.launch is None or self._status is not None:
             raise KernelError("invalid_request", "no kernel is running")
+        self.activity.used()
         if self.launch.interrupt_mode == "message":
             if self._channels is None or not self._channels.ask(self.launch.key, "interrupt_request", {}):
                 raise KernelError("invalid_request", "the kernel is not up yet")
@@ -171,6 +193,7 @@ class Kernel:
         if self._busy == "restart" or identifying or self.phase in (Phase.SPAWNING, Phase.BOOTING):
             self._gated.append((channel, parts))
         elif self.phase is Phase.READY and self._channels is not None:
+            self.activity.sent(channel, parts)
             self._channels.send(channel, parts)
 
     def children_ended(self) -> None:
@@ -228,7 +251,8 @@ class Kernel:
         self._loop.watch(child.failure, self._exec_done)
         self._loop.watch(child.stdout, partial(self._read_log, child.stdout, is_error=False))
         self._loop.watch(child.stderr, partial(self._read_log, child.stderr, is_error=True))
-        hooks = ChannelHooks(self._hooks.message, self._ready, self._pipe_broken, self._hooks.hungry)
+        self.activity.began()
+        hooks = ChannelHooks(self._message, self._ready, self._pipe_broken, self.activity.status, self._hooks.hungry)
         self._channels = KernelChannels(self._loop, hooks, child.extra, launch.welcome)
 
     def _exec_done(self) -> None:
@@ -279,6 +303,11 @@ class Kernel:
         self._hooks.event(event)
         self._open_gate()
 
+    def _message(self, channel: str, parts: Sequence[bytes]) -> None:
+        if channel == "stdin":
+            self.activity.asked(parts)
+        self._hooks.message(channel, parts)
+
     def _pipe_broken(self, reason: str) -> None:
         self._reason = f"the kernel was ended: {reason}"
         if self.pid is not None and self._status is None:
@@ -309,11 +338,11 @@ class Kernel:
             self.phase = Phase.EXITING
             if self._busy != "restart":
                 self._gated.clear()
-            self._last_words(time.monotonic() + _LAST_WORDS)
+            self._last_words(self._loop.now() + _LAST_WORDS)
 
     def _last_words(self, deadline: float) -> None:
         assert self._channels is not None
-        if self._channels.last_words() or time.monotonic() >= deadline:
+        if self._channels.last_words() or self._loop.now() >= deadline:
             self._report()
         else:
             self._loop.later(_APPEAR_INTERVAL, lambda: self._last_words(deadline))
@@ -350,6 +379,9 @@ class Kernel:
         identification, self._identification = self._identification, None
         if identification is not None:
             identification.failed("the kernel ended while it was given its identity")
+        probe, self._probe = self._probe, None
+        if probe is not None:
+            probe.failed("the kernel has ended")
         for fd in (child.stdout, child.stderr):
             self._loop.forget(fd)
             os.close(fd)
@@ -359,7 +391,7 @@ class Kernel:
     def _end(self, grace: float, done: Callable[[KernelError | None], None]) -> None:
         """End every process of the kernel's, then call ``done``."""
         self._expected = True
-        now = time.monotonic()
+        now = self._loop.now()
         if grace > 0:
             process.signal_all(signal.SIGTERM)
         self._kill_from(now + grace, now + grace + _KILL_LIMIT, done)
@@ -367,7 +399,7 @@ class Kernel:
     def _kill_from(self, when: float, deadline: float, done: Callable[[KernelError | None], None]) -> None:
         self.children_ended()
         left = process.has_children()
-        now = time.monotonic()
+        now = self._loop.now()
         if not left and self.phase is Phase.NONE:
             done(None)
             return

@@ -23,9 +23,9 @@ from typing import Any
 
 from _sandbox_seeds import Seeds  # type: ignore[import-not-found]
 
-REQUEST = "sandbox_identity_request"
-REPLY = "sandbox_identity_reply"
-_ASKED = b'"sandbox_identity_request"'
+IDENTITY = "sandbox_identity_request"
+PING = "sandbox_ping_request"
+_PRIVATE = b'"sandbox_'
 _DELIMITER = b"<IDS|MSG>"
 _AGENT = b"agent"
 _CLOCK_TOLERANCE = 30.0
@@ -54,7 +54,7 @@ class Identity:
 
         async def dispatch_control(message: Any) -> None:
             idents, frames = _split(message)
-            if idents == [_AGENT] and len(frames) > 1 and _ASKED in bytes(frames[1]):
+            if idents == [_AGENT] and len(frames) > 1 and _PRIVATE in bytes(frames[1]):
                 self._answer(kernel, idents, message)
             else:
                 await dispatch(message)
@@ -63,13 +63,22 @@ class Identity:
 
     def _answer(self, kernel: Any, idents: list[bytes], message: Any) -> None:
         session = kernel.session
-        _, frames = session.feed_identities(message, copy=False)
-        request = session.deserialize(frames, content=True, copy=False)
         try:
-            content = {"status": "ok", **self.apply(request["content"])}
+            _, frames = session.feed_identities(message, copy=False)
+            request = session.deserialize(frames, content=True, copy=False)
+            kind = str(request["header"]["msg_type"])
+        except Exception:  # not signed with the key: the agent would have done it right
+            return
+        content: dict[str, Any] = {"status": "ok"}
+        try:
+            if kind == IDENTITY:
+                content.update(self.apply(request["content"]))
+            elif kind != PING:
+                raise ValueError(f"this kernel knows no {kind!r}")
         except Exception as error:  # whatever it is, the agent must hear of it
             content = {"status": "error", "evalue": f"{type(error).__name__}: {error}"[:1000]}
-        session.send(kernel.control_stream, REPLY, content, parent=request, ident=idents)
+        reply = kind.replace("_request", "_reply")
+        session.send(kernel.control_stream, reply, content, parent=request, ident=idents)
 
     def apply(self, given: Mapping[str, Any]) -> dict[str, list[str]]:
         """Become what ``given`` says (see the agent's operation ``identify``); what was seeded, what could not be."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -56,7 +55,7 @@ class Link:
         self._on_end = on_end
         self._blocked = False
         self._ended = False
-        self._progress = time.monotonic()
+        self._progress = self._loop.now()
         self._ack_timer: Timer | None = None
         self.heard: Callable[[], None] = lambda: None
         """Called whenever something came from the host."""
@@ -79,7 +78,7 @@ class Link:
             return False
         if not endpoint.attached or endpoint.outbox.backlog < _HOLD:
             return True
-        return time.monotonic() - self._progress > _STALLED
+        return self._loop.now() - self._progress > _STALLED
 
     def flush(self) -> None:
         """Write what there is, as far as the pipe takes it: one ``writev`` for many frames."""
@@ -100,7 +99,7 @@ class Link:
             except OSError:
                 self._end()
                 return
-            self._progress = time.monotonic()
+            self._progress = self._loop.now()
             endpoint.wrote(written)
         else:
             self._loop.soon(self.flush)

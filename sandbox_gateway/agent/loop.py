@@ -15,10 +15,12 @@ WRITE = select.EPOLLOUT
 
 _IDLE = 60.0
 """Longest sleep, in seconds; nothing depends on it."""
+_JUMP = 2.0
+"""Seconds that a turn may take beyond its sleep; what is above did not pass for this process."""
 
 
 class Timer:
-    """A call that is due at a moment of the monotonic clock. A restore lets that clock jump: all due ones fire."""
+    """A call that is due at a moment of :meth:`Loop.now`."""
 
     __slots__ = ("call", "due")
 
@@ -37,10 +39,28 @@ class Loop:
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._calls: dict[int, Callable[[], object]] = {}
+        self._events: dict[int, int] = {}
+        self._skipped = 0.0
+        self._turned = time.monotonic()
         self._timers: list[tuple[float, int, Timer]] = []
         self._count = 0
         self._soon: list[Callable[[], object]] = []
         self.stopped = False
+
+    def now(self) -> float:
+        """Seconds that have passed for this process.
+
+        A restore lets the monotonic clock jump by the time that the sandbox lay on disk, and a pause does the same:
+        neither must let everything fall due at once, be it a grace time or a limit for somebody who was away as well.
+        """
+        return time.monotonic() - self._skipped
+
+    def renew(self) -> None:
+        """Listen anew to all that is watched: a listener can go deaf in a restore."""
+        old, self._epoll = self._epoll, select.epoll()
+        for fd, events in self._events.items():
+            self._epoll.register(fd, events)
+        old.close()
 
     def watch(self, fd: int, call: Callable[[], object], events: int = READ) -> None:
         """Call back whenever ``fd`` is ready (level-triggered). Watching it again changes callback and events."""
@@ -49,16 +69,18 @@ class Loop:
         else:
             self._epoll.register(fd, events)
         self._calls[fd] = call
+        self._events[fd] = events
 
     def forget(self, fd: int) -> None:
         """Stop watching; unknown descriptors are ignored. Call it before closing one."""
         if self._calls.pop(fd, None) is not None:
+            self._events.pop(fd, None)
             with contextlib.suppress(OSError):
                 self._epoll.unregister(fd)
 
     def later(self, delay: float, call: Callable[[], object]) -> Timer:
         """Call once, ``delay`` seconds from now."""
-        timer = Timer(time.monotonic() + delay, call)
+        timer = Timer(self.now() + delay, call)
         self._count += 1
         heapq.heappush(self._timers, (timer.due, self._count, timer))
         return timer
@@ -88,14 +110,19 @@ class Loop:
         if self._soon:
             timeout = 0.0
         elif self._timers:
-            timeout = min(max(self._timers[0][0] - time.monotonic(), 0.0), _IDLE)
+            timeout = min(max(self._timers[0][0] - self.now(), 0.0), _IDLE)
         ready = self._epoll.poll(timeout)
+        turned = time.monotonic()
+        away = turned - self._turned - timeout
+        if away > _JUMP:
+            self._skipped += away
+        self._turned = turned
         if self._soon:
             due, self._soon = self._soon, []
             for call in due:
                 call()
         if self._timers:
-            now = time.monotonic()
+            now = self.now()
             while self._timers and self._timers[0][0] <= now:
                 timer = heapq.heappop(self._timers)[2]
                 if timer.call is not None:

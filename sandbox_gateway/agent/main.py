@@ -21,7 +21,7 @@ from sandbox_gateway.agent.link import Link
 from sandbox_gateway.agent.logs import LogStreams
 from sandbox_gateway.agent.loop import Loop
 from sandbox_gateway.agent.owner import OwnerWatch
-from sandbox_gateway.wire.events import Event, Message
+from sandbox_gateway.wire.events import Attached, Event, Message
 from sandbox_gateway.wire.frames import Buffer, Channel
 from sandbox_gateway.wire.messages import MAX_MESSAGE, MAX_PARTS
 
@@ -71,6 +71,9 @@ class Agent:
     # -- from the host
 
     def _on_event(self, event: Event) -> None:
+        if isinstance(event, Attached):
+            self._loop.renew()
+            self._loop.soon(self._kernel.restored)
         if not isinstance(event, Message):
             self._logs.handle(event)
         elif event.channel == Channel.AGENT:

@@ -20,7 +20,10 @@ DELIMITER: Final = b"<IDS|MSG>"
 NAMES: Final = ("shell", "control", "stdin", "iopub", "hb")
 _MAX_GREETING: Final = 256 * 1024
 _DROPPABLE = re.compile(rb'"msg_type"\s*:\s*"(?:stream|display_data|update_display_data)"')
-_WELCOME = re.compile(rb'"msg_type"\s*:\s*"iopub_welcome"')
+_KIND = re.compile(rb'"msg_type"\s*:\s*"(iopub_welcome|status)"')
+WELCOME: Final = b"iopub_welcome"
+"""The greeting that an XPUB kernel (ipykernel 7.2 and later, and our application) sends to a new subscriber."""
+STATUS: Final = b"status"
 
 
 def header_of(parts: Sequence[bytes | memoryview]) -> bytes:
@@ -36,9 +39,10 @@ def droppable(parts: Sequence[bytes | memoryview]) -> bool:
     return _DROPPABLE.search(header_of(parts)) is not None
 
 
-def is_welcome(parts: Sequence[bytes | memoryview]) -> bool:
-    """Whether this is the greeting that an XPUB kernel (ipykernel 7.2 and later) sends to a new subscriber."""
-    return _WELCOME.search(header_of(parts)) is not None
+def kind_of(parts: Sequence[bytes | memoryview]) -> bytes:
+    """:data:`WELCOME`, :data:`STATUS`, or empty for any other IOPub message."""
+    found = _KIND.search(header_of(parts))
+    return found[1] if found is not None else b""
 
 
 @dataclass(frozen=True, slots=True)

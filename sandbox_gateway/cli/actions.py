@@ -233,9 +233,11 @@ async def remove(paths: Paths, sandbox_id: str) -> str:
 
 async def snapshot(paths: Paths, sandbox_id: str, name: str) -> Snapshot:
     """Save one sandbox under ``name``, whoever owns it; it runs on."""
-    async with _lifecycle(paths) as lifecycle:
-        made: Snapshot = await lifecycle.snapshot(sandbox_id, name)
-        return made
+    from sandbox_gateway.keeper import drive
+    from sandbox_gateway.snapshots import SnapshotStore
+
+    answer = await drive(paths, sandbox_id, "save", {"kind": "saved", "name": name})
+    return await asyncio.to_thread(SnapshotStore(paths).find, str(answer["snapshot"]))
 
 
 async def sweep(paths: Paths) -> list[str]:

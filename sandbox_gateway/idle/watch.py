@@ -112,8 +112,8 @@ class Watch:
             self._used(self._world.clock())
             return
         now = self._world.clock()
-        if reading.waking_ago is not None:
-            self._used(now - reading.waking_ago)
+        if reading.since_use is not None:
+            self._used(now - reading.since_use)
         rate = self._cpu.rate(self._world.monotonic(), reading.cpu_seconds)
         if rate is not None and rate >= self._policy.cpu:
             self._used(now)

@@ -23,8 +23,9 @@ class Reading:
 
     busy_for: float | None = None
     """Seconds that the request which runs has been running; None when none runs or it waits for ``input()``."""
-    waking_ago: float | None = None
-    """Seconds since the last message came that would have woken it; None when there was none."""
+    since_use: float | None = None
+    """Seconds since the last message that would have woken it, or the end of what that had begun; None when that is not
+    told."""
     cpu_seconds: float | None = None
     """Processor time of all its processes and threads."""
     waiting: bool = False
@@ -32,10 +33,12 @@ class Reading:
 
     @classmethod
     def of(cls, told: Mapping[str, Any]) -> Reading:
-        """Read the agent's answer, which comes from inside: what is no sensible number counts as not told."""
-        waiting = told.get("input_waiting") is True
-        busy = None if waiting or told.get("busy") is not True else _seconds(told.get("busy_for")) or 0.0
-        return cls(busy, _seconds(told.get("waking_ago")), _seconds(told.get("cpu_seconds")), waiting)
+        """Read the answer to the agent's ``activity``, which comes from inside: nonsense counts as not told."""
+        cpu_seconds = _seconds(told.get("cpu_seconds"))
+        if told.get("input") is True:
+            return cls(None, None, cpu_seconds, True)
+        busy = (_seconds(told.get("busy_for")) or 0.0) if told.get("busy") is True else None
+        return cls(busy, _seconds(told.get("since_use")), cpu_seconds)
 
 
 class Watched(Protocol):

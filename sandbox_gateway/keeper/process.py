@@ -13,13 +13,12 @@ from typing import Any, Final, Protocol
 
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host.paths import Paths
-from sandbox_gateway.keeper.start import keeper_directory
+from sandbox_gateway.keeper.start import keeper_directory, keeper_socket
 from sandbox_gateway.model import OnOwnerExit
 from sandbox_gateway.owner import OwnerLock, OwnerServer, holder
 
 log = logging.getLogger(__name__)
 
-SOCKET: Final = "keeper.sock"
 LINGER: Final = 2.0
 """Seconds that a keeper stays without a sandbox: a command may be about to ask for the next."""
 _LOOK = 0.5
@@ -49,7 +48,7 @@ class Keeper:
         self._lock = lock
         self._make = make
         self._made: asyncio.Future[Keeps] | None = None
-        self._server = OwnerServer(paths, self._answer, socket_path=keeper_directory(paths) / SOCKET)
+        self._server = OwnerServer(paths, self._answer, socket_path=keeper_socket(paths))
         self._told = asyncio.Event()
 
     def end(self) -> None:
@@ -140,7 +139,7 @@ def keep(home: str, runtime: str, say: Callable[[Mapping[str, Any]], None]) -> i
     )
     paths = Paths(Path(home), Path(runtime))
     directory = keeper_directory(paths)
-    lock = OwnerLock(directory, server=directory / SOCKET)
+    lock = OwnerLock(directory, server=keeper_socket(paths))
     said = False
 
     def ready() -> None:

@@ -40,6 +40,11 @@ def keeper_directory(paths: Paths) -> Path:
     return paths.runtime / OWNERS / "keeper"
 
 
+def keeper_socket(paths: Paths) -> Path:
+    """Where this process answers if it is the keeper; a name of its own, whatever becomes of the directory."""
+    return keeper_directory(paths) / f"keeper-{os.getpid()}.sock"
+
+
 def keeper_log(paths: Paths) -> Path:
     """The keeper's log file; its name cannot be that of a sandbox's log."""
     return paths.logs / "_keeper.log"

@@ -181,6 +181,11 @@ class Snapshots(Protocol):
         """
         ...
 
+    def shape(self, spec: SandboxSpec) -> Mapping[str, str]:
+        """What must be the same in two specifications for the image of the one to be restored for the other, by the
+        names of the parts; a restore for another shape is refused (``snapshot_unfit``)."""
+        ...
+
     async def requirements(self, handle: Handle | None = None) -> Mapping[str, str]:
         """What restoring an image that is made now (of this sandbox) will need, as texts for :meth:`unfit` later.
 
@@ -191,17 +196,23 @@ class Snapshots(Protocol):
         """Why an image with these requirements cannot be restored here now, in one line; empty when it can."""
         ...
 
-    def shape(self, spec: SandboxSpec) -> Mapping[str, Any]:
-        """What of a specification has to be the same in a sandbox that is restored from its image, as JSON values.
-
-        Ids, the host name, sources of mounts and of layers, and limits that the host enforces are no part of it.
-        """
-        ...
-
     async def host_files(self, handle: Handle) -> tuple[str, ...]:
         """Paths on the host of regular files behind the sandbox's mounts that it has open or mapped.
 
         Exact between a snapshot and what follows it (the sandbox is paused then); at other times files that were open
         lately may be among them. A file that is open and deleted is not named: it is saved with its contents.
+        """
+        ...
+
+
+class Prepared(Protocol):
+    """Restoring onto a sandbox that was created before; reported as the capability ``prepared``. It is
+    :class:`Snapshots` too."""
+
+    async def restore_into(self, handle: Handle, image: Path) -> Handle:
+        """Restore onto what :meth:`Runtime.create` has finished (step ``"created"``), instead of a start.
+
+        Its specification has the shape of the saved one. Returns the handle of the running sandbox. Raises as
+        :meth:`Snapshots.restore`; the sandbox is of no use then.
         """
         ...

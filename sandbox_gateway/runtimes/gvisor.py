@@ -91,7 +91,7 @@ class GvisorRuntime:
         return self._make(spec, directory, None)
 
     async def _make(self, spec: SandboxSpec, directory: Path, image: Path | None) -> AsyncIterator[Handle]:
-        runsc = self._runsc(None if image is None else await self._binary_for(image))
+        runsc = self._runsc(None if image is None else await self._binary_for(spec, image))
         tree = self.tree
         grouped = tree.usable
         flags = gvisor_bundle.flags(spec)
@@ -157,7 +157,9 @@ class GvisorRuntime:
 
     async def snapshot(self, handle: Handle, image: Path) -> None:
         """Save a paused sandbox into the new directory ``image``; raises ``runtime_failed``, ``disk_full``."""
-        await gvisor_snapshots.save(self._runsc_of(handle), handle, image, await self.requirements(handle))
+        shape = gvisor_bundle.shape(await asyncio.to_thread(gvisor_files.configuration, handle.directory))
+        needs = gvisor_snapshots.Needs(await self.requirements(handle), shape)
+        await gvisor_snapshots.save(self._runsc_of(handle), handle, image, needs)
 
     def restore(self, spec: SandboxSpec, directory: Path, image: Path) -> AsyncIterator[Handle]:
         """Make pipes and bundle, the control group, and the container from its image; it runs at the end.
@@ -181,31 +183,43 @@ class GvisorRuntime:
         """Which runsc or which feature of the processor is missing; empty when none is."""
         return await self._fitness(self._runsc().binary).unfit(requirements)
 
-    def shape(self, spec: SandboxSpec) -> Mapping[str, Any]:
-        """What is compared at a restore, and the number of processors that are seen inside."""
-        limited = gvisor_files.cores(spec) if not (self.tree.usable and "cpu" in self.tree.controllers) else None
-        visible = len(os.sched_getaffinity(0)) if limited is None else len(limited)
-        return {"config": gvisor_bundle.shape(spec, self._init()), "cores": visible}
-
     async def host_files(self, handle: Handle) -> tuple[str, ...]:
         """Files of bind mounts that are open or mapped: exactly, after a snapshot; before one also those that were
         open lately. Raises ``runtime_failed`` when the sandbox cannot be looked at."""
         sandbox = ProcessRef.from_json(handle.data.get("sandbox"))
         if sandbox is None:
             raise SandboxGatewayError("runtime_failed", f"the sandbox was never finished (step {handle.step})")
-        return await asyncio.to_thread(gvisor_hostfiles.open_files, sandbox, handle.directory / BUNDLE)
+        config = await asyncio.to_thread(gvisor_files.configuration, handle.directory)
+        return await asyncio.to_thread(gvisor_hostfiles.open_files, sandbox, config)
 
-    async def _binary_for(self, image: Path) -> Path:
-        requirements = await asyncio.to_thread(gvisor_snapshots.read_image, image)
-        binary = await self._fitness(self._runsc().binary).binary_for(requirements)
+    def shape(self, spec: SandboxSpec) -> Mapping[str, str]:
+        """Digests of what must be the same to restore one specification's image for another."""
+        return gvisor_bundle.shape(gvisor_bundle.config(spec, self._init(), empty_root=""))
+
+    async def _binary_for(self, spec: SandboxSpec, image: Path) -> Path:
+        """The runsc that made the image, for a specification that it can be restored with."""
+        needs = await asyncio.to_thread(gvisor_snapshots.read_image, image)
+        needs.check_shape(self.shape(spec))
+        binary = await self._fitness(self._runsc().binary).binary_for(needs.requirements)
         if binary is None:
-            raise SandboxGatewayError("snapshot_unfit", await self.unfit(requirements))
+            raise SandboxGatewayError("snapshot_unfit", await self.unfit(needs.requirements))
         return binary
 
     def _fitness(self, binary: Path) -> Requirements:
         if binary not in self._requirements:
             self._requirements[binary] = Requirements(self.paths, binary)
         return self._requirements[binary]
+
+    async def restore_into(self, handle: Handle, image: Path) -> Handle:
+        """Restore onto a sandbox that :meth:`create` has finished; raises as :meth:`restore`."""
+        config = await asyncio.to_thread(gvisor_files.configuration, handle.directory)
+        needs = await asyncio.to_thread(gvisor_snapshots.read_image, image)
+        needs.check_shape(gvisor_bundle.shape(config))
+        runsc = self._runsc_of(handle)
+        if why := await self._fitness(runsc.binary).unfit(needs.requirements, only_own=True):
+            raise SandboxGatewayError("snapshot_unfit", why)
+        await gvisor_snapshots.restore_into(runsc, handle, image)
+        return replace(handle, step="started", data={**handle.data, "restored": True})
 
     # Life
 

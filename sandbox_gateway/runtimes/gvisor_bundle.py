@@ -14,6 +14,8 @@ What decides the shape:
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,23 +83,25 @@ def config(
     }
 
 
-def shape(spec: SandboxSpec, argv: tuple[str, ...]) -> dict[str, Any]:
-    """What gVisor compares between a saved and the restored specification, and what it never looks at again after a
-    restore: all but ids, names and sources (``runsc/specutils/restore.go``)."""
-    found = config(spec, argv, empty_root="")
-    del found["hostname"]
-    process = {name: value for name, value in found["process"].items() if name != "env"}
-    mounted = [{name: value for name, value in mount.items() if name != "source"} for mount in found["mounts"]]
-    annotations = {name: value for name, value in found["annotations"].items() if not name.endswith(".source")}
-    root = {"readonly": found["root"]["readonly"]}
-    return {
-        **found,
-        "process": process,
-        "mounts": mounted,
-        "annotations": annotations,
-        "root": root,
-        "flags": flags(spec),
+def shape(config: Mapping[str, Any]) -> dict[str, str]:
+    """What must be the same in the configuration of a saved sandbox and in the one that its image is restored with, as
+    a digest for each part (gVisor's ``specutils/restore.go``, which refuses other ones at length).
+
+    Free are: id, hostname, environment, sources of mounts, control group and what it limits.
+    """
+    process = config["process"]
+    parts = {
+        "mounts": sorted([m["destination"], m["type"], sorted(m["options"])] for m in config["mounts"]),
+        "root": [config["root"]["readonly"], {k: v for k, v in config["annotations"].items() if not _is_source(k)}],
+        "command": [process["args"], process["cwd"]],
+        "users": [process["user"], process["capabilities"]],
+        "process limits": sorted([limit["type"], limit["soft"], limit["hard"]] for limit in process["rlimits"]),
     }
+    return {name: hashlib.sha256(json.dumps(part).encode()).hexdigest()[:16] for name, part in parts.items()}
+
+
+def _is_source(annotation: str) -> bool:
+    return annotation.startswith("dev.gvisor.spec.mount.") and annotation.endswith(".source")
 
 
 def _process(spec: SandboxSpec, argv: tuple[str, ...]) -> dict[str, Any]:

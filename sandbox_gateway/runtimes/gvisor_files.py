@@ -6,7 +6,9 @@ import json
 import math
 import os
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from sandbox_gateway.errors import SandboxGatewayError, storage_error
 from sandbox_gateway.model import SandboxSpec
@@ -32,6 +34,17 @@ def make(runsc_root: Path, spec: SandboxSpec, directory: Path, argv: tuple[str, 
             json.dump(config, file)
     except OSError as error:
         raise storage_error(error, f"cannot write in {directory}") from error
+
+
+def configuration(directory: Path) -> Mapping[str, Any]:
+    """The ``config.json`` that :func:`make` wrote. Raises ``runtime_failed`` when it cannot be read."""
+    try:
+        found = json.loads((directory / BUNDLE / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise SandboxGatewayError("runtime_failed", f"{directory / BUNDLE} cannot be read") from error
+    if not isinstance(found, dict):
+        raise SandboxGatewayError("runtime_failed", f"{directory / BUNDLE} is damaged")
+    return found
 
 
 def _check_sources(spec: SandboxSpec) -> None:

@@ -13,11 +13,10 @@ inside under ``/root``. Seen by trying, and in gVisor's ``pkg/sentry/fsimpl/gofe
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from collections.abc import Mapping
-from pathlib import Path
+from typing import Any
 
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host.processes import ProcessRef
@@ -27,12 +26,12 @@ _ROOT = "/root"
 _DELETED = " (deleted)"
 
 
-def open_files(sandbox: ProcessRef, bundle: Path) -> tuple[str, ...]:
-    """Paths on the host of regular files that the sandbox has open or mapped, sorted.
+def open_files(sandbox: ProcessRef, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Paths on the host of regular files that the sandbox with this ``config.json`` has open or mapped, sorted.
 
     Raises ``runtime_failed`` when the sandbox is gone or cannot be looked at.
     """
-    sources = _sources(bundle)
+    sources = _sources(config)
     found = set()
     directory = f"/proc/{sandbox.pid}/fd"
     try:
@@ -55,12 +54,8 @@ def open_files(sandbox: ProcessRef, bundle: Path) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def _sources(bundle: Path) -> Mapping[str, str]:
+def _sources(config: Mapping[str, Any]) -> Mapping[str, str]:
     """Directory or file on the host by its destination inside, of each bind mount and of a root that is one."""
-    try:
-        config = json.loads((bundle / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise SandboxGatewayError("runtime_failed", f"{bundle} cannot be read") from error
     found = {mount["destination"]: mount["source"] for mount in config["mounts"] if mount["type"] == "bind"}
     if "dev.gvisor.spec.rootfs.source" not in config["annotations"]:
         found["/"] = config["root"]["path"]

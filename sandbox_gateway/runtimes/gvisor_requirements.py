@@ -41,9 +41,13 @@ class Requirements:
         """What an image that is made now will need."""
         return {RUNSC: await self._sha256(), CPU: await self._cpu()}
 
-    async def unfit(self, requirements: Mapping[str, str]) -> str:
-        """Why an image with ``requirements`` cannot be restored here, in one line; empty when it can."""
-        if await self.binary_for(requirements) is None:
+    async def unfit(self, requirements: Mapping[str, str], *, only_own: bool = False) -> str:
+        """Why an image with ``requirements`` cannot be restored here, in one line; empty when it can.
+
+        ``only_own``: by this binary, not by another that is kept.
+        """
+        found = await self.binary_for(requirements)
+        if found is None or (only_own and found != self.binary):
             wanted = requirements.get(RUNSC, "")
             return f"it needs the runsc that made it ({wanted[:12] or 'not named'}), which is not installed here"
         here = set((await self._cpu()).split(","))

@@ -14,6 +14,7 @@ import asyncio
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from sandbox_gateway.runtimes.runsc import Runsc
 from sandbox_gateway.runtimes.waiting import to_its_end
 
 MANIFEST = "runtime.json"
-"""Our own file in an image's directory: what restoring needs, and the sizes of runsc's files."""
+"""Our own file in an image's directory: what restoring needs, the saved sandbox's shape, the sizes of runsc's files."""
 
 SAVE_TIMEOUT = 1800.0
 """Seconds: a save writes all memory of the sandbox, to a slow disk if need be."""
@@ -59,8 +60,23 @@ async def status(runsc: Runsc, handle: Handle) -> str:
     return str(found.get("status", "")) if isinstance(found, dict) else ""
 
 
-async def save(runsc: Runsc, handle: Handle, image: Path, requirements: Mapping[str, str]) -> None:
-    """Save a paused sandbox, which stays paused, into the new directory ``image``.
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What an image says of itself."""
+
+    requirements: Mapping[str, str]
+    shape: Mapping[str, str]
+    """:func:`~sandbox_gateway.runtimes.gvisor_bundle.shape` of the sandbox that was saved."""
+
+    def check_shape(self, shape: Mapping[str, str]) -> None:
+        """Raise ``snapshot_unfit`` when a sandbox of another shape is to be made from the image."""
+        other = [name for name in shape if shape[name] != self.shape.get(name)]
+        if other:
+            raise SandboxGatewayError("snapshot_unfit", f"the image was saved with other {', '.join(other)}", "")
+
+
+async def save(runsc: Runsc, handle: Handle, image: Path, needs: Needs) -> None:
+    """Save a paused sandbox, which stays paused, into the new directory ``image``, and what it needs with it.
 
     Raises ``runtime_failed``, ``disk_full``, or ``data_directory`` when the directory is there already or cannot be
     made. What is in ``image`` after a failure is the caller's to remove, and so is a save that was given up: it goes
@@ -80,35 +96,35 @@ async def save(runsc: Runsc, handle: Handle, image: Path, requirements: Mapping[
         handle.id,
         timeout=SAVE_TIMEOUT,
     )
-    await asyncio.to_thread(_seal, image, requirements)
+    await asyncio.to_thread(_seal, image, needs)
 
 
-def _seal(image: Path, requirements: Mapping[str, str]) -> None:
+def _seal(image: Path, needs: Needs) -> None:
     try:
         sizes = {}
         for path in sorted(image.iterdir()):
             path.chmod(0o600)
             sizes[path.name] = path.stat().st_size
-        text = json.dumps({"requirements": dict(requirements), "sizes": sizes})
+        text = json.dumps({"requirements": dict(needs.requirements), "shape": dict(needs.shape), "sizes": sizes})
         with open(os.open(image / MANIFEST, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(text)
     except OSError as error:
         raise storage_error(error, f"cannot write in {image}") from error
 
 
-def read_image(image: Path) -> Mapping[str, str]:
+def read_image(image: Path) -> Needs:
     """What restoring the image needs, as :func:`save` was told.
 
     Raises ``runtime_failed`` for what is no whole image: runsc itself notices a missing end only after the restore.
     """
     try:
         found: Any = json.loads((image / MANIFEST).read_text())
-        requirements, sizes = found["requirements"], found["sizes"]
+        requirements, shape, sizes = found["requirements"], found["shape"], found["sizes"]
         for name, size in sizes.items():
             there = (image / str(name)).stat().st_size
             if there != size:
                 raise SandboxGatewayError("runtime_failed", f"{image / name} is damaged: {there} of {size} bytes")
-        return {str(name): str(value) for name, value in requirements.items()}
+        return Needs(*({str(name): str(value) for name, value in part.items()} for part in (requirements, shape)))
     except OSError as error:
         reason = f"{error.filename or image}: {error.strerror}"
         raise SandboxGatewayError("runtime_failed", f"the image cannot be read: {reason}") from error
@@ -120,6 +136,11 @@ def restore_command(image: Path) -> tuple[str, ...]:
     """The words of ``runsc restore``, up to what ``create`` has too."""
     # In the background: the kernel answers before all of its memory is read.
     return ("restore", "--detach", "--background", f"--image-path={image}")
+
+
+async def restore_into(runsc: Runsc, handle: Handle, image: Path) -> None:
+    """Restore onto a container that was created and not started. Raises ``runtime_failed``: it is of no use then."""
+    await runsc.call(_flags(handle), *restore_command(image), handle.id, timeout=RESTORE_TIMEOUT)
 
 
 async def loaded(runsc: Runsc, handle: Handle) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from sandbox_gateway.identity import startup_part
-from sandbox_gateway.model import Launch, Layer
+from sandbox_gateway.model import Launch, Layer, Limits
 
 FORMAT: Final = 1
 """Version of what a template is made of: another one makes every template anew."""
@@ -42,13 +43,14 @@ def key_of(
     launch: Launch,
     *,
     preload: Sequence[str],
-    shape: Mapping[str, Any],
+    shape: Mapping[str, str],
+    cores: int,
     requirements: Mapping[str, str],
     link_version: int,
 ) -> TemplateKey:
     """The key for kernels like ``launch``, the client's part of whose environment is left out.
 
-    ``shape`` and ``requirements`` are the runtime's. Every layer has a digest.
+    ``shape`` and ``requirements`` are the runtime's, ``cores`` as of :func:`cores`. Every layer has a digest.
     """
     spec, kernel = launch.spec, launch.kernel
     layers = (*spec.image.layers, *((spec.image.agent,) if spec.image.agent is not None else ()))
@@ -59,7 +61,8 @@ def key_of(
         "format": FORMAT,
         "runtime": spec.runtime,
         "layers": [_layer(layer) for layer in layers],
-        "shape": shape,
+        "shape": dict(shape),
+        "cores": cores,
         "requirements": dict(requirements),
         "link": link_version,
         "who": who,
@@ -70,6 +73,11 @@ def key_of(
     }
     place = {"runtime": spec.runtime, "profile": spec.profile, "who": who, "run": run, "mounts": mounts}
     return TemplateKey(_digest(whole), _digest(place))
+
+
+def cores(limits: Limits, available: int) -> int:
+    """How many processors a kernel may see, of those ``available`` to this process; it asks once, at its start."""
+    return available if limits.cpu is None else min(max(math.ceil(limits.cpu), 1), available)
 
 
 def _layer(layer: Layer) -> list[Any]:

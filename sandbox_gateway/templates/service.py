@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable
 
@@ -15,7 +16,7 @@ from sandbox_gateway.runtimes.base import Runtime, RuntimeReport, Snapshots
 from sandbox_gateway.snapshots import Snapshot, SnapshotStore
 from sandbox_gateway.suspension import Saved
 from sandbox_gateway.templates.builder import Builder, Maker
-from sandbox_gateway.templates.key import key_of
+from sandbox_gateway.templates.key import cores, key_of
 from sandbox_gateway.templates.plan import Plan, Start, obstacle, without_client
 from sandbox_gateway.templates.records import TemplateRecord, TemplateRecords
 from sandbox_gateway.wire.handshake import VERSION
@@ -51,6 +52,7 @@ class Templates:
             neutral,
             preload=wanted.profile.preload,
             shape=saving.shape(neutral.spec),
+            cores=cores(neutral.spec.limits, len(os.sched_getaffinity(0))),
             requirements=await saving.requirements(),
             link_version=VERSION,
         )

@@ -15,7 +15,6 @@ import sys
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import sandbox_gateway
 from sandbox_gateway.errors import SandboxGatewayError, storage_error
@@ -113,6 +112,10 @@ class FakeRuntime:
     async def loaded(self, handle: Handle) -> None:
         """At once: nothing is read."""
 
+    def shape(self, spec: SandboxSpec) -> Mapping[str, str]:
+        """The id, under which alone a sandbox is restored."""
+        return {"id": spec.id}
+
     async def requirements(self, handle: Handle | None = None) -> Mapping[str, str]:
         """The boot of the machine, which the parked processes do not outlive."""
         return {"boot": boot_id()}
@@ -121,10 +124,6 @@ class FakeRuntime:
         """That the machine was restarted; empty when it was not."""
         same = requirements.get("boot") == boot_id()
         return "" if same else "the machine was restarted, which the fake runtime's snapshots do not outlive"
-
-    def shape(self, spec: SandboxSpec) -> Mapping[str, Any]:
-        """Nothing: it restores a sandbox under its own id only."""
-        return {}
 
     async def host_files(self, handle: Handle) -> tuple[str, ...]:
         """Regular files below the specification's mounts that a process has open or mapped."""

@@ -215,7 +215,7 @@ async def test_a_slow_subscriber_slows_and_loses_only_for_itself_and_is_told(bri
 async def test_flushed_lines_that_wait_for_a_slow_subscriber_are_joined_and_none_is_lost(
     bridge: ZmqBridge, client: Connect, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("sandbox_gateway.zmq_bridge.JOIN_ABOVE", 64 << 10)
+    monkeypatch.setattr("sandbox_gateway.bridge_queue.JOIN_ABOVE", 64 << 10)
     slow = await subscribed(client, rcvhwm=1, rcvbuf=4096)
     wanted = []
     for cell in range(3):
@@ -408,7 +408,8 @@ async def test_connection_info_is_what_jupyter_client_wants(bridge: ZmqBridge, d
     assert info["key"] == KEY and info["transport"] == "ipc" and info["signature_scheme"] == "hmac-sha256"
     files = sorted(os.listdir(directory))
     ports = ("shell_port", "control_port", "stdin_port", "iopub_port", "hb_port")
-    assert files == sorted(f"{Path(info['ip']).name}-{info[port]}" for port in ports)
+    assert files == sorted([bridge.connection_file.name, *(f"{Path(info['ip']).name}-{info[port]}" for port in ports)])
+    assert json.loads(bridge.connection_file.read_text()) == {**info, "key": KEY.decode(), "kernel_name": ""}
     for name in files:
         assert name.startswith("owner")
         assert stat.S_IMODE(os.stat(directory / name).st_mode) == 0o600

@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ from sandbox_gateway.keeper import (
     start,
     take_over,
 )
-from sandbox_gateway.keeper.process import SOCKET, Keeper
+from sandbox_gateway.keeper.process import Keeper
+from sandbox_gateway.keeper.start import keeper_socket
 from sandbox_gateway.model import OnOwnerExit
 from sandbox_gateway.owner import OwnerLock, OwnerServer, ask, holder, report_progress
 
@@ -115,7 +117,7 @@ class Lifecycle:
 async def keeping(paths: Paths) -> AsyncIterator[tuple[Lifecycle, asyncio.Task[None]]]:
     """A keeper of this process, with a lifecycle that only plays."""
     directory = keeper_directory(paths)
-    lock = OwnerLock(directory, server=directory / SOCKET)
+    lock = OwnerLock(directory, server=keeper_socket(paths))
     lock.acquire()
     lifecycle = Lifecycle(paths)
 
@@ -306,14 +308,14 @@ async def test_it_ends_when_it_has_owned_nothing_for_a_moment(paths: Paths, monk
 async def test_garbage_on_its_socket_is_refused_and_changes_nothing(paths: Paths) -> None:
     async with keeping(paths) as (_, running):
         for garbage in (b"\n", b"\x00" * 4096 + b"\n", b"[" * 100_000 + b"\n", b'{"op": 1}\n', b'{"op":"x","id":""}\n'):
-            reader, writer = await asyncio.open_unix_connection(keeper_directory(paths) / SOCKET)
+            reader, writer = await asyncio.open_unix_connection(keeper_socket(paths))
             writer.write(garbage)
             answer = json.loads(await reader.readline())
             assert answer["error"]["code"] == "invalid_request"
             writer.close()
             await writer.wait_closed()
         for _ in range(20):
-            reader, writer = await asyncio.open_unix_connection(keeper_directory(paths) / SOCKET)
+            reader, writer = await asyncio.open_unix_connection(keeper_socket(paths))
             writer.write(os.urandom(2 << 20))
             writer.close()
             with contextlib.suppress(OSError):
@@ -434,6 +436,48 @@ async def test_why_it_cannot_start_is_told(after: Paths) -> None:
         await ensure_keeper(after)
     assert caught.value.code == "data_directory" and str(after.database) in caught.value.message
     assert keeper_pid(after) is None and list(after.runtime.iterdir()) == []
+
+
+@pytest.fixture
+def full(paths: Paths) -> Iterator[Paths]:
+    """An installation on a disk without room."""
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k,mode=0700", "none", str(paths.home)], check=False, capture_output=True
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.decode()}")
+    try:
+        with open(paths.home / "filling", "wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        yield paths
+    finally:
+        subprocess.run(["umount", "-l", str(paths.home)], check=True)
+
+
+async def test_a_full_disk_is_told_as_such_and_nothing_is_left(full: Paths) -> None:
+    with pytest.raises(SandboxGatewayError) as caught:
+        await ensure_keeper(full)
+    assert caught.value.code == "disk_full", caught.value
+    assert keeper_pid(full) is None
+    (full.home / "filling").unlink()
+    await ensure_keeper(full)
+    await end_keeper(full)
+
+
+async def test_one_whose_directory_is_removed_is_found_again(after: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    await ensure_keeper(after)
+    first = keeper_pid(after)
+    assert first is not None
+    shutil.rmtree(after.runtime / "owners")
+    assert keeper_pid(after) is None
+    await ensure_keeper(after)
+    second = keeper_pid(after)
+    assert second not in (None, first), "another one answers at once"
+    os.kill(first, signal.SIGTERM)
+    await ended(first)
+    assert keeper_pid(after) == second, "the end of the first does not harm it"
+    assert await ask_keeper(after, "ping") == {"sandboxes": 0}
 
 
 async def test_a_crash_at_its_start_is_told_by_its_logs_last_line(

@@ -34,7 +34,8 @@ from watcher import Broken, Stuck, Watcher
 
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host.paths import discover
-from sandbox_gateway.owner import NoOwner, ask, holder
+from sandbox_gateway.keeper import drive
+from sandbox_gateway.owner_lock import holder
 from sandbox_gateway.store import Store
 
 CLI_SHARE = 0.12
@@ -160,18 +161,18 @@ class World:
             raise Refused(f"`{' '.join(words)}`: {done.returncode} {done.stderr.strip()}")
         return done.stdout
 
-    def operate(self, op: str, sandbox_id: str, through_cli: bool) -> None:
-        """Suspend, resume or pause; raises :class:`Refused`."""
-        if not through_cli:
-            asking = asyncio.run_coroutine_threadsafe(ask(self.paths, sandbox_id, op, OPERATION), self._loop)
-            try:
-                asking.result(OPERATION + 10)
-                return
-            except NoOwner:
-                pass  # the command takes it, or has the keeper take it
-            except SandboxGatewayError as error:
-                raise Refused(f"{op}: {error.code}: {error}") from error
-        self.command(op, sandbox_id)
+    def operate(self, op: str, sandbox_id: str, through_cli: bool) -> str:
+        """Suspend, resume, pause or connect, as the command does or by the command; raises :class:`Refused`.
+
+        Returns what the command printed, or the answer's ``connection_file``.
+        """
+        if through_cli:
+            return self.command(op, sandbox_id).strip()
+        asking = asyncio.run_coroutine_threadsafe(drive(self.paths, sandbox_id, op), self._loop)
+        try:
+            return str(asking.result(OPERATION + 10).get("connection_file", ""))
+        except SandboxGatewayError as error:
+            raise Refused(f"{op}: {error.code}: {error}") from error
 
     def state(self, sandbox_id: str) -> str:
         """The recorded state."""
@@ -531,7 +532,7 @@ class Rig:
 
     def _child(self, child: str, counter: int, count: int, running: list[Request]) -> list[str]:
         """Use a fork's child as a client, and remove it."""
-        file = Path(self.world.command("connect", child).strip())
+        file = Path(self.world.operate("connect", child, self.rng.random() < CLI_SHARE))
         model = KernelModel(count)
         watcher = Watcher(file, model, self.rng)
         try:
@@ -646,7 +647,7 @@ class Rig:
         begun = time.monotonic()
         while True:
             try:
-                found = self.world.command("connect", self.id)
+                found = self.world.operate("connect", self.id, self.rng.random() < CLI_SHARE)
             except Refused as error:
                 # The keeper may be killed over it by another rig.
                 if time.monotonic() - begun > OPERATION:

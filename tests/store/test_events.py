@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from sandbox_gateway import store as store_module
-from sandbox_gateway.events import MAX_TEXT, Event, EventKind, EventLog
-from sandbox_gateway.model import Activity, SandboxRecord, State
+from sandbox_gateway.events import MAX_TEXT, Event, EventKind, EventLog, of_move
+from sandbox_gateway.model import Activity, Death, DeathKind, SandboxRecord, State
 from sandbox_gateway.store import Store
 
 
@@ -112,6 +112,67 @@ async def test_a_store_that_fails_loses_the_events_but_not_the_listeners() -> No
     log.note("a", EventKind.CREATED)
     await log.flush()
     assert [(event.kind, event.id) for event in heard] == [(EventKind.CREATED, 0)]
+
+
+def at(state: State, changed: float = 0.0, **more: object) -> SandboxRecord:
+    return SandboxRecord("a", state, "p", "fake", 0.0, changed, "boot", **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "reason", "event"),
+    [
+        (at(State.CREATING, 1.0), at(State.RUNNING, 1.5), "", Event("a", EventKind.STARTED, "", {"seconds": 0.5}, 1.5)),
+        (at(State.RUNNING), at(State.PAUSED, 9.0), "idle", Event("a", EventKind.PAUSED, "idle", {}, 9.0)),
+        (at(State.PAUSED), at(State.RUNNING, 9.0), "", Event("a", EventKind.RESUMED, "", {}, 9.0)),
+        (at(State.RUNNING), at(State.SUSPENDING), "", None),
+        (
+            at(State.SUSPENDING, 1.0),
+            at(State.SUSPENDED, 3.25),
+            "asked",
+            Event("a", EventKind.SUSPENDED, "asked", {"seconds": 2.25}, 3.25),
+        ),
+        (
+            at(State.SUSPENDING),
+            at(State.RUNNING, 1.0),
+            "disk full",
+            Event("a", EventKind.FAILED, "it could not be suspended: disk full", {"seconds": 1.0}, 1.0),
+        ),
+        (
+            at(State.RESUMING),
+            at(State.SUSPENDED, 1.0),
+            "",
+            Event("a", EventKind.FAILED, "it could not be resumed", {"seconds": 1.0}, 1.0),
+        ),
+        (
+            at(State.SUSPENDED),
+            at(State.EXPIRED, 1.0, death=Death(DeathKind.EXPIRED, "not used for 2 days")),
+            "",
+            Event("a", EventKind.EXPIRED, "not used for 2 days", {"kind": "expired"}, 1.0),
+        ),
+        (
+            at(State.TERMINATING),
+            at(State.TERMINATED, 1.0, death=Death(DeathKind.STOPPED)),
+            "",
+            Event("a", EventKind.STOPPED, "stopped on request", {"kind": "stopped"}, 1.0),
+        ),
+        (
+            at(State.TERMINATING),
+            at(State.TERMINATED, 1.0, death=Death(DeathKind.EXPIRED)),
+            "",
+            Event("a", EventKind.EXPIRED, "expired", {"kind": "expired"}, 1.0),
+        ),
+        (
+            at(State.TERMINATING),
+            at(State.FAILED, 1.0, death=Death(DeathKind.OUT_OF_MEMORY)),
+            "",
+            Event("a", EventKind.DIED, "out of memory", {"kind": "out_of_memory"}, 1.0),
+        ),
+    ],
+)
+def test_a_change_of_state_is_an_event(
+    before: SandboxRecord, after: SandboxRecord, reason: str, event: Event | None
+) -> None:
+    assert of_move(before, after, reason) == event
 
 
 async def test_events_that_are_noted_while_others_are_written_follow_them(store: Store) -> None:
