@@ -141,6 +141,17 @@ class OutputQueue:
         self.entries.clear()
         self.pending = 0
 
+    def make_room(self) -> None:
+        """Leave out the oldest, whatever it is, down to the limit; a notice says how much."""
+        notice = Notice(b"")
+        while self.pending > self.limit and len(self.entries) > 1:
+            entry = self.take()
+            notice.count += entry.count
+            notice.size += entry.size
+        self.entries.appendleft(notice)
+        self.pending += notice.cost
+        self._trim_at = self.limit
+
     def _join(self, parts: Sequence[Buffer]) -> bool:
         """Add a stream message to the one that waits last, or begin a new run with it; False: it is something else."""
         found = stream_runs.read(parts)

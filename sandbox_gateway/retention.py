@@ -54,7 +54,8 @@ class Retention:
     def add(self, parts: Sequence[Buffer]) -> None:
         """Keep one message."""
         if self._queue.add(Kept(parts), parts):
-            self._make_room()
+            # A kernel can publish nothing but errors for ever.
+            self._queue.make_room()
 
     def replay(self, deliver: Callable[[Sequence[Buffer]], None]) -> None:
         """Hand everything to ``deliver``, oldest first; it stays here as well."""
@@ -65,14 +66,3 @@ class Retention:
                 deliver(entry.parts(self._key, REASON))
             elif isinstance(entry, StreamRun):
                 deliver(entry.parts(self._key))
-
-    def _make_room(self) -> None:
-        """Leave out the oldest, whatever it is: a kernel can publish nothing but errors for ever."""
-        queue = self._queue
-        notice = Notice(b"")
-        while queue.pending > queue.limit and len(queue.entries) > 1:
-            entry = queue.take()
-            notice.count += entry.count
-            notice.size += entry.size
-        queue.entries.appendleft(notice)
-        queue.pending += notice.cost
