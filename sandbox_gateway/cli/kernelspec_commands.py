@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sandbox_gateway.cli import template_commands
 from sandbox_gateway.cli.arguments import Commands, command
 from sandbox_gateway.cli.output import write_json, write_line, write_table
 from sandbox_gateway.errors import SandboxGatewayError
@@ -27,6 +28,9 @@ def add(commands: Commands) -> None:
     install.add_argument("profiles", nargs="*", metavar="PROFILE", help="a profile's name")
     install.add_argument(
         "--list", action="store_true", help="show the profiles and where they are installed; do nothing"
+    )
+    install.add_argument(
+        "--no-templates", action="store_true", help="do not build templates now: the first kernels then start cold"
     )
     _add_places(install, "default: this environment when it is a venv or conda's, else the user's")
     uninstall = command(
@@ -65,12 +69,15 @@ def _install(options: argparse.Namespace) -> int | None:
     from sandbox_gateway.host.paths import discover
     from sandbox_gateway.profiles import load_profiles
 
-    profiles = load_profiles(discover())
+    paths = discover()
+    profiles = load_profiles(paths)
     if options.list:
         return _list(options, profiles)
     chosen = [profiles.get(name) for name in dict.fromkeys(options.profiles or profiles)]
     directory = _place(options) or kernelspecs.default_directory()
     _report([kernelspecs.install(profile, directory) for profile in chosen], options.json)
+    if not options.no_templates:
+        template_commands.on_install(paths, chosen, options.json)
     return None
 
 

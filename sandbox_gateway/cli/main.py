@@ -25,6 +25,7 @@ from sandbox_gateway.cli import (
     sandbox_commands,
     snapshot_commands,
     state_commands,
+    template_commands,
 )
 from sandbox_gateway.cli.failures import DEBUG, Usage, explained, fail, fail_usage
 
@@ -88,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"sandbox_gateway {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
     about_sandboxes = (sandbox_commands, state_commands, event_commands, snapshot_commands, prune_command)
-    for part in (host_commands, kernelspec_commands, image_commands, *about_sandboxes):
+    for part in (host_commands, kernelspec_commands, image_commands, template_commands, *about_sandboxes):
         part.add(commands)
     return top
 
