@@ -51,6 +51,10 @@ LIVE = frozenset(
 """States in which processes of the sandbox may exist."""
 
 
+BLANK = "template-"
+"""The beginning of the ids of sandboxes that are made for a template."""
+
+
 def advance(old: State, new: State) -> State:
     """Return ``new`` when the table allows ``old -> new``; raise ``illegal_transition`` otherwise."""
     if new not in TRANSITIONS[old]:
@@ -297,6 +301,11 @@ class SandboxRecord:
     """The snapshot that a suspended sandbox is saved in."""
     parent: str | None = None
     """What it was made from: ``sandbox:<id>``, ``snapshot:<id>`` or ``template:<key>``; None for a cold start."""
+
+    @property
+    def blank(self) -> bool:
+        """Whether it is being made for a template: nobody uses it, and it is gone in a moment."""
+        return self.id.startswith(BLANK) and self.state in {State.CREATING, State.TERMINATING}
 
     def moved(self, state: State, now: float, **changes: Any) -> SandboxRecord:
         """A copy in ``state``, checked against :data:`TRANSITIONS`."""

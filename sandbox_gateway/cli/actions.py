@@ -96,7 +96,7 @@ def seen(paths: Paths, *, everything: bool) -> list[Seen]:
         with contextlib.suppress(SandboxGatewayError):  # then it is shown as it is
             asyncio.run(sweep(paths))
             found = _looked_at(paths)
-    shown = [sandbox for sandbox in found if everything or sandbox.state not in ENDED]
+    shown = [one for one in found if everything or (one.state not in ENDED and not one.record.blank)]
     if any(sandbox.owner_pid is not None for sandbox in shown):
         shown = asyncio.run(_with_memory(paths, shown))
     return [_with_disk(paths, sandbox) for sandbox in shown]

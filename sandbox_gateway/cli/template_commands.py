@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sandbox_gateway.templates import TemplateRecord
 
 _SHORT = 12
+_NO_RUNTIME = frozenset({"runtime_missing", "runtime_too_old"})
 
 
 def add(commands: Commands) -> None:
@@ -168,8 +169,10 @@ def on_install(paths: Paths, profiles: Sequence[Profile], as_json: bool) -> None
     if as_json:
         return
     _tell(outcomes)
-    for text in dict.fromkeys(outcome.error.message for outcome in outcomes if outcome.error is not None):
-        write_line(f"no templates, kernels start cold: {text}")
+    errors = [outcome.error for outcome in outcomes if outcome.error is not None]
+    # Where there is no runtime yet, `setup` and `doctor` say all there is to say.
+    for text in dict.fromkeys(error.message for error in errors if error.code not in _NO_RUNTIME):
+        write_line(f"no template, kernels start cold: {text}")
 
 
 def _ls(options: argparse.Namespace) -> None:

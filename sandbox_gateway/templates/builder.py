@@ -20,7 +20,7 @@ from typing import Protocol
 
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.live import LiveSandbox, Preparation
-from sandbox_gateway.model import Launch
+from sandbox_gateway.model import BLANK, Launch
 from sandbox_gateway.owner import OwnerLock
 from sandbox_gateway.profiles import Profile
 from sandbox_gateway.seat import Seat
@@ -117,7 +117,7 @@ class Builder:
         return snapshot
 
     async def _make(self, plan: Plan, say: Say) -> tuple[Snapshot, Preparation]:
-        sandbox_id = f"template-{plan.key.short}-{secrets.token_hex(3)}"
+        sandbox_id = f"{BLANK}{plan.key.short}-{secrets.token_hex(3)}"
         profile = plan.profile
         lock = await self._maker.claim(sandbox_id)
         holders = lock.directory / HOLDERS
