@@ -123,9 +123,9 @@ class ZmqBridge:
     def settled(self) -> bool:
         """Whether everything was written to its clients' sockets, in whole messages.
 
-        False for as long as some client does not read.
+        False for as long as some client does not read, or a reply waits for one that is to connect again.
         """
-        return all(peer.settled for endpoint in self._endpoints.values() for peer in endpoint.peers)
+        return all(endpoint.settled for endpoint in self._endpoints.values())
 
     def publish_endpoints(self) -> None:
         """Listen where we do not (or no longer: somebody removed the file). Connections that exist are not touched."""
@@ -268,6 +268,10 @@ class _Endpoint:
         elif self._listening is not None:
             self._mailbox.put(identity, message, self.loop.time())
             self._expire_later()
+
+    @property
+    def settled(self) -> bool:
+        return self._mailbox.due is None and all(peer.settled for peer in self.peers)
 
     def _expire_later(self) -> None:
         if self._expiry is None and (due := self._mailbox.due) is not None:
