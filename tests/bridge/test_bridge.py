@@ -502,3 +502,13 @@ async def test_close_leaves_no_descriptor(directory: Path):
     for _ in range(5):
         await cycle()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+async def test_a_reply_that_waits_for_its_client_is_not_settled(bridge: ZmqBridge, client: Connect):
+    """Else the owner's next but one would not know that it has to come again."""
+    assert bridge.settled
+    bridge.deliver(Channel.SHELL, [b"late", *BODY])
+    assert not bridge.settled
+    late = client("shell", b"late")
+    assert await received(late) == BODY
+    await until(lambda: bridge.settled)
