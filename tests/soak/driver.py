@@ -211,7 +211,7 @@ class World:
                 self.report.growth[what] = max(self.report.growth.get(what, 0), amount)
 
     def left_of(self, sandbox_id: str) -> list[str]:
-        """What is left of a removed sandbox."""
+        """What is left of a removed sandbox; what is half removed when its owner is killed goes with the next sweep."""
         directory = self.paths.sandbox(sandbox_id)
         left = [f"process {ref.pid}" for ref in marked(str(directory), sandbox_id)]
         if directory.exists():
@@ -219,7 +219,7 @@ class World:
         for folder in (self.paths.home / "snapshots", self.paths.runsc_root, self.paths.logs):
             if folder.is_dir():
                 left += [str(path) for path in folder.iterdir() if sandbox_id in path.name]
-        for manifest in (self.paths.home / "snapshots").glob("*/manifest.json"):
+        for manifest in (self.paths.home / "snapshots").glob("[!.]*/manifest.json"):
             with contextlib.suppress(OSError):
                 if sandbox_id in manifest.read_text():
                     left.append(f"snapshot {manifest.parent.name}")
@@ -643,8 +643,9 @@ class Rig:
             self.recovering = False
 
     def _recover(self) -> None:
-        self.w.model.crash()
         begun = time.monotonic()
+        self._drained()
+        self.w.model.crash()
         while True:
             try:
                 found = self.world.operate("connect", self.id, self.rng.random() < CLI_SHARE)
@@ -680,6 +681,15 @@ class Rig:
             if probe.seen:
                 lost = self.w.model.settle(probe)
                 self._log(f"lost with the owner: {[request.tag for request in lost]}")
+
+    def _drained(self) -> None:
+        """Take in all that the dead owner had sent: what comes after that is the next one's."""
+        while self.owner is not None and _runs(self.owner):
+            self.w.pump(0.01)
+        before = -1
+        while self.w.model.messages > before:
+            before = self.w.model.messages
+            self.w.pump(0.03)
 
     def _asks(self) -> bool:
         return any(request.waits_for_input for request in self.w.model.open())
@@ -867,6 +877,14 @@ class Rig:
             with contextlib.suppress(OSError):
                 for line in path.read_text(errors="replace").splitlines()[-15:]:
                     yield f"{path.name}: {line[:400]}"
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process is there that is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 RANDOM = """
