@@ -33,6 +33,7 @@ Deliver = Callable[[int, Sequence[Buffer]], None]
 GRACE: Final = 2.0
 """Seconds after the first listener in which others, who reconnect as it did, get what was kept as well."""
 _SETTLE_POLL = 0.005
+_IOPUB = int(Channel.IOPUB)
 
 
 class Subscription:
@@ -191,7 +192,7 @@ class KernelChannels:
 
     def received(self, channel: int, parts: Sequence[Buffer]) -> None:
         """Take a message from the kernel."""
-        if channel == Channel.IOPUB:
+        if channel == _IOPUB:
             at = messages.delimiter_index(parts)
             if at is None:
                 if self._may_log():
@@ -244,7 +245,10 @@ class KernelChannels:
             if self._held:
                 return
         for known in self._subscriptions:
-            self._deliver(known.deliver, Channel.IOPUB, parts)
+            try:
+                known.deliver(_IOPUB, parts)
+            except Exception:
+                self._failed()
 
     def _reply(self, channel: int, parts: Sequence[Buffer]) -> None:
         if self._by_identity and parts:
@@ -260,8 +264,11 @@ class KernelChannels:
         try:
             deliver(channel, parts)
         except Exception:
-            if self._may_log():
-                log.exception("a subscriber failed; the others go on")
+            self._failed()
+
+    def _failed(self) -> None:
+        if self._may_log():
+            log.exception("a subscriber failed; the others go on")
 
     def _catch_up(self, deliver: Deliver) -> None:
         retention = self._retention
