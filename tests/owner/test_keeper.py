@@ -426,6 +426,7 @@ import asyncio, sys
 from sandbox_gateway.host.paths import discover
 from sandbox_gateway.keeper import ensure_keeper, keeper_pid
 paths = discover({"SANDBOX_GATEWAY_HOME": sys.argv[1]}).ensure()
+print("ready", flush=True)
 sys.stdin.read()
 asyncio.run(ensure_keeper(paths))
 print(keeper_pid(paths))
@@ -440,6 +441,8 @@ async def test_many_that_start_one_at_once_get_the_same(after: Paths) -> None:
         for _ in range(20)
     ]
     try:
+        for starter in starters:
+            assert starter.stdout is not None and starter.stdout.readline() == "ready\n"
         for starter in starters:
             assert starter.stdin is not None
             starter.stdin.close()
