@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from sandbox_gateway import messages
+from sandbox_gateway.former_key import FormerKey
 from sandbox_gateway.gate import Gate, Sender
 from sandbox_gateway.host_replies import Outgoing
 from sandbox_gateway.kernel_cache import KernelCache
@@ -33,6 +34,7 @@ Deliver = Callable[[int, Sequence[Buffer]], None]
 GRACE: Final = 2.0
 """Seconds after the first listener in which others, who reconnect as it did, get what was kept as well."""
 _SETTLE_POLL = 0.005
+_IOPUB = int(Channel.IOPUB)
 
 
 class Subscription:
@@ -81,6 +83,7 @@ class KernelChannels:
         self._gate = Gate(key, self._cache, self._answered)
         self._retention: Retention | None = None
         self._held = False
+        self._former: FormerKey | None = None
         self._parent: Buffer = messages.EMPTY
         self._missing_file_hint = missing_file_hint
         self._logged = 0
@@ -90,7 +93,7 @@ class KernelChannels:
     def connect(self, sender: Sender) -> None:
         """Carry requests over ``sender`` from now on, beginning with those that came while there was none; ends sleep.
 
-        Raises what ``sender`` raises; what it did not take goes on waiting.
+        A request that ``sender`` refuses is answered with the error.
         """
         self._gate.connect(sender)
 
@@ -124,6 +127,10 @@ class KernelChannels:
     def request(self, channel: int, parts: Sequence[Buffer]) -> None:
         """Pass a client's message on to the kernel, its identity first."""
         self._gate.request(channel, parts)
+
+    def renew(self, former_key: bytes) -> None:
+        """The kernel is a clone: what it signed with ``former_key`` before it got its own is signed anew."""
+        self._former = FormerKey(former_key, self._key)
 
     def facts(self) -> dict[str, Any]:
         """What has to be known to answer for the kernel while it sleeps, as JSON: for :meth:`recall` in the process
@@ -191,7 +198,11 @@ class KernelChannels:
 
     def received(self, channel: int, parts: Sequence[Buffer]) -> None:
         """Take a message from the kernel."""
-        if channel == Channel.IOPUB:
+        if self._former is not None:
+            parts = self._former.renew(parts)
+            if self._former.over:
+                self._former = None
+        if channel == _IOPUB:
             at = messages.delimiter_index(parts)
             if at is None:
                 if self._may_log():
@@ -244,7 +255,10 @@ class KernelChannels:
             if self._held:
                 return
         for known in self._subscriptions:
-            self._deliver(known.deliver, Channel.IOPUB, parts)
+            try:
+                known.deliver(_IOPUB, parts)
+            except Exception:
+                self._failed()
 
     def _reply(self, channel: int, parts: Sequence[Buffer]) -> None:
         if self._by_identity and parts:
@@ -260,8 +274,11 @@ class KernelChannels:
         try:
             deliver(channel, parts)
         except Exception:
-            if self._may_log():
-                log.exception("a subscriber failed; the others go on")
+            self._failed()
+
+    def _failed(self) -> None:
+        if self._may_log():
+            log.exception("a subscriber failed; the others go on")
 
     def _catch_up(self, deliver: Deliver) -> None:
         retention = self._retention

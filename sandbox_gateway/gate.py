@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 
 MAX_WAITING: Final = 1000
 """Messages that wait for a kernel at most."""
-MAX_WAITING_BYTES: Final = 64 << 20
-"""Bytes that wait for a kernel at most; one larger message still waits, alone."""
+MAX_WAITING_BYTES: Final = 32 << 20
+"""Bytes that wait for a kernel at most, half of what a link takes at once; one larger message still waits, alone."""
 PATIENT: Final = 0.25
 """Share of both that messages which do not wake may take up: pages that are loaded again and again leave their
 questions behind, and must not keep a person's request out."""
@@ -62,15 +62,13 @@ class Gate:
         return len(self._waiting)
 
     def connect(self, sender: Sender) -> None:
-        """Carry requests over ``sender``, beginning with those that wait; ends sleep. What ``sender`` raises is
-        raised, and what it did not take goes on waiting."""
+        """Carry requests over ``sender``, beginning with those that wait; ends sleep."""
         self._wake = None
-        while self._waiting:
-            sender.send(*self._waiting[0])
-            _, parts = self._waiting.popleft()
-            self._size -= sum(map(len, parts))
-        self._patient = 0
         self._sender = sender
+        waiting, self._waiting = self._waiting, deque()
+        self._size = self._patient = 0
+        for channel, parts in waiting:
+            self._pass(sender, channel, parts)
 
     def disconnect(self) -> None:
         """There is no kernel now; requests wait for the next one (a restart)."""

@@ -130,7 +130,7 @@ class Lifecycle:
         sandbox = await self._new(record, launch, seat, runtime, report)
         await self._made(sandbox, sandbox.create(launch.kernel))
         if start.plan is not None:
-            self.templates.want(start.plan)
+            self.templates.want(start.plan, lambda: sandbox.id in self.live)
         return sandbox
 
     async def launch(self, wanted: CreateRequest, progress: OnProgress | None = None) -> tuple[Launch, tuple[str, ...]]:
@@ -324,7 +324,8 @@ class Lifecycle:
 
     async def _clone(self, snapshot: Snapshot, child: str, runtime: Runtime, report: RuntimeReport) -> LiveSandbox:
         manifest = snapshot.manifest
-        launch = requests.clone(manifest.saved_launch(), child, secrets.token_hex(32).encode())
+        parent = manifest.saved_launch()
+        launch = requests.clone(parent, child, secrets.token_hex(32).encode())
         seat = Seat(await self.claim(child), launch.key, missing_file_hint=launch.missing_file_hint)
         now = time.time()
         profile = await asyncio.to_thread(self._profile, manifest.profile)
@@ -347,6 +348,7 @@ class Lifecycle:
         try:
             sandbox = await self._new(record, launch, seat, runtime, report)
             seat.channels.retain()
+            seat.channels.renew(parent.key)
             await self._made(sandbox, sandbox.restore(Saved(snapshot), identity.fresh(launch)))
             seat.bridge()
         except BaseException:

@@ -28,6 +28,11 @@ class Seat:
         """The sandbox's runtime directory."""
         return self.lock.directory
 
+    @property
+    def connected(self) -> bool:
+        """Whether any client is connected to the endpoints."""
+        return self._bridge is not None and self._bridge.connected
+
     def bridge(self) -> ZmqBridge:
         """The endpoints, opened on demand, and again where somebody removed their files.
 

@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from sandbox_gateway import messages, zmtp
+from sandbox_gateway import mailbox, messages, zmtp
 from sandbox_gateway.bridge_queue import Message, Notice, OutputQueue
 from sandbox_gateway.channels import Deliver, KernelChannels
 from sandbox_gateway.errors import storage_error
@@ -115,6 +115,11 @@ class ZmqBridge:
         }
 
     @property
+    def connected(self) -> bool:
+        """Whether any client is connected."""
+        return any(endpoint.peers for endpoint in self._endpoints.values())
+
+    @property
     def backlog(self) -> int:
         """Bytes that wait for the slowest client."""
         return max((peer.pending for endpoint in self._endpoints.values() for peer in endpoint.peers), default=0)
@@ -123,9 +128,10 @@ class ZmqBridge:
     def settled(self) -> bool:
         """Whether everything was written to its clients' sockets, in whole messages.
 
-        False for as long as some client does not read.
+        False for as long as some client does not read, or a reply waits for one that was not connected here yet. One
+        that hung up is not waited for.
         """
-        return all(peer.settled for endpoint in self._endpoints.values() for peer in endpoint.peers)
+        return all(endpoint.settled for endpoint in self._endpoints.values())
 
     def publish_endpoints(self) -> None:
         """Listen where we do not (or no longer: somebody removed the file). Connections that exist are not touched."""
@@ -208,6 +214,8 @@ class _Endpoint:
         self._on_request = on_request
         self._routes: dict[bytes, _Peer] = {}
         self._mailbox = Mailbox()
+        self._awaited_until = 0.0
+        self._departed: dict[bytes, None] = {}
         self._expiry: asyncio.TimerHandle | None = None
         self._listening: socket.socket | None = None
         self._inode: tuple[int, int] | None = None
@@ -266,8 +274,17 @@ class _Endpoint:
         if peer is not None:
             peer.send(message)
         elif self._listening is not None:
-            self._mailbox.put(identity, message, self.loop.time())
+            now = self.loop.time()
+            self._mailbox.put(identity, message, now)
+            if identity not in self._departed:
+                # Not known here yet: the client of an earlier owner, most likely, that is about to connect again.
+                self._awaited_until = now + mailbox.SECONDS
             self._expire_later()
+
+    @property
+    def settled(self) -> bool:
+        awaited = self._mailbox.due is not None and self.loop.time() < self._awaited_until
+        return not awaited and all(peer.settled for peer in self.peers)
 
     def _expire_later(self) -> None:
         if self._expiry is None and (due := self._mailbox.due) is not None:
@@ -281,6 +298,7 @@ class _Endpoint:
     def ready(self, peer: _Peer, identity: bytes) -> None:
         """A client said who it is. One that comes again under its name takes over, as with ROUTER_HANDOVER."""
         peer.identity = identity or b"\0" + os.urandom(8)
+        self._departed.pop(peer.identity, None)
         before = self._routes.get(peer.identity)
         self._routes[peer.identity] = peer
         if before is not None and before is not peer:
@@ -330,6 +348,9 @@ class _Endpoint:
         self._cut_off = self._cut_off or cut_off
         if self._routes.get(peer.identity) is peer:
             del self._routes[peer.identity]
+            self._departed[peer.identity] = None
+            if len(self._departed) > _MAX_DEPARTED:
+                del self._departed[next(iter(self._departed))]
 
     def _stop_listening(self) -> None:
         listening, self._listening = self._listening, None
@@ -359,6 +380,7 @@ class _Endpoint:
             self.loop.add_reader(self._listening.fileno(), self._accept)
 
 
+_MAX_DEPARTED = 256
 _CUT_OFF = "[sandbox] A client that did not read was disconnected; output may be missing from here back\n"
 
 

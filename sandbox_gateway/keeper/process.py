@@ -14,13 +14,15 @@ from typing import Any, Final, Protocol
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.keeper.start import keeper_directory, keeper_socket
-from sandbox_gateway.model import OnOwnerExit
+from sandbox_gateway.model import OnOwnerExit, State
 from sandbox_gateway.owner import OwnerLock, OwnerServer, holder
 
 log = logging.getLogger(__name__)
 
 LINGER: Final = 2.0
 """Seconds that a keeper stays without a sandbox: a command may be about to ask for the next."""
+LET_GO: Final = 300.0
+"""Seconds after which a suspended sandbox without clients is let go: it needs no process, and is adopted on demand."""
 _LOOK = 0.5
 
 
@@ -37,6 +39,9 @@ class Keeps(Protocol):
     async def spawn(self, snapshot_id: str, count: int = 1) -> Sequence[Any]:
         """Make children from a snapshot and own them; an outcome with ``id`` and ``error`` for each."""
 
+    async def hand_over(self, sandbox_id: str) -> None:
+        """Let one go, as it is."""
+
     async def close(self) -> None:
         """Leave everything by its ``on_owner_exit``."""
 
@@ -50,6 +55,7 @@ class Keeper:
         self._made: asyncio.Future[Keeps] | None = None
         self._server = OwnerServer(paths, self._answer, socket_path=keeper_socket(paths))
         self._told = asyncio.Event()
+        self._asleep: dict[str, float] = {}
 
     def end(self) -> None:
         """End in order."""
@@ -82,6 +88,7 @@ class Keeper:
         loop = asyncio.get_running_loop()
         alone_since = loop.time()
         while not self._told.is_set():
+            await self._let_go(keeps)
             if keeps.live or self._server.busy:
                 alone_since = loop.time()
             elif loop.time() - alone_since >= LINGER:
@@ -92,6 +99,20 @@ class Keeper:
                     await self._told.wait()
             except TimeoutError:
                 continue
+
+    async def _let_go(self, keeps: Keeps) -> None:
+        now = asyncio.get_running_loop().time()
+        asleep = {
+            sandbox_id
+            for sandbox_id, sandbox in keeps.live.items()
+            if sandbox.state is State.SUSPENDED and not sandbox.seat.connected
+        }
+        self._asleep = {sandbox_id: self._asleep.get(sandbox_id, now) for sandbox_id in asleep}
+        for sandbox_id, since in tuple(self._asleep.items()):
+            if now - since >= LET_GO and not self._server.busy:
+                log.info("letting go of sandbox %s, which is suspended", sandbox_id)
+                with contextlib.suppress(SandboxGatewayError):  # somebody was quicker
+                    await keeps.hand_over(sandbox_id)
 
     async def _answer(self, op: str, sandbox_id: str, params: Mapping[str, Any]) -> Mapping[str, Any]:
         assert self._made is not None

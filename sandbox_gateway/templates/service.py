@@ -35,7 +35,7 @@ class Templates:
         self.builder = Builder(maker, snapshots, self.records)
         self._snapshots = snapshots
         self._delay = delay
-        self._wanted: dict[str, Plan] = {}
+        self._wanted: dict[str, tuple[Plan, Callable[[], bool]]] = {}
         self._worker: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -87,21 +87,24 @@ class Templates:
 
     # Building
 
-    def want(self, plan: Plan) -> None:
-        """Have a template built in the background, unless it is there or could not be built lately."""
-        if self._closed or plan.key.digest in self._wanted:
+    def want(self, plan: Plan, still: Callable[[], bool]) -> None:
+        """Have a template built in the background soon, unless it is there or could not be built lately.
+
+        Only if it is ``still`` wanted then: a program that has ended its kernel by now is about to end itself.
+        """
+        if self._closed:
             return
-        self._wanted[plan.key.digest] = plan
+        self._wanted[plan.key.digest] = (plan, still)
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
 
     async def _work(self) -> None:
         while self._wanted:
             await asyncio.sleep(self._delay)
-            key, plan = next(iter(self._wanted.items()))
+            key, (plan, still) = next(iter(self._wanted.items()))
             try:
                 record = await asyncio.to_thread(self.records.get, key)
-                if record is None or record.retry_at <= time.time():
+                if still() and (record is None or record.retry_at <= time.time()):
                     await self.builder.build(plan, wait=False)
             except SandboxGatewayError as error:
                 log.info("no template of profile %s: %s", plan.profile.name, error.message)

@@ -182,6 +182,7 @@ class SnapshotContract:
                 with contextlib.suppress(SandboxGatewayError):
                     await link.call("shutdown", timeout=TIMEOUT)
                 assert (await asyncio.wait_for(waiting, TIMEOUT)).kind is DeathKind.AGENT_DIED
+            await runtime.destroy(handle)
 
     async def test_restore_steps_are_announced_before_they_are_taken(self, subject: Subject) -> None:
         """As in a creation; given up after any step, the last handle removes all and the image is as good as before."""

@@ -32,10 +32,11 @@ def bind(kind, name):
     socket.bind(f"ipc://{names['ip']}-{names[name + '_port']}")
     return socket
 shell, stdin, control = (bind(zmq.ROUTER, name) for name in ("shell", "stdin", "control"))
-heart, iopub = bind(zmq.REP, "hb"), bind(zmq.PUB, "iopub")
+heart, iopub = bind(zmq.REP, "hb"), bind(zmq.XPUB, "iopub")
 poller = zmq.Poller()
 for socket in (shell, control, heart):
     poller.register(socket, zmq.POLLIN)
+iopub.recv()  # somebody listens: from here on nothing may be lost
 count, printing = 0, False
 while True:
     for socket, _ in poller.poll(2 if printing else None):

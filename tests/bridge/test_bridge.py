@@ -311,6 +311,20 @@ async def test_one_message_above_the_bound_still_passes(bridge: ZmqBridge, clien
         assert type_and_content(await received(sock))[1]["text"][0] == str(n)
 
 
+async def test_it_is_settled_when_each_client_has_every_message_whole(bridge: ZmqBridge, client: Connect):
+    slow = await subscribed(client, rcvhwm=1, rcvbuf=4096)
+    await until(lambda: bridge.settled)
+    count = 40
+    for n in range(count):
+        bridge.deliver(Channel.IOPUB, [b"t", b"%d" % n, bytes(20_000)])
+        assert not bridge.settled
+    await asyncio.sleep(0.05)
+    assert not bridge.settled, "a socket is full"
+    for n in range(count):
+        assert (await received(slow))[1] == b"%d" % n
+    await until(lambda: bridge.settled)
+
+
 # Bad clients
 
 
@@ -488,3 +502,13 @@ async def test_close_leaves_no_descriptor(directory: Path):
     for _ in range(5):
         await cycle()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+async def test_a_reply_that_waits_for_its_client_is_not_settled(bridge: ZmqBridge, client: Connect):
+    """Else the owner's next but one would not know that it has to come again."""
+    assert bridge.settled
+    bridge.deliver(Channel.SHELL, [b"late", *BODY])
+    assert not bridge.settled
+    late = client("shell", b"late")
+    assert await received(late) == BODY
+    await until(lambda: bridge.settled)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Sequence
 
@@ -43,3 +44,46 @@ def test_a_parent_of_any_length_is_not_kept_for_the_notices() -> None:
     )
     kernel.notice("something")
     assert sum(map(len, seen[-1])) < 1000
+
+
+def test_replies_to_a_subscriber_with_an_identity_go_to_it_alone() -> None:
+    kernel = KernelChannels(KEY)
+    seen: dict[str, list[object]] = {"bridge": [], "mine": []}
+    kernel.subscribe(lambda channel, parts: seen["bridge"].append((channel, parts)))
+    mine = kernel.subscribe(lambda channel, parts: seen["mine"].append((channel, parts)), identity=b"mine")
+    to_me, to_other, output = [memoryview(b"mine"), b"x"], [b"other", b"x"], messages.build(KEY, "status", {})
+    for channel in (Channel.SHELL, Channel.CONTROL, Channel.STDIN):
+        kernel.received(channel, to_me)
+        kernel.received(channel, to_other)
+    kernel.received(Channel.IOPUB, output)
+    kernel.received(Channel.SHELL, [])
+    both = (Channel.SHELL, Channel.CONTROL, Channel.STDIN)
+    assert seen["mine"] == [*((channel, to_me) for channel in both), (Channel.IOPUB, output)]
+    assert seen["bridge"] == [*((channel, to_other) for channel in both), (Channel.IOPUB, output), (Channel.SHELL, [])]
+    mine.close()
+    mine.close()
+    kernel.received(Channel.SHELL, to_me)
+    assert seen["bridge"][-1] == (Channel.SHELL, to_me)
+
+
+def test_a_subscriber_may_go_while_a_message_is_delivered() -> None:
+    kernel = KernelChannels(KEY)
+    seen: list[str] = []
+    subscription = kernel.subscribe(lambda channel, parts: subscription.close() or seen.append("first"))
+    kernel.subscribe(lambda channel, parts: seen.append("second"))
+    for _ in range(2):
+        kernel.received(Channel.IOPUB, messages.build(KEY, "status", {}))
+    assert seen == ["first", "second", "second"]
+
+
+async def test_settled_is_said_when_all_subscribers_say_so() -> None:
+    kernel = KernelChannels(KEY)
+    assert kernel.settled
+    done = [False, True]
+    kernel.subscribe(lambda channel, parts: None, settled=lambda: done[0])
+    kernel.subscribe(lambda channel, parts: None, settled=lambda: done[1])
+    assert not await kernel.settle(0.01)
+    waiting = asyncio.create_task(kernel.settle(20))
+    await asyncio.sleep(0)
+    done[0] = True
+    assert await waiting

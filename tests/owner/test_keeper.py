@@ -37,7 +37,7 @@ from sandbox_gateway.keeper import (
 )
 from sandbox_gateway.keeper.process import Keeper
 from sandbox_gateway.keeper.start import keeper_socket
-from sandbox_gateway.model import OnOwnerExit
+from sandbox_gateway.model import OnOwnerExit, State
 from sandbox_gateway.owner import OwnerLock, OwnerServer, ask, holder, report_progress
 
 
@@ -47,6 +47,11 @@ class Record:
     name: str = ""
 
 
+@dataclass
+class Seat:
+    connected: bool = False
+
+
 class Sandbox:
     """One that is only played: its lock is held, and its record can be changed."""
 
@@ -54,6 +59,8 @@ class Sandbox:
         self.id = sandbox_id
         self.lock = lock
         self.record = Record(policy)
+        self.state = State.RUNNING
+        self.seat = Seat()
 
     async def amend(self, **changes: Any) -> None:
         self.record = replace(self.record, **changes)
@@ -104,6 +111,9 @@ class Lifecycle:
         if isinstance(answer, Exception):
             raise answer
         return answer
+
+    async def hand_over(self, sandbox_id: str) -> None:
+        self.live.pop(sandbox_id).lock.release(remove=True)
 
     async def close(self) -> None:
         self.closed = True
@@ -305,6 +315,24 @@ async def test_it_ends_when_it_has_owned_nothing_for_a_moment(paths: Paths, monk
     assert keeper_pid(paths) is None and not keeper_directory(paths).exists()
 
 
+async def test_it_lets_go_of_what_is_suspended_and_has_no_clients(
+    paths: Paths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "LET_GO", 0.3)
+    monkeypatch.setattr(process, "_LOOK", 0.02)
+    async with keeping(paths) as (lifecycle, running):
+        for name in ("running", "watched", "alone"):
+            await ask_keeper(paths, "adopt", name)
+        lifecycle.live["watched"].state = lifecycle.live["alone"].state = State.SUSPENDED
+        lifecycle.live["watched"].seat.connected = True
+        async with asyncio.timeout(10):
+            while "alone" in lifecycle.live:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.5)
+        assert set(lifecycle.live) == {"running", "watched"} and not running.done()
+        assert holder(paths.sandbox("alone")) is None
+
+
 async def test_garbage_on_its_socket_is_refused_and_changes_nothing(paths: Paths) -> None:
     async with keeping(paths) as (_, running):
         for garbage in (b"\n", b"\x00" * 4096 + b"\n", b"[" * 100_000 + b"\n", b'{"op": 1}\n', b'{"op":"x","id":""}\n'):
@@ -398,6 +426,7 @@ import asyncio, sys
 from sandbox_gateway.host.paths import discover
 from sandbox_gateway.keeper import ensure_keeper, keeper_pid
 paths = discover({"SANDBOX_GATEWAY_HOME": sys.argv[1]}).ensure()
+print("ready", flush=True)
 sys.stdin.read()
 asyncio.run(ensure_keeper(paths))
 print(keeper_pid(paths))
@@ -412,6 +441,8 @@ async def test_many_that_start_one_at_once_get_the_same(after: Paths) -> None:
         for _ in range(20)
     ]
     try:
+        for starter in starters:
+            assert starter.stdout is not None and starter.stdout.readline() == "ready\n"
         for starter in starters:
             assert starter.stdin is not None
             starter.stdin.close()

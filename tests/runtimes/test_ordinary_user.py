@@ -75,7 +75,7 @@ def user() -> Iterator[User]:
         shutil.rmtree(home, ignore_errors=True)
 
 
-@pytest.mark.parametrize("module", ["test_contract.py", "test_gvisor.py"])
+@pytest.mark.parametrize("module", ["test_contract.py", "test_gvisor.py", "test_gvisor_snapshots.py"])
 def test_gvisor_passes_as_an_ordinary_user(user: User, runsc_binary: Path, module: str) -> None:
     """The same tests pass in a user namespace, with soft limits, and leave nothing either."""
     binary = user.home / "runsc"

@@ -211,7 +211,7 @@ class World:
                 self.report.growth[what] = max(self.report.growth.get(what, 0), amount)
 
     def left_of(self, sandbox_id: str) -> list[str]:
-        """What is left of a removed sandbox."""
+        """What is left of a removed sandbox; what is half removed when its owner is killed goes with the next sweep."""
         directory = self.paths.sandbox(sandbox_id)
         left = [f"process {ref.pid}" for ref in marked(str(directory), sandbox_id)]
         if directory.exists():
@@ -219,7 +219,7 @@ class World:
         for folder in (self.paths.home / "snapshots", self.paths.runsc_root, self.paths.logs):
             if folder.is_dir():
                 left += [str(path) for path in folder.iterdir() if sandbox_id in path.name]
-        for manifest in (self.paths.home / "snapshots").glob("*/manifest.json"):
+        for manifest in (self.paths.home / "snapshots").glob("[!.]*/manifest.json"):
             with contextlib.suppress(OSError):
                 if sandbox_id in manifest.read_text():
                     left.append(f"snapshot {manifest.parent.name}")
@@ -265,6 +265,7 @@ class Rig:
         self.files = 0
         self.comms = 0
         self.recovering = False
+        self._noticed: set[int] = set()
         self._begin(self.world.plan.specs[self.number % len(self.world.plan.specs)])
         for _ in range(rng.randint(15, 80)):
             if self.world.over:
@@ -291,6 +292,7 @@ class Rig:
         self._log(f"start {spec} {self.id} by {self.owner}")
         self.watcher = Watcher(file, KernelModel(), self.rng)
         self.watcher.on_tick = self._tick
+        self.watcher.model.unnoticed = self._unnoticed
         self.watcher.setup()
         world.note("start to the end of the first cell", time.monotonic() - begun)
 
@@ -310,8 +312,8 @@ class Rig:
         asleep = self.state != "running"
         if asleep:
             choices += [(6, "resume", self._resume), (2, "wake", self._wake), (0.5, "resume twice", self._race)]
-            if busy and self.state == "suspended":
-                choices += [(0.3, "interrupt", self._interrupt)] if len(busy) == 1 and not asked else []
+            if len(busy) == 1 and self.state == "suspended" and not asked and not busy[0].threaded:
+                choices += [(0.3, "interrupt", self._interrupt)]
         else:
             if len(busy) < 3 and not asked:
                 choices += [
@@ -325,7 +327,7 @@ class Rig:
                 choices += [(1.0, "input", self._ask), (0.7, "comm", self._comm), (0.4, "file", self._file)]
                 if self._owned():
                     choices += [(0.2, "restart", self._restart)]
-            if len(busy) == 1 and not asked and busy[0].lines > 50:
+            if len(busy) == 1 and not asked and busy[0].lines > 50 and not busy[0].threaded:
                 choices += [(0.6, "interrupt", self._interrupt)]
         if asked:
             choices += [(3, "answer", self._answer)]
@@ -413,9 +415,10 @@ class Rig:
             self._application("interrupt", self.id)
         else:
             sent = self.w.control("interrupt_request")
-            crashes = self.w.model.crashes
+            crashes = len(self.w.model.crashes)
             self.w.wait(
-                lambda: sent in self.w.control_replies or self.w.model.crashes > crashes, "the reply to an interrupt"
+                lambda: sent in self.w.control_replies or len(self.w.model.crashes) > crashes,
+                "the reply to an interrupt",
             )
         self.state = "running"
         # A kernel that gets it only when the cell has ended ignores it.
@@ -643,8 +646,8 @@ class Rig:
             self.recovering = False
 
     def _recover(self) -> None:
-        self.w.model.crash()
         begun = time.monotonic()
+        self._notice()
         while True:
             try:
                 found = self.world.operate("connect", self.id, self.rng.random() < CLI_SHARE)
@@ -660,6 +663,7 @@ class Rig:
                 break
         self.world.note("kill to adopted", time.monotonic() - begun)
         self.owner = owner
+        self.w.model.recovered()
         self._same_endpoints(Path(found.strip()))
         self.state = self._steady_state()
         self._log(f"adopted by {owner}, {self.state}")
@@ -680,6 +684,15 @@ class Rig:
             if probe.seen:
                 lost = self.w.model.settle(probe)
                 self._log(f"lost with the owner: {[request.tag for request in lost]}")
+
+    def _notice(self) -> None:
+        """Once for each kill."""
+        if self.owner is not None and self.owner in self.world.killed and self.owner not in self._noticed:
+            self._noticed.add(self.owner)
+            self.w.model.crash()
+
+    def _unnoticed(self) -> bool:
+        return self.owner in self.world.killed and self.owner not in self._noticed
 
     def _asks(self) -> bool:
         return any(request.waits_for_input for request in self.w.model.open())

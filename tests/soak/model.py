@@ -1,15 +1,17 @@
 """What a kernel's clients must see, exactly: every line once and in order, one reply and one idle for each request.
 
 The model is fed with what one client sends and receives, and knows nothing of sandboxes. Its one concession: what was
-received before the kernel's owner was killed may come again afterwards, under the same ``msg_id`` (DESIGN, invariant
-1); those repetitions are counted and otherwise ignored.
+received before the kernel's owner was killed may come again afterwards, once for each kill, under the same ``msg_id``
+(DESIGN, invariant 1); those repetitions are counted and otherwise ignored.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
+import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +46,8 @@ class Request:
     """Other lines that it prints, each exactly this text, after the numbered ones."""
     displays: tuple[str, ...] = ()
     """SHA-256 of the payloads that it displays, in order."""
+    threaded: bool = False
+    """A thread prints the lines: an interrupt does not end it."""
     prompt: str | None = None
     """The question that it asks by ``input()``."""
     inherited: bool = False
@@ -106,14 +110,17 @@ class KernelModel:
         """Execution count of the cell that ran last."""
         self.requests: dict[str, Request] = {}
         self.failures: list[Failure] = []
-        self.crashes = 0
+        self.crashes: list[float] = []
+        """For each kill of the owner the time at which the next one was there; infinite before that."""
+        self.unnoticed: Callable[[], bool] = lambda: False
+        """Whether the owner was killed since :meth:`crash` was called last."""
         self.repeats = 0
         self.lost_requests = 0
         self.notices: list[str] = []
         self.lines = 0
         self.messages = 0
         self.recent: deque[str] = deque(maxlen=HISTORY)
-        self._seen: dict[tuple[str, str], int] = {}
+        self._seen: dict[tuple[str, str], tuple[float, int]] = {}
         self._order: list[str] = []
 
     # What the client does
@@ -125,8 +132,13 @@ class KernelModel:
         return request
 
     def crash(self) -> None:
-        """The kernel's owner was killed: what came so far may come again."""
-        self.crashes += 1
+        """The kernel's owner was killed: what came so far may come again, and what comes until :meth:`recovered`."""
+        self.crashes.append(math.inf)
+
+    def recovered(self) -> None:
+        """The next owner is there."""
+        now = time.monotonic()
+        self.crashes = [min(end, now) for end in self.crashes]
 
     def restarted(self) -> None:
         """The kernel was restarted: it counts from 1, and what ran or waited is cut short."""
@@ -161,14 +173,14 @@ class KernelModel:
         self.messages += 1
         self._remember(channel, kind, parent, content)
         identity = (channel, str(header["msg_id"]))
-        before = self._seen.get(identity)
-        if before is not None:
-            if before < self.crashes:
+        first, times = self._seen.get(identity, (time.monotonic(), 0))
+        self._seen[identity] = (first, times + 1)
+        if times:
+            if times <= sum(end >= first for end in self.crashes) + self.unnoticed():
                 self.repeats += 1
             else:
-                self._fail("doubled_message", f"{channel} {kind} {header['msg_id']} came twice")
+                self._fail("doubled_message", f"{channel} {kind} {header['msg_id']} came {times + 1} times")
             return
-        self._seen[identity] = self.crashes
         if kind == "stream" and content["name"] == "stderr" and "[sandbox]" in content["text"]:
             self._notice(content["text"])
             return

@@ -210,9 +210,22 @@ def test_after_the_owner_was_killed_the_same_message_may_come_again() -> None:
     model.crash()
     for channel, content in stream[2:]:
         model.received(channel, content)
+    model.recovered()
     model.check_end()
     assert model.failures == []
     assert model.repeats == 3
+    assert kinds(model) == set()
+
+
+def test_what_came_first_from_the_new_owner_may_not_come_again() -> None:
+    stream = whole()
+    model = KernelModel()
+    model.sent(Request("a", "a", lines=4))
+    model.crash()
+    model.recovered()
+    for channel, content in [*stream[:5], stream[4]]:
+        model.received(channel, content)
+    assert kinds(model) == {"doubled_message"}
 
 
 def test_after_the_owner_was_killed_a_line_under_another_id_is_doubled_and_a_second_repetition_too() -> None:
@@ -222,6 +235,7 @@ def test_after_the_owner_was_killed_a_line_under_another_id_is_doubled_and_a_sec
     for channel, content in stream[:5]:
         model.received(channel, content)
     model.crash()
+    model.recovered()
     model.received(*line("a", "a:2\n"))
     assert kinds(model) == {"doubled_line"}
     model.failures.clear()

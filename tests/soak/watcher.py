@@ -180,7 +180,7 @@ class Watcher:
             code = f"await slow_lines({tag!r}, {count}, {pause})"
         else:
             code = f"lines({tag!r}, {count}, {pause}, {way!r})"
-        return self.execute(code, tag, lines=count)
+        return self.execute(code, tag, lines=count, threaded=way == "thread")
 
     def show(self, count: int) -> Request:
         """A cell with rich output."""
