@@ -191,7 +191,7 @@ def test_time_away_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def poll(self, timeout: float) -> Any:
             nonlocal jump
-            jump += 3600
+            jump = 3600.0
             return self.inner.poll(timeout)
 
         def close(self) -> None:
@@ -201,7 +201,7 @@ def test_time_away_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     before = loop.now()
     loop.turn()
     assert loop.now() - before < 1
-    for _ in range(5):
+    while not fired:
         loop.turn()
     assert fired == ["early"]
     loop.close()
