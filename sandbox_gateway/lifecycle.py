@@ -280,7 +280,16 @@ class Lifecycle:
             raise SandboxGatewayError("invalid_request", f"{count} is not a number of children from 1 to {MAX_FORK}")
         snapshot = await asyncio.to_thread(self.snapshots.find, snapshot_id)
         runtime, report = await self.runtime(snapshot.manifest.runtime)
-        await Suspension(runtime, report, self.snapshots).fit(Saved(snapshot))
+        lease = await asyncio.to_thread(self.snapshots.hold, snapshot)
+        try:
+            await Suspension(runtime, report, self.snapshots).fit(Saved(snapshot))
+            return await self._clones(snapshot, count, runtime, report)
+        finally:
+            lease.release()
+
+    async def _clones(
+        self, snapshot: Snapshot, count: int, runtime: Runtime, report: RuntimeReport
+    ) -> list[ForkOutcome]:
         room = asyncio.Semaphore(AT_A_TIME)
 
         async def one() -> ForkOutcome:
