@@ -42,7 +42,9 @@ class Callbacks:
     gap: Callable[[int, int, int], None]
     event: Callable[[Mapping[str, Any]], None]
     ended: Callable[[Death], None]
-    """The sandbox died, or does not speak any more; at most once, and never after :meth:`Attachment.close`."""
+    """The sandbox died, or does not speak any more; at most once, and never after :meth:`Attachment.close`.
+
+    Not before :meth:`Attachment.release` either: until then it shows in the calls, which fail."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,7 @@ class Attachment:
         self._link: Link | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._ended = False
+        self._death: Death | None = None
         self._frozen = False
 
     @property
@@ -122,6 +125,8 @@ class Attachment:
         held, self._held = self._held, None
         for give in held or ():
             give()
+        if self._death is not None:
+            self._callbacks.ended(self._death)
 
     def freeze(self) -> None:
         """The sandbox is paused: its silence means nothing."""
@@ -192,6 +197,12 @@ class Attachment:
                     return
 
     def _end(self, death: Death) -> None:
-        if not self._ended:
-            self._ended = True
+        if self._ended:
+            return
+        self._ended = True
+        # Nothing tells it to who waits for an answer: named pipes have no end.
+        self.link.fail(SandboxGatewayError("link_failed", f"the sandbox has ended: {death.describe()}"))
+        if self._held is None:
             self._callbacks.ended(death)
+        else:
+            self._death = death

@@ -34,7 +34,7 @@ from sandbox_gateway.registry import make_runtime
 from sandbox_gateway.request import CreateRequest
 from sandbox_gateway.runtimes.base import Handle, Runtime, RuntimeReport
 from sandbox_gateway.seat import Seat
-from sandbox_gateway.snapshots import Kind, Snapshot, SnapshotStore
+from sandbox_gateway.snapshots import Kind, Snapshot, SnapshotStore, collect
 from sandbox_gateway.store import Store
 from sandbox_gateway.suspension import Saved, Suspension
 from sandbox_gateway.templates import Templates
@@ -308,7 +308,16 @@ class Lifecycle:
             raise SandboxGatewayError("invalid_request", f"{count} is not a number of children from 1 to {MAX_FORK}")
         snapshot = await asyncio.to_thread(self.snapshots.find, snapshot_id)
         runtime, report = await self.runtime(snapshot.manifest.runtime)
-        await Suspension(runtime, report, self.snapshots).fit(Saved(snapshot))
+        lease = await asyncio.to_thread(self.snapshots.hold, snapshot)
+        try:
+            await Suspension(runtime, report, self.snapshots).fit(Saved(snapshot))
+            return await self._clones(snapshot, count, runtime, report)
+        finally:
+            lease.release()
+
+    async def _clones(
+        self, snapshot: Snapshot, count: int, runtime: Runtime, report: RuntimeReport
+    ) -> list[ForkOutcome]:
         room = asyncio.Semaphore(AT_A_TIME)
 
         async def one() -> ForkOutcome:
@@ -489,6 +498,7 @@ class Lifecycle:
                 if death is not None and await self._destroy_unowned(record, death):
                     swept.append(record.id)
         await self._remove_strays()
+        await asyncio.to_thread(collect, self.snapshots, self.store.list)
         await asyncio.to_thread(sweep_sockets, self.paths.runtime / OWNERS)
         await asyncio.to_thread(self._trim_tombstones)
         return swept
@@ -544,8 +554,12 @@ class Lifecycle:
         await asyncio.to_thread(self.store.put, record)
 
     async def _remove_strays(self) -> None:
-        """What has no record: a crash came before it was written, or between a sandbox's end and its endpoints'."""
-        live = {record.id for record in await asyncio.to_thread(self.store.list) if record.state in LIVE}
+        """What has no record: a crash came before it was written, or between a sandbox's end and its endpoints'.
+
+        What is suspended keeps its directory: the next owner learns there how far clients have been served.
+        """
+        staying = LIVE | {State.SUSPENDED}
+        live = {record.id for record in await asyncio.to_thread(self.store.list) if record.state in staying}
         for runtime, _ in tuple(self._runtimes.values()):
             for sandbox_id in await runtime.list():
                 await self._remove_stray(sandbox_id, live, runtime)

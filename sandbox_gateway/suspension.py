@@ -16,6 +16,8 @@ from sandbox_gateway.attachment import Remains
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.link.host import Link
 from sandbox_gateway.model import Launch, SandboxRecord, SandboxSpec
+from sandbox_gateway.operations import growing
+from sandbox_gateway.owner import report_progress
 from sandbox_gateway.runtimes.base import Handle, Pausable, Runtime, RuntimeReport, Snapshots
 from sandbox_gateway.snapshots import Facts, Kind, Lease, Snapshot, SnapshotStore, check_files, describe_files
 from sandbox_gateway.wire.handshake import VERSION
@@ -103,7 +105,8 @@ class Suspension:
             try:
                 files = await runtime.host_files(handle)
                 workspace = await asyncio.to_thread(describe_files, files) if files else ()
-                await runtime.snapshot(handle, draft.image)
+                async with growing(draft.image, "writing memory"):
+                    await runtime.snapshot(handle, draft.image)
                 facts = Facts(
                     kind=kind,
                     sandbox=record.id,
@@ -158,6 +161,7 @@ class Suspension:
 
     def restore(self, spec: SandboxSpec, directory: Path, saved: Saved) -> AsyncIterator[Handle]:
         """Make a sandbox from it, step by step; see :meth:`Snapshots.restore`."""
+        report_progress({"message": "reading memory", "total": saved.snapshot.size})
         return self._saving.restore(spec, directory, saved.snapshot.image)
 
     async def heartbeat(self, link: Link) -> None:

@@ -62,7 +62,8 @@ class KernelChannels:
         self._output: Source | None = None
         self._heard = self._loop.now()
         self._welcomed = self._beating = self._is_ready = self._closed = False
-        self._echoes: list[Callable[[], None]] = []
+        self._pings = 0
+        self._echoes: dict[bytes, Callable[[], None]] = {}
         self._asking = False
         self._replies: dict[str, Callable[[dict[str, Any]], None]] = {}
         self.greeting = relay.Greeting()
@@ -115,8 +116,10 @@ class KernelChannels:
     def ping(self, heard: Callable[[], None]) -> None:
         """Ask the kernel's heartbeat; ``heard`` is called when it echoes."""
         if self._sockets is not None:
-            self._echoes.append(heard)
-            self._sockets.ping()
+            self._pings += 1
+            payload = b"ping %d" % self._pings  # echoes of earlier ones may still be on their way
+            self._echoes[payload] = heard
+            self._sockets.ping(payload)
 
     def look(self) -> None:
         """Take what is there, whether or not anything said so."""
@@ -186,9 +189,9 @@ class KernelChannels:
             for parts in messages:
                 if name != "control" or not self._own_reply(parts):
                     self._hooks.message(name, parts)
-        if sockets.receive(sockets.heartbeat, BATCH)[0]:
-            echoes, self._echoes = self._echoes, []
-            for heard in echoes:
+        for echo in sockets.receive(sockets.heartbeat, BATCH)[0]:
+            heard = self._echoes.pop(bytes(echo[-1]), None)
+            if heard is not None:
                 heard()
             if not self._beating:
                 self._beating = True

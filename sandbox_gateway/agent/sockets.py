@@ -67,9 +67,9 @@ class KernelSockets:
         with contextlib.suppress(zmq.ZMQError):
             self.requests[name].send_multipart(parts, zmq.NOBLOCK)
 
-    def ping(self) -> None:
-        """Ask the kernel's heartbeat; the answer makes :attr:`heartbeat` readable."""
-        self.heartbeat.send_multipart([b"", b"ping"], zmq.NOBLOCK)
+    def ping(self, payload: bytes = b"ping") -> None:
+        """Ask the kernel's heartbeat; the answer, which ends with ``payload``, makes :attr:`heartbeat` readable."""
+        self.heartbeat.send_multipart([b"", payload], zmq.NOBLOCK)
 
     def close(self) -> None:
         """Close everything and wait for the context's thread to end (at once: nothing lingers)."""

@@ -138,9 +138,9 @@ class _Part:
         self.total = 0
 
     def detail(self, now: float) -> str:
-        """``12 MiB of 40 MiB, 310 MiB/s``: as much of it as is known."""
+        """``12 MiB of 40 MiB, 310 MiB/s``: as much of it as is known and worth saying."""
         if not self.done:
-            return ""
+            return size(self.total) if self.total else ""
         text = f"{size(self.done)} of {size(self.total)}" if self.total else size(self.done)
         seconds = now - self.begun
         return f"{text}, {size(int(self.done / seconds))}/s" if seconds >= 0.1 else text

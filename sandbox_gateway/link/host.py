@@ -429,6 +429,11 @@ class Link:
         except SandboxGatewayError as error:
             self._fail(error)
 
+    def fail(self, error: SandboxGatewayError) -> None:
+        """Give the link up: who waits for an answer is told why. Idempotent; ``on_lost`` is not called."""
+        if not self.closed:
+            self._shut(error)
+
     def _fail(self, error: SandboxGatewayError) -> None:
         """The link is gone for good."""
         if self.closed:

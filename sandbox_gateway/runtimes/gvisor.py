@@ -29,6 +29,7 @@ from sandbox_gateway.runtimes import (
     gvisor_hostfiles,
     gvisor_probe,
     gvisor_snapshots,
+    gvisor_trial,
     launcher,
 )
 from sandbox_gateway.runtimes.base import Handle, LinkFds, RuntimeReport, Stats
@@ -79,7 +80,14 @@ class GvisorRuntime:
 
     async def probe(self) -> RuntimeReport:
         """Try what this binary, kernel and user can do; nothing merely absent raises."""
-        return await gvisor_probe.probe(self.paths, self.binary, self.tree)
+        report = await gvisor_probe.probe(self.paths, self.binary, self.tree)
+        if self.binary is None or not report.get("run").available:
+            return report
+        saving = await gvisor_trial.capabilities(self.paths, self.binary, self._for_trial)
+        return replace(report, capabilities=(*report.capabilities, *saving))
+
+    def _for_trial(self, paths: Paths, argv: tuple[str, ...]) -> GvisorRuntime:
+        return GvisorRuntime(paths, self.binary, argv=argv, cgroup_tree=self.tree)
 
     # Creation
 

@@ -46,8 +46,7 @@ async def probe(paths: Paths, binary: Path | None, tree: CgroupTree) -> RuntimeR
         hint = ERRORS["runtime_too_old"].hint
         return RuntimeReport("gvisor", True, version, (Capability("run", False, reason, hint),))
     run = await _run_capability(paths, binary)
-    saving = (Capability(name, run.available, run.reason, run.hint) for name in ("pause", "snapshots", "prepared"))
-    return RuntimeReport("gvisor", True, version, (run, *saving, *limit_capabilities(tree)))
+    return RuntimeReport("gvisor", True, version, (run, *limit_capabilities(tree)))
 
 
 def limit_capabilities(tree: CgroupTree) -> tuple[Capability, ...]:

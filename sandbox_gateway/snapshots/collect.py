@@ -19,6 +19,8 @@ from sandbox_gateway.snapshots.store import Entry, SnapshotStore
 
 Records = Callable[[], Iterable[SandboxRecord]]
 """Reads the records of all sandboxes, now."""
+FORK_GRACE = 120.0
+"""Seconds since its last use after which what was saved for a fork is left over."""
 _GONE = frozenset({State.TERMINATED, State.EXPIRED})
 
 
@@ -108,7 +110,8 @@ def _reason(entry: Entry, records: Sequence[SandboxRecord], damaged: bool) -> st
         return f"damaged: {entry.damage.message}" if damaged and entry.damage is not None else ""
     manifest = entry.snapshot.manifest
     if manifest.kind is Kind.FORK:
-        return "a fork that is over"
+        # Who saved it and who restores it may be two processes: between them nobody has a lease.
+        return "a fork that is over" if time.time() - entry.used > FORK_GRACE else ""
     if manifest.kind is Kind.SUSPENDED:
         coming = any(record.id == manifest.sandbox and _may_come_to_need(record) for record in records)
         return "" if coming else "its sandbox does not need it any more"

@@ -179,7 +179,7 @@ def test_fresh_entropy_reaches_openssl(ours: Host, tmp_path: Path) -> None:
         "import ssl, ctypes, _ssl\n"
         "lib = ctypes.CDLL(_ssl.__file__)\n"
         "primary = lib.RAND_get0_primary; primary.restype, primary.argtypes = ctypes.c_void_p, [ctypes.c_void_p]\n"
-        "lib.EVP_RAND_get_params.argtypes = (ctypes.c_void_p, ctypes.c_void_p)\n"
+        "lib.EVP_RAND_CTX_get_params.argtypes = (ctypes.c_void_p, ctypes.c_void_p)\n"
         "class Param(ctypes.Structure):\n"
         "    _fields_ = [('key', ctypes.c_char_p), ('type', ctypes.c_uint), ('data', ctypes.c_void_p),\n"
         "                ('size', ctypes.c_size_t), ('back', ctypes.c_size_t)]\n"
@@ -187,7 +187,7 @@ def test_fresh_entropy_reaches_openssl(ours: Host, tmp_path: Path) -> None:
         "    ssl.RAND_bytes(1)\n"
         "    count = ctypes.c_uint()\n"
         "    p = (Param * 2)(Param(b'reseed_counter', 2, ctypes.addressof(count), 4, 0), Param())\n"
-        "    assert lib.EVP_RAND_get_params(primary(None), p) == 1\n"
+        "    assert lib.EVP_RAND_CTX_get_params(primary(None), p) == 1\n"
         "    return count.value\n"
     )
     ours.run(counted)

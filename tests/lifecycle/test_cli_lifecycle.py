@@ -342,6 +342,65 @@ def test_a_keeper_that_is_told_to_end_leaves_its_kernels_to_the_next(
             assert value(kernel_client, "x") == "41"
 
 
+TAKER = """
+import asyncio, sys
+from sandbox_gateway.host.paths import discover
+from sandbox_gateway.keeper import take_over
+from sandbox_gateway.lifecycle import Lifecycle
+async def main():
+    lifecycle = Lifecycle(discover())
+    await take_over(lifecycle, sys.argv[1])
+    print("mine", flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+    await lifecycle.close()
+asyncio.run(main())
+"""
+
+
+@contextmanager
+def taker(sandbox_id: str) -> Iterator[int]:
+    """Another process that takes a sandbox over while the block runs, and lets it go at the end; its pid."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", TAKER, sandbox_id], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        assert process.stdout.readline() == "mine\n"
+        yield process.pid
+        process.stdin.close()
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()
+
+
+def test_what_is_printed_while_it_goes_from_hand_to_hand_comes_once_and_in_order(
+    product: Product, client: Client, left: list[str]
+) -> None:
+    (child,) = json.loads(run(product, "fork", client.id, "--json"))
+    left.append(child)
+    with connected(product, child) as kernel_client:
+        waiting = kernel_client.execute(COUNTING.format(count=2000, pause=0.005))
+        for _ in range(2):
+            with taker(child) as pid:
+                assert row(product, child)["owner_pid"] == pid
+            assert row(product, child)["owner_pid"] is None
+            run(product, "resume", child)
+            assert row(product, child)["keeper"] is True
+        printed = ""
+        while not printed.endswith("\n1999\n"):
+            message = kernel_client.get_iopub_msg(timeout=60)
+            if message["parent_header"].get("msg_id") == waiting and message["msg_type"] == "stream":
+                printed += message["content"]["text"]
+        assert printed == lines(2000)
+        reply = kernel_client.get_shell_msg(timeout=60)
+        while reply["parent_header"].get("msg_id") != waiting:
+            reply = kernel_client.get_shell_msg(timeout=60)
+        assert reply["content"]["status"] == "ok", "the reply finds its client too"
+
+
 @pytest.mark.parametrize("command", ["stop", "rm"])
 @pytest.mark.parametrize("state", ["running", "paused", "suspended"])
 @pytest.mark.parametrize("owned", [True, False], ids=["owned", "unowned"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,11 @@ from sandbox_gateway.host import namespaces
 from sandbox_gateway.host.cgroups import CgroupTree
 from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.model import Image, SandboxSpec
-from sandbox_gateway.runtimes import gvisor_probe
+from sandbox_gateway.runtimes import gvisor_probe, gvisor_trial
 from sandbox_gateway.runtimes.base import RuntimeReport
 from sandbox_gateway.runtimes.gvisor import GvisorRuntime
+from sandbox_gateway.testing import faults
+from sandbox_gateway.testing.fake import FakeRuntime
 
 NO_GROUPS = CgroupTree(2, {}, reason="none here")
 
@@ -81,12 +85,43 @@ async def test_runsc_that_cannot_boot_says_why(paths: Paths, tmp_path: Path) -> 
     assert [path.name for path in paths.runtime.iterdir()] == []
 
 
-async def test_real_runsc_runs_and_is_not_tried_twice(paths: Paths, runsc_binary: Path) -> None:
-    """The trial sandbox leaves nothing, and its good end is remembered."""
-    assert (await probe(paths, runsc_binary)).get("run").available
+async def test_real_runsc_runs_and_saves_and_is_not_tried_twice(
+    paths: Paths, runsc_binary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trial sandboxes leave nothing, and their good end is remembered."""
+    report = await probe(paths, runsc_binary)
+    for name in ("run", "pause", "snapshots", "prepared"):
+        assert report.get(name).available, report.get(name)
     assert list(paths.runtime.iterdir()) == []
-    assert len(list((paths.home / "cache").iterdir())) == 2
-    assert (await probe(paths, runsc_binary)).get("run").available
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", lambda *given, **more: pytest.fail(f"run again: {given}"))
+    assert await probe(paths, runsc_binary) == report
+
+
+@pytest.mark.parametrize(
+    ("make", "works"),
+    [
+        (faults.FailsDuringPause, []),
+        (faults.FailsDuringSnapshot, ["pause"]),
+        (faults.FailsDuringRestore, ["pause"]),
+    ],
+)
+async def test_what_the_trial_could_not_do_is_absent_with_its_reason(
+    paths: Paths, runsc_binary: Path, make: Callable[[Paths], FakeRuntime], works: list[str]
+) -> None:
+    """Pausing may work where saving does not; the words of the failure are the reason, and nothing is left."""
+    found = await gvisor_trial.capabilities(paths, runsc_binary, lambda place, argv: make(place))
+    assert [each.name for each in found if each.available] == works
+    assert all("asked to fail" in each.reason for each in found if not each.available)
+    assert list(paths.runtime.iterdir()) == []
+
+
+async def test_full_disk_says_nothing_about_the_runtime(paths: Paths, runsc_binary: Path) -> None:
+    """A trial that found no room is an error of its own, not an absent capability."""
+    with pytest.raises(SandboxGatewayError) as caught:
+        await gvisor_trial.capabilities(
+            paths, runsc_binary, lambda place, argv: faults.FailsDuringSnapshot(place, "disk_full")
+        )
+    assert caught.value.code == "disk_full"
 
 
 async def test_limits_without_control_groups_are_soft_and_say_so(paths: Paths, runsc_binary: Path) -> None:

@@ -21,6 +21,7 @@ from sandbox_gateway.snapshots import (
     removable,
     runsc_in_use,
 )
+from sandbox_gateway.snapshots.collect import FORK_GRACE
 
 
 def record(sandbox_id: str = "a-kernel", state: State = State.RUNNING, **changes: Any) -> SandboxRecord:
@@ -83,10 +84,12 @@ async def test_what_belongs_to_an_ended_sandbox_goes(store: SnapshotStore, state
     assert ids(gone) == [made.id] and gone[0].size > 4096 and tree(store.directory) == set()
 
 
-async def test_a_fork_goes_when_nobody_holds_it(store: SnapshotStore) -> None:
+async def test_a_fork_goes_when_nobody_has_held_it_for_a_while(store: SnapshotStore) -> None:
     made = await make(store, Kind.FORK)
     with store.hold(made):
         assert collect(store, list, budget=0) == ()
+    assert collect(store, list) == (), "who restores it may be about to begin"
+    used(made, FORK_GRACE + 10)
     assert ids(collect(store, list)) == [made.id]
 
 

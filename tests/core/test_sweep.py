@@ -1,0 +1,55 @@
+"""What owners that are gone have left is removed with the next start; what the next owner needs is not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import pytest
+
+from sandbox_gateway.cursors import NAME
+from sandbox_gateway.host.machine import boot_id
+from sandbox_gateway.host.paths import Paths
+from sandbox_gateway.lifecycle import Lifecycle
+from sandbox_gateway.model import SandboxRecord, State
+
+ID = "a-kernel"
+
+
+@pytest.fixture
+async def lifecycle(paths: Paths) -> AsyncIterator[Lifecycle]:
+    found = Lifecycle(paths)
+    yield found
+    await found.close()
+
+
+async def test_a_snapshot_that_was_never_finished_goes(lifecycle: Lifecycle) -> None:
+    draft = await lifecycle.snapshots.begin()
+    directory = draft.image.parent
+    draft._lease.release()  # as the death of its process does
+    assert directory.exists()
+    await lifecycle.sweep()
+    assert not directory.exists()
+
+
+async def test_a_snapshot_that_is_being_made_stays(lifecycle: Lifecycle) -> None:
+    async with await lifecycle.snapshots.begin() as draft:
+        await lifecycle.sweep()
+        assert draft.image.parent.exists()
+
+
+async def test_a_suspended_sandbox_without_an_owner_keeps_its_directory_and_an_ended_one_does_not(
+    lifecycle: Lifecycle,
+) -> None:
+    now = time.time()
+    record = SandboxRecord(ID, State.SUSPENDED, "p", "fake", now, now, boot_id(), snapshot="0" * 32)
+    lifecycle.store.put(record)
+    directory = lifecycle.paths.sandbox(ID)
+    directory.mkdir(mode=0o700)
+    (directory / NAME).write_bytes(b"how far the clients have been served")
+    await lifecycle.sweep()
+    assert (directory / NAME).exists()
+    lifecycle.store.put(replace(record, state=State.TERMINATED, snapshot=None))
+    await lifecycle.sweep()
+    assert not directory.exists()
