@@ -6,13 +6,11 @@ Values only: the call itself is the agent's operation ``identify``. Nothing here
 from __future__ import annotations
 
 import base64
-import hmac
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Final
 
-from sandbox_gateway.messages import DELIMITER, Buffer, sign
 from sandbox_gateway.model import Launch
 
 ENTROPY_BYTES: Final = 256
@@ -108,18 +106,3 @@ def fresh(launch: Launch) -> dict[str, Any]:
         "entropy": base64.b64encode(secrets.token_bytes(ENTROPY_BYTES)).decode("ascii"),
         "time": time.time(),
     }
-
-
-def resign(parts: Sequence[Buffer], old: bytes, new: bytes) -> list[Buffer]:
-    """A kernel's message, signed with ``new`` if its signature by ``old`` holds; any other as it is.
-
-    Between its restore and its identity a forked kernel that runs a cell publishes under its parent's key.
-    """
-    message = list(parts)
-    at = next((index for index, part in enumerate(message[:16]) if part == DELIMITER), None)
-    if at is None or len(message) < at + 6:
-        return message
-    body = message[at + 2 : at + 6]
-    if hmac.compare_digest(bytes(message[at + 1]), sign(old, body)):
-        message[at + 1] = sign(new, body)
-    return message

@@ -282,8 +282,9 @@ class PipeKernelApp(kernelapp.IPKernelApp):  # type: ignore[misc]
             loop.add_callback(self._become_template, _sibling("preload"))  # once the kernel listens
         super().start()
 
-    def _become_template(self, preload: Any) -> None:
+    async def _become_template(self, preload: Any) -> None:
         loaded, failed = preload.preload(_preloads, PipeOutStream.mute)
+        await preload.rehearse(self.kernel, _identity.rehearse)
         preload.settle()
         self._greet({"preloaded": loaded, "preload_failed": failed})
 

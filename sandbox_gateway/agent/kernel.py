@@ -300,6 +300,7 @@ class Kernel:
         event = {"event": "kernel_ready", "generation": self.generation, "identity": greeting.identity}
         if self.launch is not None and self.launch.preload is not None:
             event["preloaded"], event["preload_failed"] = greeting.preloads(self.launch.preload)
+            import_module("sandbox_gateway.agent.own_requests")  # each restored sandbox will need it at once
         self._hooks.event(event)
         self._open_gate()
 

@@ -98,6 +98,10 @@ class Identity:
         self._given = environment
         return {"seeded": seeds.seeded, "missing": missing + seeds.missing}
 
+    def rehearse(self) -> None:
+        """Do once what every clone will do first: what it needs is then in memory."""
+        Seeds(os.urandom(64)).sow()
+
     # -- environment and working directory
 
     def _set_environment(self, new: Mapping[str, str]) -> None:

@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
+from typing import Any
 
 
 def preload(names: Sequence[str], mute: Callable[[bool], None]) -> tuple[list[str], dict[str, str]]:
@@ -33,6 +34,15 @@ def preload(names: Sequence[str], mute: Callable[[bool], None]) -> tuple[list[st
             except BaseException as error:  # SystemExit: a module that ends the program must not end this one
                 failed[name] = f"{type(error).__name__} while it was imported"
     return loaded, failed
+
+
+async def rehearse(kernel: Any, identity: Callable[[], None]) -> None:
+    """Walk the ways that every clone takes first, so that it finds them warm; silently, and without a trace."""
+    with contextlib.suppress(Exception):
+        identity()
+    with contextlib.suppress(Exception):
+        await kernel.do_execute("pass", True, store_history=False)
+        kernel.shell.last_execution_result = None
 
 
 def settle() -> None:

@@ -13,7 +13,10 @@ from sandbox_gateway.cli import kernelspec_commands
 from sandbox_gateway.cli.main import parser
 from sandbox_gateway.host.paths import Paths
 
-COMMANDS = ("doctor", "setup", "install", "uninstall", "image", "ps", "logs", "stop", "rm")
+COMMANDS = (
+    "doctor", "setup", "install", "uninstall", "image", "ps", "logs", "stop", "rm",
+    "suspend", "resume", "pause", "fork", "connect",
+)  # fmt: skip
 
 
 def test_help_lists_the_commands(program: Run) -> None:
@@ -36,7 +39,7 @@ def test_each_command_explains_itself(run: Run, command: tuple[str, ...]) -> Non
     "command", [(name,) for name in COMMANDS if name != "image"] + [("image", "ls"), ("image", "build")]
 )
 def test_each_command_takes_json(command: tuple[str, ...]) -> None:
-    ids = ("x",) if command[0] in {"logs", "stop", "rm"} else ()
+    ids = ("x",) if command[0] in {"logs", "stop", "rm", "suspend", "resume", "pause", "fork", "connect"} else ()
     assert parser().parse_args([*command, *ids, "--json"]).json is True
 
 

@@ -9,7 +9,6 @@ import time
 import pytest
 
 from sandbox_gateway import identity
-from sandbox_gateway.messages import build, sign
 from sandbox_gateway.model import Image, KernelSpec, Launch, Limits, SandboxSpec
 
 ENVIRONMENT = {"PATH": "/bin", "SANDBOX_ID": "one", "TOKEN": "a-secret-value"}
@@ -68,11 +67,3 @@ def test_what_a_template_cannot_become() -> None:
     assert identity.out_of_reach(template, wanted) == ("LANG", "OMP_NUM_THREADS", "PYTHONPATH")
     assert identity.out_of_reach(template, {**template, "PATH": "/b", "TOKEN": "t"}) == ()
     assert list(identity.startup_part(wanted)) == ["HOME", "OMP_NUM_THREADS", "PYTHONPATH"]
-
-
-def test_messages_under_the_old_key_are_signed_anew() -> None:
-    """Those whose signature holds; a forged one stays forged, and what is no message stays as it is."""
-    parts = build(b"old", "stream", {"name": "stdout", "text": "x"}, topic=b"stream.stdout")
-    assert identity.resign(parts, b"old", b"new") == [*parts[:2], sign(b"new", parts[3:7]), *parts[3:]]
-    assert identity.resign(parts, b"other", b"new") == list(parts)
-    assert identity.resign([b"nonsense"], b"old", b"new") == [b"nonsense"]

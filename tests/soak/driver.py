@@ -649,9 +649,12 @@ class Rig:
         begun = time.monotonic()
         self._notice()
         while True:
+            cli = self.rng.random() < CLI_SHARE
+            future = self.world.pool.submit(self.world.operate, "connect", self.id, cli)
+            self._pump_until(future.done, OPERATION + 20)
             try:
-                found = self.world.operate("connect", self.id, self.rng.random() < CLI_SHARE)
-            except Refused as error:
+                found = future.result(0)
+            except (Refused, OSError) as error:
                 # The keeper may be killed over it by another rig.
                 if time.monotonic() - begun > OPERATION:
                     raise Broken(f"not taken over after the kill of {self.owner}: {error}") from error
@@ -663,6 +666,8 @@ class Rig:
                 break
         self.world.note("kill to adopted", time.monotonic() - begun)
         self.owner = owner
+        # What the dead owner had sent may still wait to be read.
+        self._pump_until(lambda: False, 0.1)
         self.w.model.recovered()
         self._same_endpoints(Path(found.strip()))
         self.state = self._steady_state()
