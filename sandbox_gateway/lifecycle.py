@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import secrets
-import shutil
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
@@ -22,33 +21,32 @@ from typing import Any
 from sandbox_gateway import identity
 from sandbox_gateway import request as requests
 from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.events import EventKind, EventLog
 from sandbox_gateway.host.machine import boot_id
 from sandbox_gateway.host.paths import Paths
+from sandbox_gateway.idle import Abilities, IdleDriver, Policies, World
 from sandbox_gateway.images.service import ImageService, Progress
-from sandbox_gateway.live import LiveSandbox, handle_of
+from sandbox_gateway.live import LiveSandbox
 from sandbox_gateway.model import LIVE, Death, DeathKind, Image, Launch, Limits, OnOwnerExit, SandboxRecord, State
-from sandbox_gateway.owner import LOCK_NAME, OWNERS, NoOwner, OwnerLock, OwnerServer, ask, holder
-from sandbox_gateway.owner import sweep as sweep_sockets
+from sandbox_gateway.owner import NoOwner, OwnerLock, OwnerServer, ask, holder
 from sandbox_gateway.profiles import Profile, load_profiles
 from sandbox_gateway.registry import make_runtime
 from sandbox_gateway.request import CreateRequest
-from sandbox_gateway.runtimes.base import Handle, Runtime, RuntimeReport
+from sandbox_gateway.runtimes.base import Runtime, RuntimeReport
 from sandbox_gateway.seat import Seat
 from sandbox_gateway.snapshots import Kind, Snapshot, SnapshotStore, collect
 from sandbox_gateway.store import Store
 from sandbox_gateway.suspension import Saved, Suspension
 from sandbox_gateway.templates import Templates
+from sandbox_gateway.unowned import Unowned
 
 log = logging.getLogger(__name__)
 
 OnProgress = Callable[[Progress], None]
-_OTHER_DIRECTORIES = frozenset({OWNERS, "empty", "runsc"})
 MAX_FORK = 1000
 """Children of one fork at most."""
 AT_A_TIME = 4
 """Restores under way at the same time."""
-KEPT_TOMBSTONES = 100
-"""Records of ended sandboxes kept for `ps --all`, newest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +76,12 @@ class Lifecycle:
         self._seats: dict[str, Seat] = {}
         self._make_runtime = runtimes
         self._runtimes: dict[str, tuple[Runtime, RuntimeReport]] = {}
+        self._unowned = Unowned(self.paths, self.store, self.snapshots, lambda name: runtimes(name, paths), self.live)
+        self.events = EventLog(self.store)
+        policies = Policies(self.paths)
+        self.idle = IdleDriver(
+            World(self.live, self.store, self.events, policies.of, self._abilities, reserve=policies.reserve)
+        )
         self._probing = asyncio.Lock()
         self._server: OwnerServer | None = None
         self._starting = asyncio.Lock()
@@ -99,9 +103,14 @@ class Lifecycle:
             self._sweeping = asyncio.create_task(self._sweep_aside())
         return lock
 
+    def _abilities(self, runtime: str) -> Abilities:
+        report = self._runtimes[runtime][1] if runtime in self._runtimes else RuntimeReport(runtime, False)
+        return Abilities(report.get("pause").available, report.get("snapshots").available)
+
     async def _sweep_aside(self) -> None:
         try:
             await self.sweep()
+            await asyncio.to_thread(self._collect)
         except Exception:
             log.exception("what others left could not be removed; the next start tries again")
 
@@ -176,7 +185,7 @@ class Lifecycle:
             hint = f"`jupyter sandbox resume {sandbox_id}` wakes it, `jupyter sandbox rm {sandbox_id}` removes it."
             raise SandboxGatewayError("invalid_request", f"there is a suspended sandbox {sandbox_id} already", hint)
         if record.state in LIVE:
-            await self._finish_unowned(record, Death(DeathKind.OWNER_GONE))
+            await self._unowned.finish(record, Death(DeathKind.OWNER_GONE))
 
     async def _new(
         self, record: SandboxRecord, launch: Launch, seat: Seat, runtime: Runtime, report: RuntimeReport
@@ -195,6 +204,7 @@ class Lifecycle:
             runtime=runtime,
             store=self.store,
             suspension=Suspension(runtime, report, self.snapshots),
+            events=self.events,
             log_file=self.paths.logs / f"{record.id}.log",
             on_end=self._ended,
         )
@@ -246,7 +256,7 @@ class Lifecycle:
         record = await asyncio.to_thread(self.store.get, sandbox_id)
         lock = await self.claim(record.id)
         try:
-            record = await self._settled(await asyncio.to_thread(self.store.get, sandbox_id))
+            record = await self._unowned.settled(await asyncio.to_thread(self.store.get, sandbox_id))
             launch = await asyncio.to_thread(self.store.launch, record.id)
             runtime, report = await self.runtime(record.runtime)
             seat = Seat(lock, launch.key, missing_file_hint=launch.missing_file_hint)
@@ -258,6 +268,7 @@ class Lifecycle:
         try:
             await sandbox.adopt()
             seat.bridge()
+            self.events.note(sandbox_id, EventKind.ADOPTED)
         except BaseException as error:
             log.warning("sandbox %s could not be adopted: %s", record.id, error)
             if self.live.pop(record.id, None) is not None:
@@ -268,17 +279,6 @@ class Lifecycle:
             raise
         return sandbox
 
-    async def _settled(self, record: SandboxRecord) -> SandboxRecord:
-        """An unowned record, its lock held, in a state from which it can go on; raises where it cannot."""
-        death = await self._death_of(record)
-        if death is not None:
-            await self._finish_unowned(record, death)
-            record = await asyncio.to_thread(self.store.get, record.id)
-        if record.state not in LIVE and record.state is not State.SUSPENDED:
-            why = record.death.describe() if record.death is not None else "it has ended"
-            raise SandboxGatewayError("illegal_transition", f"sandbox {record.id} is {record.state}: {why}")
-        return record
-
     async def connect(self, sandbox_id: str) -> Path:
         """The connection file of a sandbox that this process owns, its endpoints open."""
         return self.owned(sandbox_id).seat.bridge().connection_file
@@ -287,6 +287,7 @@ class Lifecycle:
         """Give a sandbox up for another owner: flushed, detached, endpoints closed, lock free."""
         sandbox = self.owned(sandbox_id)
         await sandbox.detach()
+        self.events.note(sandbox_id, EventKind.HANDED_OVER)
         self.live.pop(sandbox_id, None)
         self._seats.pop(sandbox_id, None)
         sandbox.seat.release(remove=False)
@@ -295,7 +296,10 @@ class Lifecycle:
         """``count`` clones of a sandbox that this process owns; it goes on itself. See :meth:`spawn`."""
         snapshot = await self.owned(sandbox_id).save(Kind.FORK)
         try:
-            return await self.spawn(snapshot.id, count)
+            outcomes = await self.spawn(snapshot.id, count)
+            children = [outcome.id for outcome in outcomes if outcome.error is None]
+            self.events.note(sandbox_id, EventKind.FORKED, children=children)
+            return outcomes
         finally:
             await asyncio.to_thread(self.snapshots.remove, snapshot.id)
 
@@ -446,7 +450,9 @@ class Lifecycle:
         await self.templates.close()
         if self._sweeping is not None:
             await asyncio.wait({self._sweeping}, timeout=5.0)
+        await self.idle.stop()
         await asyncio.gather(*(self._leave(sandbox) for sandbox in tuple(self.live.values())))
+        await self.events.flush()
         if self._server is not None:
             await self._server.stop()
             self._server = None
@@ -475,7 +481,7 @@ class Lifecycle:
         try:
             await ask(self.paths, record.id, "stop", timeout=60.0)
         except NoOwner:
-            if not await self._destroy_unowned(record, Death(DeathKind.STOPPED, "stopped by `jupyter sandbox stop`")):
+            if not await self._unowned.end(record.id, Death(DeathKind.STOPPED, "stopped by `jupyter sandbox stop`")):
                 hint = "Another process took it meanwhile; try again."
                 raise SandboxGatewayError("owned_elsewhere", f"sandbox {sandbox_id} is being removed", hint) from None
         return await asyncio.to_thread(self.store.get, sandbox_id)
@@ -491,102 +497,32 @@ class Lifecycle:
 
         A sandbox whose ``on_owner_exit`` is not ``terminate``, or whose grace time still runs, is left alone.
         """
-        swept = []
-        for record in await asyncio.to_thread(self.store.list):
-            if record.state in LIVE and record.id not in self.live and holder(self.paths.sandbox(record.id)) is None:
-                death = await self._death_of(record)
-                if death is not None and await self._destroy_unowned(record, death):
-                    swept.append(record.id)
-        await self._remove_strays()
+        swept = await self._unowned.sweep()
+        await self._suspend_forsaken()
+        await self.idle.sweep(self._expire_unowned)
         await asyncio.to_thread(collect, self.snapshots, self.store.list)
-        await asyncio.to_thread(sweep_sockets, self.paths.runtime / OWNERS)
-        await asyncio.to_thread(self._trim_tombstones)
         return swept
 
-    async def _death_of(self, record: SandboxRecord) -> Death | None:
-        """Why an unowned record is to be brought to an end (or back to its snapshot); None when it can go on."""
-        if record.state not in LIVE:
-            return None
-        if record.boot_id != boot_id():
-            return Death(DeathKind.MACHINE_RESTARTED)
-        if record.state in {State.CREATING, State.TERMINATING, State.RESUMING}:
-            return Death(DeathKind.OWNER_GONE, "its owner ended half-way")
-        handle = handle_of(record)
-        runtime = self._make_runtime(record.runtime, self.paths)
-        if handle is None or not await runtime.alive(handle):
-            return Death(DeathKind.OWNER_GONE)
-        return None
+    async def _suspend_forsaken(self) -> None:
+        """Sandboxes that are to be suspended when their owner is gone."""
+        for record in await asyncio.to_thread(self.store.list, frozenset({State.RUNNING, State.PAUSED})):
+            if record.on_owner_exit is not OnOwnerExit.SUSPEND or holder(self.paths.sandbox(record.id)) is not None:
+                continue
+            with contextlib.suppress(SandboxGatewayError):  # somebody else was faster, or it is ended by the next sweep
+                sandbox = await self.adopt(record.id)
+                await sandbox.suspend("the process that owned it is gone")
+                await self.hand_over(record.id)
 
-    async def _destroy_unowned(self, record: SandboxRecord, death: Death) -> bool:
-        lock = OwnerLock(self.paths.sandbox(record.id))
-        if not lock.try_acquire():
-            return False
-        try:
-            # What it is may have changed until the lock was ours.
-            record = await asyncio.to_thread(self.store.get, record.id)
-            await self._finish_unowned(record, death)
-        finally:
-            _empty_directory(lock.directory)
-            lock.release(remove=True)
-        return True
+    async def _expire_unowned(self, sandbox_id: str, reason: str) -> None:
+        if not await self._unowned.end(sandbox_id, Death(DeathKind.EXPIRED, reason)):
+            raise SandboxGatewayError("owned_elsewhere", f"sandbox {sandbox_id} has an owner")
 
-    async def _finish_unowned(self, record: SandboxRecord, death: Death) -> None:
-        """Remove what is there of a sandbox and write down what became of it; its lock is held."""
-        handle = handle_of(record)
-        if handle is not None:
-            await self._make_runtime(record.runtime, self.paths).destroy(handle)
-        now = time.time()
-        if record.state is State.CREATING:
-            await asyncio.to_thread(self.store.delete, record.id)
-            return
-        if record.state is State.RESUMING and death.kind is not DeathKind.STOPPED:
-            # A failed resume leaves the snapshot.
-            record = record.moved(State.SUSPENDED, now, owner_pid=None, step="", handle={})
-        else:
-            if record.snapshot is not None:
-                with contextlib.suppress(SandboxGatewayError):  # what is left is swept later
-                    await asyncio.to_thread(self.snapshots.remove, record.snapshot)
-            if record.state is not State.TERMINATING:
-                target = State.FAILED if death.kind is DeathKind.MACHINE_RESTARTED else State.TERMINATING
-                record = record.moved(target, now, death=death, owner_pid=None)
-            if record.state is State.TERMINATING:
-                record = record.moved(State.TERMINATED, now, owner_pid=None, snapshot=None)
-        await asyncio.to_thread(self.store.put, record)
-
-    async def _remove_strays(self) -> None:
-        """What has no record: a crash came before it was written, or between a sandbox's end and its endpoints'.
-
-        What is suspended keeps its directory: the next owner learns there how far clients have been served.
-        """
-        staying = LIVE | {State.SUSPENDED}
-        live = {record.id for record in await asyncio.to_thread(self.store.list) if record.state in staying}
-        for runtime, _ in tuple(self._runtimes.values()):
-            for sandbox_id in await runtime.list():
-                await self._remove_stray(sandbox_id, live, runtime)
-        for name in await asyncio.to_thread(os.listdir, self.paths.runtime):
-            if name not in _OTHER_DIRECTORIES and not name.startswith("trial-"):
-                await self._remove_stray(name, live, None)
-
-    async def _remove_stray(self, sandbox_id: str, live: set[str], runtime: Runtime | None) -> None:
-        if sandbox_id in live or sandbox_id in self.live:
-            return
-        lock = OwnerLock(self.paths.sandbox(sandbox_id))
-        if not lock.try_acquire():
-            return
-        try:
-            log.info("removing what is left of %s, which has no live record", sandbox_id)
-            if runtime is not None:
-                await runtime.destroy(Handle(sandbox_id, runtime.name, lock.directory))
-            _empty_directory(lock.directory)
-        finally:
-            lock.release(remove=True)
-
-    def _trim_tombstones(self) -> None:
-        ended = [record for record in self.store.list() if record.state in {State.TERMINATED, State.FAILED}]
-        ended.sort(key=lambda record: record.changed, reverse=True)
-        for record in ended[KEPT_TOMBSTONES:]:
-            self.store.delete(record.id)
-            (self.paths.logs / f"{record.id}.log").unlink(missing_ok=True)
+    def _collect(self) -> None:
+        """Snapshots that nobody needs, and those beyond the budget."""
+        budget = None
+        with contextlib.suppress(SandboxGatewayError):  # a profile file that cannot be read asks for nothing
+            budget = load_profiles(self.paths).settings.snapshot_budget
+        collect(self.snapshots, self.store.list, budget=budget)
 
 
 def _enforceable(report: RuntimeReport, profile: Profile) -> tuple[tuple[str, ...], Limits]:
@@ -611,13 +547,3 @@ def _enforceable(report: RuntimeReport, profile: Profile) -> tuple[tuple[str, ..
         if capability.reason:
             notes.append(f"{name} limit: {capability.reason}")
     return tuple(notes), replace(profile.limits, **absent)
-
-
-def _empty_directory(directory: Path) -> None:
-    """Remove what is in a sandbox's directory but the owner's lock, which is removed as it is released."""
-    for path in directory.iterdir():
-        if path.name != LOCK_NAME:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)

@@ -21,7 +21,9 @@ from typing import Any, TypeVar
 from sandbox_gateway.attachment import Attachment, Callbacks, Remains
 from sandbox_gateway.cursors import Progress
 from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.events import EventKind, EventLog
 from sandbox_gateway.host.machine import boot_id
+from sandbox_gateway.idle.world import Reading
 from sandbox_gateway.kernel_exit import KernelExit
 from sandbox_gateway.link.host import Link
 from sandbox_gateway.messages import Buffer
@@ -74,6 +76,7 @@ class LiveSandbox:
         runtime: Runtime,
         store: Store,
         suspension: Suspension,
+        events: EventLog,
         on_end: Callable[[LiveSandbox], object],
         log_file: Path,
     ) -> None:
@@ -88,6 +91,7 @@ class LiveSandbox:
         self._runtime = runtime
         self._store = store
         self._suspension = suspension
+        self._events = events
         self._on_end = on_end
         self._log_file = log_file
         self._handle: Handle | None = handle_of(record)
@@ -98,6 +102,7 @@ class LiveSandbox:
         self._making: asyncio.Task[Any] | None = None
         self._waking: asyncio.Task[None] | None = None
         self._work: set[asyncio.Task[Any]] = set()
+        self._why = ""
         self._boots = 0
         self._policy_told = False
         self._asked_to_exit: int | None = None
@@ -212,6 +217,7 @@ class LiveSandbox:
         await self._move(State.RUNNING)
 
     async def _restore_as_new(self, saved: Saved, identity: Mapping[str, Any]) -> None:
+        self.seat.channels.renew(saved.snapshot.manifest.saved_launch().key)
         await self._restore(saved)
         try:
             await self.link.call("identify", timeout=30.0, **identity)
@@ -344,6 +350,7 @@ class LiveSandbox:
         self._check_transition(State.SUSPENDING)
         self._suspension.check()
         before, handle = self.state, self._made()
+        self._why = ""
         self.seat.channels.sleep(self._wake)
         await self._move(State.SUSPENDING)
         attachment, self._attachment = self._attachment, None
@@ -359,16 +366,19 @@ class LiveSandbox:
             snapshot = await self._suspension.save(handle, self.record, self.launch, remains.received, Kind.SUSPENDED)
         except BaseException as error:
             log.warning("sandbox %s could not be suspended: %s", self.id, error)
+            self._why = str(error)
             await self._stay(before, remains)
             raise
         self._saved = Saved(snapshot, remains)
         await self._keep_facts()
+        self._why = reason
         await self._move(State.SUSPENDED, snapshot=snapshot.id)
         # From here on the snapshot counts; what cannot be removed now is swept later.
         self._handle = None
         await self._runtime.destroy(handle)
         await self._save(step="", handle={})
         self._sealing = asyncio.create_task(self._suspension.seal(snapshot))
+        self._progress.moved()
         log.info("sandbox %s was suspended%s", self.id, f": {reason}" if reason else "")
 
     async def _keep_facts(self) -> None:
@@ -410,13 +420,14 @@ class LiveSandbox:
             return
         self._check_transition(State.RESUMING)
         try:
-            saved = self._saved or await self._suspension.load(self.record)
+            saved = self._saved or self._as_served(await self._suspension.load(self.record))
             await self._sealed()
             await self._suspension.fit(saved)
             await self._move(State.RESUMING)
             await self._restore(saved)
         except BaseException as error:
             if self.state is State.RESUMING:
+                self._why = str(error)
                 await self._move(State.SUSPENDED)
             self.seat.channels.asleep_again(error.message if isinstance(error, SandboxGatewayError) else str(error))
             raise
@@ -424,6 +435,14 @@ class LiveSandbox:
         self._begin()
         await self._move(State.RUNNING, snapshot=None)
         await self._suspension.remove(saved.snapshot.id)
+
+    def _as_served(self, saved: Saved) -> Saved:
+        """What an earlier owner had taken and its clients had not: the agent has to send it again."""
+        served = self.seat.cursors.read()
+        if not served:
+            return saved
+        received = {channel: min(number, served.get(channel, 0)) for channel, number in saved.received.items()}
+        return Saved(saved.snapshot, Remains(received, None))
 
     async def _sealed(self) -> None:
         sealing, self._sealing = self._sealing, None
@@ -459,6 +478,7 @@ class LiveSandbox:
 
     def _wake(self) -> None:
         """A client wants something that needs the kernel."""
+        self._events.note(self.id, EventKind.WOKE)
         if self._waking is None or self._waking.done():
             self._waking = asyncio.create_task(self._try_to_wake())
 
@@ -565,6 +585,10 @@ class LiveSandbox:
             await self._kernel_gone.wait()
         return code
 
+    async def activity(self) -> Reading:
+        """What its kernel does; raises ``link_failed`` while it is not running."""
+        return Reading.of(await self.link.call("activity"))
+
     async def stats(self) -> Stats:
         """Resource use of the sandbox now."""
         return await self._runtime.stats(self._handle) if self._handle is not None else Stats()
@@ -601,6 +625,11 @@ class LiveSandbox:
                 self._making.cancel()
         await asyncio.shield(self._removal)
 
+    async def expire(self, reason: str) -> None:
+        """End it for good because its time is over; the record says why."""
+        self.seat.channels.kernel_died(f"\n[sandbox] The kernel has expired: {reason}\n")
+        await self.destroy(Death(DeathKind.EXPIRED, reason))
+
     async def detach(self) -> None:
         """Leave the sandbox as it is for its next owner."""
         if self._ending:
@@ -613,11 +642,11 @@ class LiveSandbox:
         self._progress.stop()
         self.seat.channels.disconnect()
         attachment, self._attachment = self._attachment, None
+        received = self._numbers()
         if attachment is not None:
-            remains = await attachment.close(silence=self.state is State.RUNNING)
-            await self.seat.channels.settle(SETTLE)
-            if self.seat.channels.settled:
-                self.seat.cursors.write(remains.received)
+            received = (await attachment.close(silence=self.state is State.RUNNING)).received
+        if received is not None and await self.seat.channels.settle(SETTLE):
+            self.seat.cursors.write(received)
         await self._save(owner_pid=None)
 
     async def _finish(self, death: Death, final: State) -> None:
@@ -626,8 +655,12 @@ class LiveSandbox:
                 await self._keep_log(self._attachment)
             self.death = self.death or death
             # Live until all of it is gone: whoever comes after a crash of ours still finds something to remove.
-            with contextlib.suppress(SandboxGatewayError):
-                await self._move(State.TERMINATING, death=self.death)
+            if self.death.kind is DeathKind.EXPIRED and self.state is State.SUSPENDED:
+                final = State.EXPIRED
+                await self._save(death=self.death)
+            else:
+                with contextlib.suppress(SandboxGatewayError):
+                    await self._move(State.TERMINATING, death=self.death)
             self.seat.channels.disconnect()
             self._progress.stop()
             attachment, self._attachment = self._attachment, None
@@ -673,7 +706,11 @@ class LiveSandbox:
         self._progress.moved()
 
     def _numbers(self) -> Mapping[int, int] | None:
-        return None if self._attachment is None else self._attachment.link.received()
+        """What was taken of each channel; None while that is not known here."""
+        if self._attachment is not None:
+            return self._attachment.link.received()
+        remains = self._saved.remains if self._saved is not None else None
+        return remains.received if remains is not None else None
 
     def _event(self, event: Mapping[str, Any]) -> None:
         ready = self._kernel_ready
@@ -726,9 +763,12 @@ class LiveSandbox:
         self.record.moved(state, 0.0)
 
     async def _move(self, state: State, **changes: Any) -> None:
-        if state is not self.record.state:
-            self.record = self.record.moved(state, time.time(), **changes)
+        before = self.record
+        if state is not before.state:
+            self.record = before.moved(state, time.time(), **changes)
             await asyncio.to_thread(self._store.put, self.record)
+            self._events.moved(before, self.record, self._why)
+            self._why = ""
 
     async def _save(self, **changes: Any) -> None:
         self.record = replace(self.record, **changes)

@@ -333,6 +333,7 @@ def main() -> None:
         _preloads = None if names is None else names.split()
         _sibling("seeds")
         _identity = _sibling("identity").Identity()
+        _sibling("debugger").defer()
     _disguise()
     (PipeKernelApp if _pipe is not None else kernelapp.IPKernelApp).launch_instance()
 

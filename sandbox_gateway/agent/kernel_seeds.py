@@ -22,6 +22,8 @@ PATIENCE = 3.0
 _STATIC = ("tensorflow", "cupy", "grpc._cython.cygrpc")
 """Modules with generators of their own that cannot be reached from here."""
 
+_found: dict[str, int | None] = {}
+
 # Taken now: programs replace names in modules.
 _seed_random = random.seed
 
@@ -136,6 +138,17 @@ def _tempfile() -> None:
 def _uuid() -> None:
     module: Any = sys.modules["uuid"]
     module._node = module._last_timestamp = None
+
+
+def _rand_add(path: str) -> int | None:
+    """Where a library's ``RAND_add`` is, its own or that of an OpenSSL which it is linked to; looked up once."""
+    if path not in _found:
+        try:
+            function = ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_LAZY).RAND_add
+            _found[path] = ctypes.cast(function, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            _found[path] = None
+    return _found[path]
 
 
 def mapped_libraries() -> list[str]:

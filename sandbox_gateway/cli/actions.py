@@ -169,6 +169,7 @@ async def change(paths: Paths, sandbox_id: str, op: str, on_progress: OnProgress
     from sandbox_gateway.keeper import drive
 
     target = REACHED[op]
+    _not_ended(resolve(paths, sandbox_id))
     try:
         await drive(paths, sandbox_id, op, on_progress=on_progress)
     except SandboxGatewayError as error:
@@ -181,6 +182,7 @@ async def connect(paths: Paths, sandbox_id: str, on_progress: OnProgress) -> str
     """The path of a connection file by which clients reach the kernel; somebody owns it from now on."""
     from sandbox_gateway.keeper import drive
 
+    _not_ended(resolve(paths, sandbox_id))
     answer = await drive(paths, sandbox_id, "connect", on_progress=on_progress)
     return str(answer["connection_file"])
 
@@ -198,10 +200,18 @@ async def fork(
             raise
         children = await keeper.spawn(paths, _snapshot(paths, source), count, name, on_progress)
     else:
+        _not_ended(sandbox)
         children = await keeper.fork(paths, sandbox.id, count, name, on_progress)
     return [
         (child["id"], SandboxGatewayError.from_dict(child["error"]) if child["error"] else None) for child in children
     ]
+
+
+def _not_ended(record: SandboxRecord) -> None:
+    """Raise ``illegal_transition`` with the reason of its end; nobody has to be asked, or started, for that."""
+    if record.state in ENDED:
+        why = f": {record.death.describe()}" if record.death is not None else ""
+        raise SandboxGatewayError("illegal_transition", f"sandbox {record.id} is {record.state}{why}")
 
 
 def _snapshot(paths: Paths, reference: str) -> str:

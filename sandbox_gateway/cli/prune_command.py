@@ -158,12 +158,12 @@ def _removed(paths: Paths, options: argparse.Namespace, progress: ProgressLine) 
     from sandbox_gateway.snapshots import SnapshotStore, collect, layers_in_use, runsc_in_use
 
     store, records = SnapshotStore(paths), _records(paths)
-    if paths.database.exists():
-        progress.update("cleaning up after processes that ended")
-        asyncio.run(actions.sweep(paths))
     progress.update("removing snapshots")
     snapshots = collect(store, records, budget=options.budget, named=options.snapshots, damaged=options.snapshots)
     yield from (Item("snapshot", item.id, item.size, item.reason, item.name) for item in snapshots)
+    if paths.database.exists():
+        progress.update("cleaning up after processes that ended")
+        asyncio.run(actions.sweep(paths))
     progress.update("removing image layers")
     yield from map(_layer, LayerStore(paths).collect(layers_in_use(store, records)))
     progress.update("removing old runsc binaries")

@@ -20,7 +20,7 @@ from typing import Any
 
 from sandbox_gateway.errors import SandboxGatewayError, storage_error
 from sandbox_gateway.runtimes.base import Handle
-from sandbox_gateway.runtimes.runsc import Runsc
+from sandbox_gateway.runtimes.runsc import TIMEOUT, Runsc
 from sandbox_gateway.runtimes.waiting import to_its_end
 
 MANIFEST = "runtime.json"
@@ -34,17 +34,17 @@ RESTORE_TIMEOUT = 300.0
 
 async def pause(runsc: Runsc, handle: Handle) -> None:
     """Stop all tasks; no error when they are stopped already. Raises ``runtime_failed``."""
-    await to_its_end(_change(runsc, handle, "pause", "paused"))
+    await to_its_end(_change(runsc, handle, "pause", "paused", TIMEOUT))
 
 
 async def resume(runsc: Runsc, handle: Handle) -> None:
     """Let all tasks go on; no error when they run. Waits for a save under way. Raises ``runtime_failed``."""
-    await to_its_end(_change(runsc, handle, "resume", "running"))
+    await to_its_end(_change(runsc, handle, "resume", "running", SAVE_TIMEOUT))
 
 
-async def _change(runsc: Runsc, handle: Handle, command: str, wanted: str) -> None:
+async def _change(runsc: Runsc, handle: Handle, command: str, wanted: str, timeout: float) -> None:
     try:
-        await runsc.call(_flags(handle), command, handle.id, timeout=SAVE_TIMEOUT)
+        await runsc.call(_flags(handle), command, handle.id, timeout=timeout)
     except SandboxGatewayError:
         # runsc refuses what is done already, and stops are counted: so it is asked only after a refusal.
         if await status(runsc, handle) != wanted:

@@ -17,7 +17,7 @@ from sandbox_gateway.cli.output import ProgressLine
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.keeper import driving
-from sandbox_gateway.model import OnOwnerExit, State
+from sandbox_gateway.model import Death, DeathKind, OnOwnerExit, State
 from sandbox_gateway.owner import NoOwner, OwnerLock
 from sandbox_gateway.snapshots import SnapshotStore
 from sandbox_gateway.store import Store
@@ -88,6 +88,16 @@ def test_what_is_there_already_is_no_error(run: Run, owner: Owner) -> None:
     owner.own(record(A, State.SUSPENDED), record(B, State.RESTARTING))
     assert run("suspend", A).stdout == f"{A} suspended\n"
     assert run("suspend", B).status == 1
+
+
+@pytest.mark.parametrize("command", ["suspend", "resume", "pause", "fork", "connect"])
+def test_what_has_ended_is_told_with_its_reason_and_nobody_is_started(
+    run: Run, store: Store, asked_of_the_keeper: list[tuple[str, str, Any]], command: str
+) -> None:
+    store.put(record(A, State.FAILED, death=Death(DeathKind.OUT_OF_MEMORY)))
+    done = run(command, A)
+    assert done.status == 1 and f"error: sandbox {A} is failed: out of memory" in done.stderr
+    assert asked_of_the_keeper == []
 
 
 def test_what_nobody_owns_is_given_to_the_keeper(

@@ -28,6 +28,7 @@ def live(channels: KernelChannels) -> LiveSandbox:
         runtime=nothing,
         store=nothing,
         suspension=nothing,
+        events=nothing,
         on_end=print,
         log_file=Path("/nowhere"),
     )

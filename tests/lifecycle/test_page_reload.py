@@ -29,6 +29,8 @@ class Page:
         self._socket = socket
         self._session = Session()
         self.states: list[str] = []
+        """Each status that came, and in :attr:`parents` the request it belongs to."""
+        self.parents: list[str | None] = []
 
     async def send(self, channel: str, kind: str, content: dict[str, Any] | None = None) -> str:
         message = {**self._session.msg(kind, content or {}), "channel": channel, "buffers": []}
@@ -46,6 +48,7 @@ class Page:
             message = json.loads(raw)
             if message["msg_type"] == "status":
                 self.states.append(message["content"]["execution_state"])
+                self.parents.append(message["parent_header"].get("msg_id"))
             if message["parent_header"].get("msg_id") != msg_id:
                 continue
             if message["channel"] == "iopub":
@@ -103,7 +106,11 @@ def server(product: Product) -> Iterator[Server]:
         )
         try:
             told = base / "run" / f"jpserver-{process.pid}.json"
-            until(lambda: told.exists() or process.poll() is not None, PATIENCE)
+            # Written in place: complete when it ends as it should.
+            until(
+                lambda: (told.exists() and told.read_text().endswith("}")) or process.poll() is not None,
+                PATIENCE,
+            )
             assert process.poll() is None, (base / "log").read_text()
             yield Server(json.loads(told.read_text())["url"], product)
         finally:
@@ -171,13 +178,15 @@ async def test_a_page_that_is_loaded_in_mid_cell_still_shows_the_kernel_as_busy(
         cell = await page.send("shell", "execute_request", {"code": code, "silent": False})
         finished = asyncio.create_task(page.done(cell, 120))
         async with asyncio.timeout(PATIENCE):
-            while "busy" not in page.states[-1:]:
+            while cell not in page.parents:
                 await asyncio.sleep(0.01)
         await asyncio.to_thread(run, product, "suspend", kernel_id)
         async with server.page(kernel_id) as again:
             await load(again)
             listed = await server.rest("GET", f"api/kernels/{kernel_id}")
-            assert listed["execution_state"] == "busy", again.states
+            assert listed["execution_state"] == "busy"
+            last = max(at for at, parent in enumerate(again.parents) if parent == cell)
+            assert again.states[last - 1 : last + 1] == ["idle", "busy"], "said again after the answer's idle"
         assert not finished.done()
         await asyncio.to_thread(run, product, "resume", kernel_id)
         reply, said = await finished

@@ -120,12 +120,14 @@ def make(paths: Paths, binary: Path, megabytes: int = 1) -> GvisorRuntime:
     return GvisorRuntime(paths, binary, argv=(*AGENT_PYTHON, "-u", "-c", ANSWERS, str(megabytes)))
 
 
-async def killed(sandbox: Answering, word: str) -> bool:
-    """SIGKILL the runsc that does ``word`` for the sandbox as soon as it is there; False when it was too quick."""
+async def killed(sandbox: Answering, word: str, delay: float = 0.0) -> bool:
+    """SIGKILL the runsc that does ``word`` for the sandbox, ``delay`` seconds after it is there; False when it was
+    quicker."""
     end = time.monotonic() + 10
     while time.monotonic() < end:
         found = processes.find(lambda argv, environment: word in argv and sandbox.handle.id in argv)
         if found:
+            await asyncio.sleep(delay)
             return max(ref.kill() for ref in found)
         await asyncio.sleep(0.001)
     return False
@@ -150,6 +152,40 @@ async def test_gvisor_killed_checkpoint_leaves_a_sandbox_that_runs_on(
         await sandbox.runtime.destroy(sandbox.handle)
         sandbox.handle = await restored(sandbox.runtime, sandbox.spec, sandbox.handle.directory, image)
         assert await sandbox.ask("len(filled)") == str(300 * MIB)
+
+
+async def test_gvisor_killed_restore_leaves_nothing_and_the_image_as_good_as_before(
+    paths: Paths, runsc_binary: Path, agent_image: Image
+) -> None:
+    """A runsc that is killed while it restores is an error; what it left is removed, and the next restore works."""
+    async with answering(make(paths, runsc_binary, 100), agent_image) as sandbox:
+        await sandbox.ask("0")
+        image = await sandbox.save(paths.home / "image")
+        await sandbox.runtime.destroy(sandbox.handle)
+        for delay in (0.0, 0.05, 0.1):
+            restoring = asyncio.ensure_future(
+                restored(sandbox.runtime, sandbox.spec, sandbox.handle.directory, image)  # which checks what is left
+            )
+            if await killed(sandbox, "restore", delay):
+                with refused("runtime_failed"):
+                    await restoring
+            else:
+                assert delay, "the restore was not even seen"
+                await sandbox.runtime.destroy(await restoring)
+        sandbox.handle = await restored(sandbox.runtime, sandbox.spec, sandbox.handle.directory, image)
+        assert await sandbox.ask("len(filled)") == str(100 * MIB)
+
+
+async def test_gvisor_image_of_another_size_is_named_before_anything_is_made(
+    paths: Paths, runsc_binary: Path, agent_image: Image
+) -> None:
+    """The sizes of the files tell a damaged image at once, and which file it is."""
+    async with answering(make(paths, runsc_binary), agent_image) as sandbox:
+        image = await sandbox.save(paths.home / "image")
+        size = (image / "pages.img").stat().st_size
+        os.truncate(image / "pages.img", size - 1)
+        with pytest.raises(SandboxGatewayError, match=f"pages.img is damaged: {size - 1} of {size} bytes"):
+            await anext(sandbox.runtime.restore(sandbox.spec, sandbox.handle.directory, image))
 
 
 async def test_gvisor_cancelled_snapshot_leaves_a_sandbox_that_runs_on(
