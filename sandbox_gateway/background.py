@@ -18,6 +18,7 @@ import logging
 import os
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ class Background:
     """One event loop on one daemon thread. Get the process's own by :func:`background_loop`."""
 
     def __init__(self) -> None:
-        self._callbacks: list[Callable[[], Awaitable[None]]] = []
+        self._callbacks: list[_Callback] = []
         self._ready = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._loop.set_default_executor(_Executor(thread_name_prefix="sandbox-gateway"))
@@ -71,13 +72,19 @@ class Background:
             return await coro
         return await asyncio.wrap_future(self.run(coro))
 
-    def on_shutdown(self, callback: Callable[[], Awaitable[None]]) -> Callable[[], None]:
-        """Await ``callback()`` on the loop when the process ends; the returned function takes that back."""
-        self._callbacks.append(callback)
+    def on_shutdown(
+        self, callback: Callable[[], Awaitable[None]], more: Callable[[], float] | None = None
+    ) -> Callable[[], None]:
+        """Await ``callback()`` on the loop when the process ends; the returned function takes that back.
+
+        ``more`` says at the end how many seconds beyond the usual this one may take (writing memory to disk is long).
+        """
+        registered = _Callback(callback, more)
+        self._callbacks.append(registered)
 
         def remove() -> None:
             with contextlib.suppress(ValueError):
-                self._callbacks.remove(callback)
+                self._callbacks.remove(registered)
 
         return remove
 
@@ -85,6 +92,7 @@ class Background:
         """Run the shutdown callbacks once, the last registered first; what fails or takes too long is logged."""
         if not self._callbacks or not self.running:
             return
+        timeout += sum(callback.seconds() for callback in tuple(self._callbacks))
         future = self.run(self._run_callbacks(timeout))
         try:
             future.result(timeout + 1.0)
@@ -105,11 +113,11 @@ class Background:
             callback = self._callbacks.pop()
             try:
                 async with asyncio.timeout_at(deadline):
-                    await callback()
+                    await callback.run()
             except TimeoutError:
-                log.error("%r took too long at the end of the process", callback)
+                log.error("%r took too long at the end of the process", callback.run)
             except Exception:
-                log.exception("%r failed at the end of the process", callback)
+                log.exception("%r failed at the end of the process", callback.run)
 
     def _turn(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -125,6 +133,19 @@ class Background:
         finally:
             asyncio.set_event_loop(None)
             self._loop.close()
+
+
+@dataclass(eq=False, slots=True)
+class _Callback:
+    run: Callable[[], Awaitable[None]]
+    more: Callable[[], float] | None
+
+    def seconds(self) -> float:
+        try:
+            return max(0.0, self.more()) if self.more is not None else 0.0
+        except Exception:
+            log.exception("%r cannot tell how long it takes", self.run)
+            return 0.0
 
 
 class _Executor(concurrent.futures.ThreadPoolExecutor):

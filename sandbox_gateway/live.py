@@ -311,11 +311,11 @@ class LiveSandbox:
 
     # Pause, suspend, resume
 
-    async def pause(self) -> None:
+    async def pause(self, reason: str = "") -> None:
         """Freeze it, memory kept. Harmless when it is paused. Raises ``unsupported``, ``illegal_transition``."""
-        await self._shielded(self._pause())
+        await self._shielded(self._pause(reason))
 
-    async def _pause(self) -> None:
+    async def _pause(self, reason: str) -> None:
         if self.state is State.PAUSED:
             return
         self._check_transition(State.PAUSED)
@@ -329,6 +329,7 @@ class LiveSandbox:
             self._go_on()
             raise
         await self._keep_facts()
+        self._why = reason
         await self._move(State.PAUSED)
 
     def _go_on(self) -> None:
@@ -454,6 +455,8 @@ class LiveSandbox:
         snapshot = await self._shielded(self._save_as(kind, name, template_key))
         if kind is not Kind.FORK:
             await self._suspension.seal(snapshot)
+        if kind is Kind.SAVED:
+            self._events.note(self.id, EventKind.SNAPSHOT, name, snapshot=snapshot.id)
         return snapshot
 
     async def _save_as(self, kind: Kind, name: str, template_key: str | None) -> Snapshot:

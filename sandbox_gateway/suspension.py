@@ -103,10 +103,11 @@ class Suspension:
         runtime = self._saving
         async with await self._snapshots.begin() as draft:
             try:
-                files = await runtime.host_files(handle)
-                workspace = await asyncio.to_thread(describe_files, files) if files else ()
                 async with growing(draft.image, "writing memory"):
                     await runtime.snapshot(handle, draft.image)
+                # Exact only now: before, files that were read and closed lately are among them, and those may change.
+                files = await runtime.host_files(handle)
+                workspace = await asyncio.to_thread(describe_files, files) if files else ()
                 facts = Facts(
                     kind=kind,
                     sandbox=record.id,
@@ -115,7 +116,7 @@ class Suspension:
                     name=name,
                     parent=record.parent,
                     layers=record.layers,
-                    requirements=await runtime.requirements(),
+                    requirements=await runtime.requirements(handle),
                     link_version=VERSION,
                     epoch=record.epoch,
                     cursors={str(channel): number for channel, number in received.items()},

@@ -90,21 +90,16 @@ class Seeds:
         libc.srandom(ctypes.c_uint(self.number("srandom", 32)))
         libc.srand48(ctypes.c_long(self.number("srand48", 32)))
 
-    def _openssl(self) -> bool:
+    def _openssl(self) -> None:
         """Every OpenSSL in the process; its primary generator is reseeded, and those of the threads follow it."""
-        found: set[int] = set()
-        for path in mapped_libraries():
-            try:
-                add = ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_LAZY).RAND_add
-            except (OSError, AttributeError):
-                continue
-            address = ctypes.cast(add, ctypes.c_void_p).value
-            if address is not None and address not in found:
-                found.add(address)
-                fresh = self.draw(f"openssl {len(found)}", 128)
-                add.argtypes, add.restype = ((ctypes.c_char_p, ctypes.c_int, ctypes.c_double), None)
-                add(fresh, len(fresh), ctypes.c_double(len(fresh)))
-        return bool(found) or "_ssl" not in sys.modules
+        own: Any = sys.modules.get("_ssl")
+        if own is not None:  # the interpreter's, which may be a part of it and export nothing
+            own.RAND_add(self.draw("ssl", 128), 128.0)
+        for number, address in enumerate({_rand_add(path) for path in mapped_libraries()}):
+            if address is not None:
+                fresh = self.draw(f"openssl {number}", 128)
+                add = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_int, ctypes.c_double)(address)
+                add(fresh, len(fresh), 128.0)
 
     def _cryptography(self) -> None:
         """It brings an OpenSSL of its own, which exports nothing but through its binding."""

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import pytest
 from bridging import KEY
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sandbox_gateway import channels, messages
 from sandbox_gateway.channels import KernelChannels
@@ -87,3 +89,49 @@ async def test_settled_is_said_when_all_subscribers_say_so() -> None:
     await asyncio.sleep(0)
     done[0] = True
     assert await waiting
+
+
+FRAMES = st.one_of(
+    st.sampled_from(
+        [
+            messages.DELIMITER,
+            b"status",
+            b"{}",
+            b'{"msg_type":"stream"}',
+            b'{"msg_type":"kernel_info_reply"}',
+            b'{"msg_type":"execute_request"}',
+            b'{"execution_state":"busy"}',
+            b'{"name":"stdout","text":"x"}',
+        ]
+    ),
+    st.binary(max_size=20),
+)
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.lists(FRAMES, max_size=9), st.booleans()), max_size=40))
+def test_no_message_from_either_side_raises_whatever_state_the_kernel_is_in(
+    traffic: list[tuple[int, list[bytes], bool]],
+) -> None:
+    """A client may be careless, a kernel hostile; a key that is empty lets everything through to the parsers."""
+
+    class Link:
+        def send(self, channel: int, parts: Sequence[Buffer]) -> int:
+            return 1
+
+    kernel = KernelChannels(b"")
+    states = (
+        lambda: kernel.sleep(lambda: None),
+        lambda: kernel.asleep_again("no"),
+        kernel.disconnect,
+        kernel.retain,
+        lambda: kernel.connect(Link()),
+        lambda: kernel.subscribe(lambda channel, parts: None),
+    )
+    for n, (channel, parts, inward) in enumerate(traffic):
+        if n % 5 == 0:
+            states[(channel + n) % len(states)]()
+        if inward:
+            kernel.request(channel, parts)
+        else:
+            kernel.received(channel, parts)
+    kernel.recall(kernel.facts())

@@ -185,6 +185,7 @@ def test_a_file_that_the_kernel_has_open_must_not_have_changed(product: Product,
     (tmp_path / "other.txt").write_text("free")
     with kernel(FILES_KERNEL, cwd=str(tmp_path)) as client:
         assert client.run("data = open('data.txt'); print(data.readline().strip())").stdout == "first\n"
+        assert client.run("print(open('other.txt').read())").stdout == "free\n"  # and closed again
         tell(product, client.id, "suspend")
         (tmp_path / "data.txt").write_text("something else altogether\n")
         (tmp_path / "other.txt").write_text("changed freely")

@@ -106,6 +106,25 @@ def test_a_callback_that_hangs_is_given_up(background: Background):
     assert background.running
 
 
+def test_one_that_needs_longer_says_so(background: Background):
+    done = []
+
+    async def long() -> None:
+        await asyncio.sleep(0.5)
+        done.append(True)
+
+    def wrong() -> float:
+        raise RuntimeError("it cannot tell")
+
+    async def quick() -> None:
+        done.append(False)
+
+    background.on_shutdown(quick, wrong)
+    background.on_shutdown(long, lambda: 20.0)
+    background.shut_down(0.1)
+    assert done == [True, False]
+
+
 def test_stop_cancels_what_is_left_and_run_refuses_then():
     background = Background()
     cancelled: list[int] = []

@@ -1,0 +1,113 @@
+"""What becomes of a sandbox whose owner is gone, by the state in which it was left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.host.machine import boot_id
+from sandbox_gateway.host.paths import Paths
+from sandbox_gateway.lifecycle import Lifecycle
+from sandbox_gateway.model import Death, DeathKind, SandboxRecord, State
+from sandbox_gateway.owner import OwnerLock
+from sandbox_gateway.snapshots import Facts, Kind, Snapshot
+
+ID = "a-kernel"
+DEAD = {"id": ID, "runtime": "fake", "directory": "/nowhere", "step": "started", "data": {}}
+"""A handle whose processes are gone."""
+
+
+@pytest.fixture
+async def lifecycle(paths: Paths) -> AsyncIterator[Lifecycle]:
+    found = Lifecycle(paths)
+    yield found
+    await found.close()
+
+
+def left(lifecycle: Lifecycle, state: State, **changes: Any) -> SandboxRecord:
+    now = time.time()
+    record = SandboxRecord(ID, state, "p", "fake", now, now, boot_id(), handle=DEAD)
+    record = replace(record, **changes)
+    lifecycle.store.put(record)
+    return record
+
+
+async def saved(lifecycle: Lifecycle) -> Snapshot:
+    async with await lifecycle.snapshots.begin() as draft:
+        draft.image.mkdir(mode=0o700)
+        (draft.image / "pages").write_bytes(b"memory")
+        return await draft.commit(Facts(kind=Kind.SUSPENDED, sandbox=ID, profile="p", runtime="fake", link_version=1))
+
+
+@pytest.mark.parametrize("state", [State.RUNNING, State.PAUSED, State.RESTARTING])
+async def test_what_ran_when_the_machine_restarted_says_so(lifecycle: Lifecycle, state: State) -> None:
+    left(lifecycle, state, boot_id="another boot")
+    await lifecycle.sweep()
+    record = lifecycle.store.get(ID)
+    assert record.state is State.FAILED
+    assert record.death is not None and record.death.describe() == "machine restarted"
+
+
+async def test_what_was_suspended_is_there_after_a_restart_of_the_machine(lifecycle: Lifecycle) -> None:
+    snapshot = await saved(lifecycle)
+    left(lifecycle, State.SUSPENDED, boot_id="another boot", snapshot=snapshot.id, handle={})
+    await lifecycle.sweep()
+    assert lifecycle.store.get(ID).state is State.SUSPENDED
+    assert lifecycle.snapshots.get(snapshot.id).id == snapshot.id
+
+
+async def test_a_resume_that_was_cut_off_leaves_it_suspended(lifecycle: Lifecycle) -> None:
+    snapshot = await saved(lifecycle)
+    left(lifecycle, State.RESUMING, snapshot=snapshot.id)
+    await lifecycle.sweep()
+    record = lifecycle.store.get(ID)
+    assert record.state is State.SUSPENDED and record.snapshot == snapshot.id and not record.handle
+
+
+async def test_a_suspend_that_was_cut_off_behind_its_snapshot_counts(lifecycle: Lifecycle) -> None:
+    snapshot = await saved(lifecycle)
+    left(lifecycle, State.SUSPENDING)
+    await lifecycle.sweep()
+    record = lifecycle.store.get(ID)
+    assert record.state is State.SUSPENDED and record.snapshot == snapshot.id
+
+
+async def test_a_suspend_that_was_cut_off_before_its_snapshot_and_died_has_ended(lifecycle: Lifecycle) -> None:
+    left(lifecycle, State.SUSPENDING)
+    await lifecycle.sweep()
+    assert lifecycle.store.get(ID).state is State.TERMINATED
+
+
+async def test_a_creation_that_was_cut_off_leaves_no_record(lifecycle: Lifecycle) -> None:
+    left(lifecycle, State.CREATING)
+    await lifecycle.sweep()
+    with pytest.raises(SandboxGatewayError) as caught:
+        lifecycle.store.get(ID)
+    assert caught.value.code == "unknown_sandbox"
+
+
+async def test_a_sandbox_whose_lock_is_held_is_left_alone(lifecycle: Lifecycle) -> None:
+    left(lifecycle, State.RESUMING)
+    with OwnerLock(lifecycle.paths.sandbox(ID)):
+        await lifecycle.sweep()
+        assert lifecycle.store.get(ID).state is State.RESUMING
+
+
+async def test_a_suspended_sandbox_is_stopped_without_an_owner_and_its_snapshot_goes(lifecycle: Lifecycle) -> None:
+    snapshot = await saved(lifecycle)
+    left(lifecycle, State.SUSPENDED, snapshot=snapshot.id, handle={})
+    assert (await lifecycle.stop(ID)).state is State.TERMINATED
+    assert not lifecycle.snapshots.list()
+
+
+async def test_one_that_has_ended_cannot_be_adopted_and_the_reason_is_told(lifecycle: Lifecycle) -> None:
+    left(lifecycle, State.TERMINATED, death=Death(DeathKind.OUT_OF_MEMORY))
+    with pytest.raises(SandboxGatewayError, match="out of memory") as caught:
+        await lifecycle.adopt(ID)
+    assert caught.value.code == "illegal_transition"
+    assert not lifecycle.live
