@@ -123,16 +123,13 @@ class Lifecycle:
         runtime, report = await self.runtime(wanted.profile.runtime)
         await self._clear(wanted.id)
         start = await self.templates.find(wanted, launch, runtime, report)
-        record = replace(self._record(launch, wanted.profile), name=wanted.name)
+        record = replace(self._record(launch, wanted.profile), name=wanted.name, notes=notes)
         if start.saved is not None and start.plan is not None:
-            parent = f"template:{start.plan.key.short}"
-            warm = replace(record, parent=parent, epoch=start.saved.epoch, notes=notes)
-            sandbox = await self._new(warm, launch, seat, runtime, report)
+            warm = replace(record, parent=f"template:{start.plan.key.short}", epoch=start.saved.epoch)
             try:
-                await self._made(sandbox, sandbox.restore(start.saved, identity.fresh(launch)))
-                return sandbox
+                return await self._restored(start.saved, warm, launch, seat, runtime, report)
             except SandboxGatewayError as error:
-                if sandbox.death is not None and sandbox.death.kind is DeathKind.STOPPED:
+                if isinstance(error, _Ended):
                     raise
                 start = await asyncio.to_thread(self.templates.failed, start, error)
         record = replace(record, notes=(*notes, *start.notes))
@@ -141,6 +138,28 @@ class Lifecycle:
         if start.plan is not None:
             self.templates.want(start.plan, lambda: sandbox.id in self.live)
         return sandbox
+
+    async def _restored(
+        self,
+        saved: Saved,
+        record: SandboxRecord,
+        launch: Launch,
+        seat: Seat,
+        runtime: Runtime,
+        report: RuntimeReport,
+    ) -> LiveSandbox:
+        """A sandbox from a template, with the identity of ``launch``; raises ``_Ended`` when it was ended meanwhile."""
+        suspension = Suspension(runtime, report, self.snapshots)
+        with suspension.hold(saved):
+            await suspension.fit(saved)
+            sandbox = await self._new(record, launch, seat, runtime, report)
+            try:
+                await self._made(sandbox, sandbox.restore(saved, identity.fresh(launch)))
+            except SandboxGatewayError as error:
+                if sandbox.death is not None and sandbox.death.kind in {DeathKind.STOPPED, DeathKind.OWNER_GONE}:
+                    raise _Ended(error.code, error.message, error.hint) from error
+                raise
+            return sandbox
 
     async def launch(self, wanted: CreateRequest, progress: OnProgress | None = None) -> tuple[Launch, tuple[str, ...]]:
         """What a sandbox for ``wanted`` is made from, and notes on what does not hold here, or only softly."""
@@ -523,6 +542,10 @@ class Lifecycle:
         with contextlib.suppress(SandboxGatewayError):  # a profile file that cannot be read asks for nothing
             budget = load_profiles(self.paths).settings.snapshot_budget
         collect(self.snapshots, self.store.list, budget=budget)
+
+
+class _Ended(SandboxGatewayError):
+    """Somebody ended a sandbox while it was made: nothing takes its place."""
 
 
 def _enforceable(report: RuntimeReport, profile: Profile) -> tuple[tuple[str, ...], Limits]:

@@ -109,10 +109,15 @@ def compose(
         image=replace(image, layers=layers),
         limits=limits,
         mounts=tuple(mounts),
-        hostname="sandbox",
+        hostname=hostname(request.id),
         kernel_uid=who.uid,
         agent_uid=who.agent_uid,
     )
+
+
+def hostname(sandbox_id: str) -> str:
+    """What a sandbox calls itself inside: no two that run are likely to share it."""
+    return f"sandbox-{sandbox_id[:12].replace('_', '-').strip('-')}".lower()
 
 
 def kernel(request: CreateRequest, image: Image) -> KernelSpec:
@@ -138,7 +143,7 @@ def clone(launch: Launch, sandbox_id: str, key: bytes) -> Launch:
     environment = {**launch.kernel.environment, "SANDBOX_ID": sandbox_id}
     return replace(
         launch,
-        spec=replace(launch.spec, id=checked_id(sandbox_id)),
+        spec=replace(launch.spec, id=checked_id(sandbox_id), hostname=hostname(sandbox_id)),
         kernel=replace(launch.kernel, environment=environment),
         key=key,
     )

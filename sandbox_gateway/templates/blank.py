@@ -29,7 +29,7 @@ def blank(launch: Launch, sandbox_id: str, holders: Path) -> Launch:
     mounts = tuple(replace(mount, source=str(path)) for mount, path in _placed(launch.spec.mounts, holders))
     anonymous = replace(
         launch,
-        spec=replace(launch.spec, mounts=mounts, hostname="template"),
+        spec=replace(launch.spec, mounts=mounts),
         kernel=replace(kernel, environment=environment, cwd=HOME),
     )
     return clone(anonymous, sandbox_id, secrets.token_hex(32).encode())

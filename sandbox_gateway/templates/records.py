@@ -131,13 +131,16 @@ class TemplateRecords:
             self.put(known)
         return known
 
-    def suspected(self, key: str, snapshot: str, reason: str) -> TemplateRecord | None:
-        """Note that a start from it failed; never raises. None when it is not this one any more."""
+    def suspected(self, key: str, snapshot: str, reason: str, *, useless: bool = False) -> TemplateRecord | None:
+        """Note that a start from it failed; never raises. None when it is not this one any more.
+
+        It is given up when that happens again, or at once when it is ``useless``.
+        """
         known = self.get(key)
         if known is None or known.snapshot != snapshot:
             return None
         known = replace(known, suspicions=known.suspicions + 1, reason=reason[:1000])
-        if known.suspicions >= SUSPICIONS:
+        if useless or known.suspicions >= SUSPICIONS:
             known = replace(known, snapshot=None, suspicions=0)
         with contextlib.suppress(SandboxGatewayError):
             self.put(known)

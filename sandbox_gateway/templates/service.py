@@ -23,6 +23,8 @@ from sandbox_gateway.wire.handshake import VERSION
 
 log = logging.getLogger(__name__)
 
+_USELESS = frozenset({"snapshot_damaged", "snapshot_unfit", "unknown_snapshot"})
+"""Failures that no second try gets over."""
 DELAY = 2.0
 """Seconds after a cold start until its template is built beside it: the kernel's first cell comes first."""
 
@@ -80,7 +82,8 @@ class Templates:
         assert start.saved is not None and start.plan is not None
         key, snapshot = start.plan.key, start.saved.snapshot
         log.warning("a start from template %s failed: %s", key.short, error.message)
-        known = self.records.suspected(key.digest, snapshot.id, error.message)
+        useless = error.code in _USELESS
+        known = self.records.suspected(key.digest, snapshot.id, error.message, useless=useless)
         if known is not None and known.snapshot is None:
             self.builder.discard(snapshot.id)
         return Start(None, start.plan, f"its template failed: {error.message}")
