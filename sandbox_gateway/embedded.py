@@ -14,7 +14,7 @@ from typing import Any
 
 from sandbox_gateway import request as requests
 from sandbox_gateway.background import background_loop
-from sandbox_gateway.errors import storage_error
+from sandbox_gateway.errors import SandboxGatewayError, storage_error
 from sandbox_gateway.host.paths import Paths, discover
 from sandbox_gateway.images.service import Progress
 from sandbox_gateway.lifecycle import Lifecycle
@@ -105,6 +105,10 @@ class SandboxedKernel:
             await sandbox.reboot(requests.kernel(wanted, image))
         else:
             lost = sandbox.death if sandbox is not None else None
+            if lost is not None and lost.kind is DeathKind.EXPIRED:
+                # An application that restarts dead kernels by itself would put an empty one in its place.
+                text = f"kernel {self.id} has expired: {lost.describe()}"
+                raise SandboxGatewayError("expired", text, "Its memory and files are gone; start a new kernel.")
             self._sandbox = await owner.create(wanted, seat, _phases(progress))
             if lost is not None:
                 seat.channels.notice(f"[sandbox] A new sandbox was made ({lost.describe()}); earlier files are lost\n")

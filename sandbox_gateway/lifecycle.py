@@ -21,7 +21,7 @@ from typing import Any
 from sandbox_gateway import identity
 from sandbox_gateway import request as requests
 from sandbox_gateway.errors import SandboxGatewayError
-from sandbox_gateway.events import EventKind, EventLog
+from sandbox_gateway.events import Event, EventKind, EventLog
 from sandbox_gateway.host.machine import boot_id
 from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.idle import Abilities, IdleDriver, Policies, World
@@ -76,12 +76,15 @@ class Lifecycle:
         self._seats: dict[str, Seat] = {}
         self._make_runtime = runtimes
         self._runtimes: dict[str, tuple[Runtime, RuntimeReport]] = {}
-        self._unowned = Unowned(self.paths, self.store, self.snapshots, lambda name: runtimes(name, paths), self.live)
         self.events = EventLog(self.store)
+        self._unowned = Unowned(
+            self.paths, self.store, self.snapshots, lambda name: runtimes(name, paths), self.live, self.events
+        )
         policies = Policies(self.paths)
         self.idle = IdleDriver(
             World(self.live, self.store, self.events, policies.of, self._abilities, reserve=policies.reserve)
         )
+        self.events.listen(self._tell)
         self._probing = asyncio.Lock()
         self._server: OwnerServer | None = None
         self._starting = asyncio.Lock()
@@ -106,6 +109,12 @@ class Lifecycle:
     def _abilities(self, runtime: str) -> Abilities:
         report = self._runtimes[runtime][1] if runtime in self._runtimes else RuntimeReport(runtime, False)
         return Abilities(report.get("pause").available, report.get("snapshots").available)
+
+    def _tell(self, event: Event) -> None:
+        """Whoever has the notebook open hears of what will happen to the kernel, and of what was done to a cell."""
+        sandbox = self.live.get(event.sandbox)
+        if sandbox is not None and event.kind in {EventKind.WARNED, EventKind.INTERRUPTED}:
+            sandbox.seat.channels.notice(f"\n[sandbox] {event.text[:1].upper()}{event.text[1:]}\n")
 
     async def _sweep_aside(self) -> None:
         try:
@@ -211,6 +220,7 @@ class Lifecycle:
     ) -> LiveSandbox:
         await asyncio.to_thread(self.store.put_launch, record.id, launch)
         await asyncio.to_thread(self.store.put, record)
+        self.events.note(record.id, EventKind.CREATED, **({} if record.parent is None else {"parent": record.parent}))
         return self._live(record, launch, seat, runtime, report)
 
     def _live(
@@ -253,6 +263,7 @@ class Lifecycle:
         try:
             await sandbox.destroy(Death(DeathKind.FAILED, str(error)))
         finally:
+            await self.events.flush()
             with contextlib.suppress(SandboxGatewayError):
                 await asyncio.to_thread(self.store.delete, sandbox.id)
 
@@ -435,6 +446,7 @@ class Lifecycle:
                 self._server = server
 
     async def _answer(self, op: str, sandbox_id: str, params: Mapping[str, Any]) -> dict[str, Any]:
+        await self._refuse_expired(sandbox_id)
         sandbox = self.owned(sandbox_id)
         if op == "stop":
             await sandbox.destroy(
@@ -462,7 +474,18 @@ class Lifecycle:
             return {"memory": stats.memory, "cpu_seconds": stats.cpu_seconds, "processes": stats.processes}
         else:
             raise SandboxGatewayError("invalid_request", f"unknown request {op!r}")
+        # Who is told that it is done finds it among the events.
+        await self.events.flush()
         return {"state": str(sandbox.state)}
+
+    async def _refuse_expired(self, sandbox_id: str) -> None:
+        if sandbox_id in self.live:
+            return
+        record = None
+        with contextlib.suppress(SandboxGatewayError):
+            record = await asyncio.to_thread(self.store.get, sandbox_id)
+        if record is not None and record.death is not None and record.death.kind is DeathKind.EXPIRED:
+            raise record.over()
 
     async def close(self) -> None:
         """End what this process owns, by each sandbox's ``on_owner_exit``; then stop answering."""

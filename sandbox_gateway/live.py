@@ -122,6 +122,11 @@ class LiveSandbox:
         return self.record.state
 
     @property
+    def left(self) -> bool:
+        """Whether it was left to another owner, and goes on without this object."""
+        return self._ending and self._removal is None
+
+    @property
     def link(self) -> Link:
         """The link; raises ``link_failed`` while the sandbox is not running."""
         if self._attachment is None:

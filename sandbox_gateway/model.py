@@ -307,6 +307,14 @@ class SandboxRecord:
         """Whether it is being made for a template: nobody uses it, and it is gone in a moment."""
         return self.id.startswith(BLANK) and self.state in {State.CREATING, State.TERMINATING}
 
+    def over(self) -> SandboxGatewayError:
+        """The error for who wants something of it when it has ended: ``expired`` or ``illegal_transition``."""
+        why = self.death.describe() if self.death is not None else "it has ended"
+        expired = self.death is not None and self.death.kind is DeathKind.EXPIRED
+        return SandboxGatewayError(
+            "expired" if expired else "illegal_transition", f"sandbox {self.id} is {self.state}: {why}"
+        )
+
     def moved(self, state: State, now: float, **changes: Any) -> SandboxRecord:
         """A copy in ``state``, checked against :data:`TRANSITIONS`."""
         return replace(self, state=advance(self.state, state), changed=now, **changes)

@@ -51,5 +51,6 @@ class Seat:
         bridge, self._bridge = self._bridge, None
         if bridge is not None:
             bridge.close()
-        self.cursors.close(remove=remove)
+        # Of one that was given up before nothing is ours to remove: another process may own it by now.
+        self.cursors.close(remove=remove and self.lock.held)
         self.lock.release(remove=remove)

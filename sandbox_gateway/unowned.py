@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.events import EventLog
 from sandbox_gateway.host.machine import boot_id
 from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.live import handle_of
@@ -46,12 +47,14 @@ class Unowned:
         snapshots: SnapshotStore,
         runtime: Callable[[str], Runtime],
         mine: Collection[str],
+        events: EventLog,
     ) -> None:
         self._paths = paths
         self._store = store
         self._snapshots = snapshots
         self._runtime = runtime
         self._mine = mine
+        self._events = events
 
     async def sweep(self) -> list[str]:
         """Remove what cannot go on; returns the ids of sandboxes that were ended.
@@ -85,15 +88,14 @@ class Unowned:
     async def settled(self, record: SandboxRecord) -> SandboxRecord:
         """A record whose lock is held by us, in a state from which it can go on.
 
-        Raises ``illegal_transition`` where it cannot, with what became of it.
+        Raises ``expired`` or ``illegal_transition`` where it cannot, with what became of it.
         """
         death = await self.death_of(record)
         if death is not None:
             await self.finish(record, death)
             record = await asyncio.to_thread(self._store.get, record.id)
         if record.state not in LIVE and record.state is not State.SUSPENDED:
-            why = record.death.describe() if record.death is not None else "it has ended"
-            raise SandboxGatewayError("illegal_transition", f"sandbox {record.id} is {record.state}: {why}")
+            raise record.over()
         return record
 
     async def end(self, sandbox_id: str, death: Death) -> bool:
@@ -111,7 +113,7 @@ class Unowned:
 
     async def finish(self, record: SandboxRecord, death: Death) -> None:
         """Remove what is there of a sandbox and write down what became of it; its lock is held."""
-        handle = handle_of(record)
+        before, handle = record, handle_of(record)
         if handle is not None:
             await self._runtime(record.runtime).destroy(handle)
         now = time.time()
@@ -125,7 +127,9 @@ class Unowned:
             record = replace(record, snapshot=await asyncio.to_thread(self._saved_in, record.id))
         if not wanted and record.snapshot is not None and record.state in {State.RESUMING, State.SUSPENDING}:
             # A failed resume leaves the snapshot.
-            await asyncio.to_thread(self._store.put, record.moved(State.SUSPENDED, now, **gone))
+            record = record.moved(State.SUSPENDED, now, **gone)
+            await asyncio.to_thread(self._store.put, record)
+            self._events.moved(before, record, death.describe())
             return
         if record.snapshot is not None:
             with contextlib.suppress(SandboxGatewayError):  # what is left is collected later
@@ -139,6 +143,7 @@ class Unowned:
                 record = record.moved(State.TERMINATING, now, death=death)
             record = record.moved(State.TERMINATED, now, snapshot=None, **gone)
         await asyncio.to_thread(self._store.put, record)
+        self._events.moved(before, record)
 
     def _saved_in(self, sandbox_id: str) -> str | None:
         for snapshot in self._snapshots.list():

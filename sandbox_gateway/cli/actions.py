@@ -208,10 +208,9 @@ async def fork(
 
 
 def _not_ended(record: SandboxRecord) -> None:
-    """Raise ``illegal_transition`` with the reason of its end; nobody has to be asked, or started, for that."""
+    """Raise the error with the reason of its end; nobody has to be asked, or started, for that."""
     if record.state in ENDED:
-        why = f": {record.death.describe()}" if record.death is not None else ""
-        raise SandboxGatewayError("illegal_transition", f"sandbox {record.id} is {record.state}{why}")
+        raise record.over()
 
 
 def _snapshot(paths: Paths, reference: str) -> str:

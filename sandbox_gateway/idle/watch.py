@@ -181,7 +181,7 @@ class Watch:
         match decision.action:
             case Action.PAUSE:
                 await self.save()
-                await sandbox.pause()
+                await sandbox.pause(decision.reason)
             case Action.SUSPEND:
                 await self.save()
                 async with self._room:

@@ -54,7 +54,7 @@ class Watched(Protocol):
     async def stats(self) -> Stats:
         """Its use of memory."""
 
-    async def pause(self) -> None:
+    async def pause(self, reason: str = "") -> None:
         """Freeze it."""
 
     async def suspend(self, reason: str = "") -> None:

@@ -34,6 +34,8 @@ async def capabilities(
     ``make`` gives a runtime for a directory of the trial's own, whose PID 1 is the given command. Raises ``disk_full``
     or ``data_directory``, which say nothing about the runtime.
     """
+    if not await asyncio.to_thread(_is_static_program, binary):
+        return tuple(Capability(name, True, f"not tried: {binary} is a script around runsc") for name in NAMES)
     cache = Cache(paths, binary, f"saving-{boot_id()}-{os.geteuid()}")
     if cache.read() == "ok":
         return tuple(Capability(name, True) for name in NAMES)
@@ -51,6 +53,12 @@ async def capabilities(
         raise storage_error(error, f"a trial sandbox failed in {paths.runtime}") from error
     cache.write("ok")
     return tuple(Capability(name, True) for name in NAMES)
+
+
+def _is_static_program(binary: Path) -> bool:
+    """Whether it can run in the trial's empty root, as runsc itself can and a script in its place cannot."""
+    with binary.open("rb") as file:
+        return file.read(4) == b"\x7fELF"
 
 
 def _as_far_as(done: list[str], reason: str) -> tuple[Capability, ...]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -475,3 +477,19 @@ def test_malformed_messages_of_the_kernel_reach_the_clients_and_harm_nothing_her
         for channel in Channel:
             kernel.received(channel, parts)
     assert len(caplog.records) <= channels.MAX_LOGGED
+
+
+def test_the_page_about_waking_says_what_the_rule_does():
+    text = (Path(__file__).parents[2] / "docs" / "reference" / "waking.md").read_text()
+    said = dict(re.findall(r"`(\w+)`(?=[^|\n]*\| (\w+))", text))
+    words = {
+        Effect.WAKE: ("wakes",),
+        Effect.WAIT: ("waits",),
+        Effect.CACHED: ("answered",),
+        Effect.UNAVAILABLE: ("answered",),
+    }
+    for (channel, kind), does in TABLE.items():
+        if kind in said and (channel == Channel.STDIN) == (kind == "input_reply"):
+            assert said[kind] in words[does], kind
+    known = {kind for (_, kind), does in TABLE.items() if kind and kind != "something_request"}
+    assert known == set(said)

@@ -70,7 +70,7 @@ class Sandbox:
     async def stats(self) -> Stats:
         return Stats(memory=self.memory)
 
-    async def pause(self) -> None:
+    async def pause(self, reason: str = "") -> None:
         self._do("pause", State.PAUSED)
 
     async def suspend(self, reason: str = "") -> None:

@@ -115,6 +115,13 @@ async def test_what_the_trial_could_not_do_is_absent_with_its_reason(
     assert list(paths.runtime.iterdir()) == []
 
 
+async def test_script_around_runsc_cannot_be_tried(paths: Paths, tmp_path: Path) -> None:
+    """It could not run in the trial's empty root: what is said of it says so."""
+    binary = script(tmp_path / "runsc", "exit 1")
+    found = await gvisor_trial.capabilities(paths, binary, lambda place, argv: pytest.fail("tried"))
+    assert all(each.available and "not tried" in each.reason for each in found)
+
+
 async def test_full_disk_says_nothing_about_the_runtime(paths: Paths, runsc_binary: Path) -> None:
     """A trial that found no room is an error of its own, not an absent capability."""
     with pytest.raises(SandboxGatewayError) as caught:

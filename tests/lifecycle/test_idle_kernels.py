@@ -1,0 +1,111 @@
+"""Real kernels under an idle policy: they go to sleep by themselves, wake when somebody wants something, and expire."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from acceptance import Client, Product, kernel, profile_kernelspec, until
+
+PROFILES = """
+[profiles.drowsy]
+idle = { pause = "2s", suspend = "4s" }
+[profiles.short-lived]
+idle = { suspend = "2s", expire = "6s" }
+[profiles.impatient]
+max_busy = "3s"
+"""
+
+
+@pytest.fixture(scope="module")
+def profiles(product: Product) -> Iterator[None]:
+    file = product.home / "profiles.toml"
+    before = file.read_text()
+    file.write_text(before + PROFILES)
+    yield
+    file.write_text(before)
+
+
+@pytest.fixture
+def drowsy(product: Product, profiles: None) -> Iterator[Client]:
+    with profile_kernelspec(product, "drowsy") as name, kernel(name) as client:
+        yield client
+
+
+def record(product: Product, sandbox_id: str) -> dict[str, Any]:
+    done = product.command("ps", "--all", "--json")
+    found: dict[str, Any] = next(item for item in json.loads(done.stdout) if item["id"] == sandbox_id)
+    return found
+
+
+def events(product: Product, sandbox_id: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(product.command("events", sandbox_id, "--json").stdout)
+    return found
+
+
+def test_a_kernel_that_nobody_uses_is_paused_then_suspended_and_wakes_with_all_it_had(
+    product: Product, drowsy: Client
+) -> None:
+    drowsy.run("x = 41")
+    until(lambda: record(product, drowsy.id)["state"] == "suspended", 60)
+    assert drowsy.alive()
+    assert drowsy.run("print(x + 1)").stdout == "42\n"
+    assert record(product, drowsy.id)["state"] == "running"
+    kinds = [event["kind"] for event in events(product, drowsy.id)]
+    order = ["started", "paused", "suspended", "woke", "resumed"]
+    assert [kind for kind in kinds if kind in order][:5] == order
+    suspended = next(event for event in events(product, drowsy.id) if event["kind"] == "suspended")
+    assert "idle for 4 s" in suspended["text"] and suspended["data"]["seconds"] > 0
+
+
+def test_a_kernel_at_work_is_left_alone(product: Product, drowsy: Client) -> None:
+    """A cell that only sleeps is at work, and so is a thread or a program that computes while no cell runs."""
+    drowsy.run("import time; time.sleep(7)")
+    assert "paused" not in [event["kind"] for event in events(product, drowsy.id)]
+    drowsy.run(
+        "import threading, time, subprocess, sys\n"
+        "burn = 'import time\\nend = time.time() + 4\\nwhile time.time() < end: pass'\n"
+        "def work():\n"
+        "    exec(burn)\n"
+        "    subprocess.run([sys.executable, '-c', burn], check=True)\n"
+        "threading.Thread(target=work).start()"
+    )
+    time.sleep(7)
+    assert "paused" not in [event["kind"] for event in events(product, drowsy.id)]
+    until(lambda: "paused" in [event["kind"] for event in events(product, drowsy.id)], 60)
+
+
+def test_an_expired_kernel_was_announced_and_says_why_it_is_gone(product: Product, profiles: None) -> None:
+    with profile_kernelspec(product, "short-lived") as name, kernel(name) as client:
+        before = {path.name for path in (product.home / "snapshots").glob("*")}
+        until(lambda: record(product, client.id)["state"] == "expired", 60)
+        gone = record(product, client.id)
+        assert gone["death"]["kind"] == "expired" and gone["death"]["reason"] == "not used for 6 s"
+        told = events(product, client.id)
+        kinds = [event["kind"] for event in told]
+        assert [kind for kind in kinds if kind in {"warned", "expired"}] == ["warned", "expired"]
+        announced, ended = (next(event for event in told if event["kind"] == kind) for kind in ("warned", "expired"))
+        assert announced["time"] < ended["time"] and "unless it is used" in announced["text"]
+        assert not client.alive()
+        assert {path.name for path in (product.home / "snapshots").glob("*")} <= before | {".lock"}
+        said = ""
+        while "has expired: not used for 6 s" not in said:
+            message = client.client.get_iopub_msg(timeout=30)
+            said += str(message["content"].get("text", ""))
+        assert "[sandbox]" in said and "expires in" in said, "whoever has the notebook open is told before, too"
+        refused = product.command("resume", client.id, "--json")
+        error = json.loads(refused.stderr[refused.stderr.index("{") :])["error"]
+        assert refused.returncode == 1 and error["code"] == "expired"
+        with pytest.raises(Exception, match="has expired: not used for 6 s"):
+            client.manager.restart_kernel(now=True)
+
+
+def test_a_request_that_runs_too_long_is_interrupted(product: Product, profiles: None) -> None:
+    with profile_kernelspec(product, "impatient") as name, kernel(name) as client:
+        result = client.run("import time\nfor _ in range(600): time.sleep(0.1)")
+        assert result.status == "error" and "KeyboardInterrupt" in result.error and 3 <= result.seconds < 30
+        assert client.run("print('still here')").stdout == "still here\n"
+        assert [event["kind"] for event in events(product, client.id)].count("interrupted") == 1
