@@ -10,12 +10,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
-
 from bench.kernels import BenchError, start
-from bench.measures import FULL, MEASURES, QUICK, machine
+from bench.measures import FULL, QUICK, bursts, idle, machine, starts, throughput
 from bench.report import table, write
+from bench.sleeping import forks, naps, states
+from sandbox_gateway.background import background_loop
 
+MEASURES = (starts, bursts, throughput, naps, forks, states, idle)
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "bench"
 
 
@@ -36,24 +37,38 @@ def _say(text: str) -> None:
     sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
 
 
-def _install(prefix: Path, name: str) -> None:
-    """Make sure that the kernelspec is there: in this user's places, else in a prefix of this run."""
-    try:
-        KernelSpecManager().get_kernel_spec(name)
-        return
-    except NoSuchKernel:
-        pass
-    done = subprocess.run(
-        [sys.executable, "-m", "sandbox_gateway.cli", "install", "--prefix", str(prefix)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise BenchError(f"cannot install the kernelspecs: {done.stderr.strip()}")
+PROFILES = """
+[profiles.bench-cold]
+template = false
+
+[profiles.bench-preloaded]
+preload = ["numpy", "pandas", "matplotlib.pyplot"]
+
+[profiles.bench-pool]
+pool = { ready = 1 }
+"""
+"""What is measured beside the default profile: no template, modules imported beforehand, a kernel that stands ready."""
+
+
+def _install(folder: Path) -> None:
+    """An installation of this run's own, with the runsc that the user has and all profiles as kernelspecs."""
+    from sandbox_gateway.host.paths import discover
+    from sandbox_gateway.host.setup import find_runsc
+
+    runsc = find_runsc(discover(), os.environ)
+    home, prefix = folder / "home", folder / "prefix"
+    home.mkdir(mode=0o700)
+    (home / "profiles.toml").write_text(PROFILES)
+    os.environ["SANDBOX_GATEWAY_HOME"] = str(home)
     os.environ["JUPYTER_PATH"] = os.pathsep.join(
         filter(None, [str(prefix / "share" / "jupyter"), os.environ.get("JUPYTER_PATH", "")])
     )
+    for arguments in (["setup", *(["--from", str(runsc)] if runsc else [])], ["install", "--prefix", str(prefix)]):
+        done = subprocess.run(
+            [sys.executable, "-m", "sandbox_gateway.cli", *arguments], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise BenchError(f"jupyter sandbox {arguments[0]}: {done.stderr.strip()}")
 
 
 def main() -> int:
@@ -63,11 +78,12 @@ def main() -> int:
     names = {"plain": arguments.plain, "sandboxed": arguments.sandboxed}
     about = machine()
     measures = []
-    with tempfile.TemporaryDirectory(prefix="sandbox-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="sgb-", dir="/tmp") as folder:
         os.environ["IPYTHONDIR"] = str(Path(folder) / "ipython")
         try:
-            _install(Path(folder), arguments.sandboxed)
-            for name in names.values():  # builds the image, fills the page cache
+            _say("an installation for this run, with its image and templates")
+            _install(Path(folder))
+            for name in names.values():  # fills the page cache
                 _say(f"warming up {name}")
                 start(name).stop()
             for measure in MEASURES:
@@ -76,6 +92,8 @@ def main() -> int:
         except BenchError as error:
             sys.stderr.write(f"bench: {error}\n")
             return 2
+        finally:
+            background_loop().stop()
     about["load_after"] = [round(value, 2) for value in os.getloadavg()]
     sys.stdout.write(table(measures) + "\n")
     output = arguments.output or (None if arguments.quick or arguments.only else DOCS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -88,7 +89,7 @@ def start(name: str) -> Kernel:
     """
     begun = time.perf_counter()
     manager = KernelManager(kernel_name=name)
-    manager.start_kernel()
+    manager.start_kernel(stderr=subprocess.DEVNULL)  # the plain one's warnings about its own transport
     client = manager.blocking_client()
     client.start_channels()
     sent = client.execute("", silent=True, user_expressions={"answer": "6 * 7"}, allow_stdin=False)

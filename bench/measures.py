@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,13 +32,27 @@ class Plan:
     idle_kernels: int
     idle_seconds: float
     display_bytes: int = 10_000_000
+    naps: int = 11
+    large: int = 3
+    states: tuple[int, ...] = (1 << 30) // 10, 1 << 30, 4 << 30
+    bursts: tuple[int, ...] = 1, 4, 16
 
 
 FULL = Plan(
     starts=11, round_trips=300, repeats=7, plain_lines=100_000, flushed_lines=5_000, idle_kernels=3, idle_seconds=10
 )
 QUICK = Plan(
-    starts=3, round_trips=60, repeats=3, plain_lines=50_000, flushed_lines=2_000, idle_kernels=1, idle_seconds=4
+    starts=3,
+    round_trips=60,
+    repeats=3,
+    plain_lines=50_000,
+    flushed_lines=2_000,
+    idle_kernels=1,
+    idle_seconds=4,
+    naps=3,
+    large=1,
+    states=((1 << 30) // 10,),
+    bursts=(1, 4),
 )
 
 
@@ -57,8 +73,8 @@ class Measure:
     note: str = ""
 
     def median(self, side: str) -> float:
-        """p50 of a side's samples."""
-        return statistics.median(self.samples[side])
+        """p50 of a side's samples; not a number where it has none (the plain kernel cannot be suspended)."""
+        return statistics.median(self.samples[side]) if self.samples[side] else math.nan
 
     @property
     def ratio(self) -> float | None:
@@ -93,19 +109,63 @@ def pair(names: dict[str, str]) -> Iterator[dict[str, Kernel]]:
             kernel.stop()
 
 
-def starts_and_stops(names: dict[str, str], plan: Plan, say: Callable[[str], None]) -> list[Measure]:
-    """Cold start to the first result, and deletion."""
-    cold = Measure("cold start to first result", "s", "lower")
+IMPORTS = "import numpy, pandas, matplotlib.pyplot"
+
+
+def starts(names: dict[str, str], plan: Plan, say: Callable[[str], None]) -> list[Measure]:
+    """From the request to start until a first result, in the ways there are to start; and deletion."""
+    template = Measure(
+        "create to first result", "s", "lower", target_ratio=0.45, target_from="issue", note="from a template; aim 0.3"
+    )
+    preloaded = Measure("the same, pandas and matplotlib imported", "s", "lower", target_ratio=0.2, target_from="issue")
+    pool = Measure("from the pool", "s", "lower", target_ratio=0.15, target_from="issue", note="aim 0.08")
+    cold = Measure("cold start", "s", "lower", note="what builds a template, and the fallback")
     delete = Measure(
         "delete", "s", "lower", target_value=0.1, target_from="issue", note="shutdown(now) until no process is left"
     )
+    plain = names["plain"]
+    rows = [
+        (template, names["sandboxed"], ""),
+        (preloaded, "bench-preloaded", IMPORTS),
+        (pool, "bench-pool", ""),
+        (cold, "bench-cold", ""),
+    ]
+    for measure, name, _ in rows:
+        start(name).stop()
+        say(f"ready: {measure.name}")
     for number in range(plan.starts):
-        for side in _turn(number):
-            kernel = start(names[side])
-            cold.samples[side].append(kernel.first_result)
-            delete.samples[side].append(kernel.stop())
+        for measure, name, code in rows:
+            for side in _turn(number):
+                kernel = start(plain if side == "plain" else name)
+                seconds = kernel.first_result + (kernel.execute(code)[0] if code else 0.0)
+                measure.samples[side].append(seconds)
+                stopped = kernel.stop()
+                if measure is template:
+                    delete.samples[side].append(stopped)
+                if measure is pool:
+                    time.sleep(1.0)  # until the pool is full again
         say(f"start {number + 1} of {plan.starts}")
-    return [cold, delete]
+    return [template, preloaded, pool, cold, delete]
+
+
+def bursts(names: dict[str, str], plan: Plan, say: Callable[[str], None]) -> list[Measure]:
+    """Kernels per second when several are wanted at once, each to its first result."""
+    measures = []
+    for wide in plan.bursts:
+        measure = Measure(f"creates per second, {wide} at a time", "1/s", "higher")
+        if wide > 1:
+            measure.target_ratio, measure.target_from = 1.5, "design"
+        for side in SIDES:
+            made: list[Kernel] = []
+            begun = time.perf_counter()
+            with ThreadPoolExecutor(wide) as pool:
+                made += pool.map(start, [names[side]] * max(wide, 4))
+            measure.samples[side].append(len(made) / (time.perf_counter() - begun))
+            for kernel in made:
+                kernel.stop()
+        say(f"a burst, {wide} at a time")
+        measures.append(measure)
+    return measures
 
 
 def _turn(number: int) -> tuple[str, ...]:
@@ -217,13 +277,6 @@ def idle(names: dict[str, str], plan: Plan, say: Callable[[str], None]) -> list[
                 kernel.stop()
         say(f"idle, {side}")
     return [memory, private, owner_memory, cpu, owner_cpu]
-
-
-MEASURES: tuple[Callable[[dict[str, str], Plan, Callable[[str], None]], list[Measure]], ...] = (
-    starts_and_stops,
-    throughput,
-    idle,
-)
 
 
 def machine() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def as_dict(measures: list[Measure], machine: dict[str, Any], quick: bool) -> di
                 "name": measure.name,
                 "unit": measure.unit,
                 "better": measure.better,
-                "p50": {side: round(measure.median(side), 5) for side in SIDES},
+                "p50": {side: round(measure.median(side), 5) for side in SIDES if measure.samples[side]},
                 "ratio": None if measure.ratio is None else round(measure.ratio, 3),
                 "target": target(measure),
                 "met": measure.met,
@@ -106,6 +107,8 @@ def _draw(measures: list[Measure], machine: dict[str, Any], path: Path) -> None:
 
 
 def _figure(value: float) -> str:
+    if math.isnan(value):
+        return "-"
     if value >= 1000:
         return f"{value:,.0f}"
     return f"{value:.3g}"
