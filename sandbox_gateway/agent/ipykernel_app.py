@@ -37,10 +37,6 @@ from io import StringIO
 from json.encoder import encode_basestring
 from typing import Any
 
-# Untyped on purpose: this file meets whatever ipykernel the user has.
-iostream: Any = import_module("ipykernel.iostream")
-kernelapp: Any = import_module("ipykernel.kernelapp")
-
 
 def _sibling(name: str) -> Any:
     """A module of this folder, which is on nobody's path, under a name that is in nobody's way."""
@@ -53,6 +49,12 @@ def _sibling(name: str) -> Any:
     return module
 
 
+if "SANDBOX_IOPUB_FD" in os.environ:
+    _sibling("debugger").defer()  # before ipykernel looks for it
+
+# Untyped on purpose: this file meets whatever ipykernel the user has.
+iostream: Any = import_module("ipykernel.iostream")
+kernelapp: Any = import_module("ipykernel.kernelapp")
 writer: Any = _sibling("writer")
 
 _pipe: Any = None
@@ -333,7 +335,6 @@ def main() -> None:
         _preloads = None if names is None else names.split()
         _sibling("seeds")
         _identity = _sibling("identity").Identity()
-        _sibling("debugger").defer()
     _disguise()
     (PipeKernelApp if _pipe is not None else kernelapp.IPKernelApp).launch_instance()
 

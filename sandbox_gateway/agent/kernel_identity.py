@@ -57,7 +57,9 @@ class Identity:
             if idents == [_AGENT] and len(frames) > 1 and _PRIVATE in bytes(frames[1]):
                 self._answer(kernel, idents, message)
             else:
-                await dispatch(message)
+                result = dispatch(message)
+                if result is not None:  # ipykernel 6 returns nothing to wait for
+                    await result
 
         kernel.dispatch_control = dispatch_control
 

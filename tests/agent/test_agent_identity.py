@@ -196,6 +196,43 @@ def test_fresh_entropy_reaches_openssl(ours: Host, tmp_path: Path) -> None:
     assert values(ours, "reseeds()") > before
 
 
+def test_a_library_that_is_busy_is_seeded_as_soon_as_it_can_be(ours: Host, tmp_path: Path) -> None:
+    """A long call holds numpy's generator: the identity does not wait for its end, and says what is missing."""
+    pytest.importorskip("numpy")
+    ours.run("import numpy, threading; numpy.random.seed(1); lock = numpy.random.mtrand._rand._bit_generator.lock")
+    ours.run(
+        "held, gate = threading.Event(), threading.Event()\n"
+        "def hold():\n    with lock:\n        held.set(); gate.wait(60)\n"
+        "threading.Thread(target=hold, daemon=True).start(); held.wait()"
+    )
+    answer = ours.call("identify", **identity(tmp_path))
+    assert answer["missing"] == ["numpy"]
+    assert "random" in answer["seeded"]
+    ours.run(
+        "gate.set()\nwaiting = [t for t in threading.enumerate() if t.name == 'sandbox-seed-numpy']\n"
+        "for thread in waiting: thread.join(30)"
+    )
+    drawn = values(ours, "numpy.random.random()")
+    assert drawn != values(ours, "[numpy.random.seed(1), numpy.random.random()][1]")
+
+
+def test_torch_and_what_cannot_be_reached(ours: Host, tmp_path: Path) -> None:
+    """torch by its own function, whatever that does; modules with generators out of reach are named."""
+    ours.run(
+        "import sys, types\nseeds = []\n"
+        "sys.modules['torch'] = types.SimpleNamespace(manual_seed=seeds.append)\n"
+        "sys.modules['tensorflow'] = types.ModuleType('tensorflow')"
+    )
+    answer = ours.call("identify", **identity(tmp_path))
+    assert "torch" in answer["seeded"]
+    assert answer["missing"] == ["tensorflow"]
+    ours.call("identify", **identity(tmp_path))
+    first, second = values(ours, "seeds")
+    assert first != second
+    ours.run("sys.modules['torch'] = types.SimpleNamespace(manual_seed=None)")
+    assert "torch" in ours.call("identify", **identity(tmp_path))["missing"]
+
+
 @pytest.mark.parametrize("work", ["time.sleep(30)", "while True: pass", "gate.wait(30)"])
 def test_in_the_middle_of_a_cell(ours: Host, tmp_path: Path, work: str) -> None:
     """Whatever it does; it goes on, publishes under the new key, and can be interrupted."""
