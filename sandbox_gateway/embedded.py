@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,20 @@ from sandbox_gateway.background import background_loop
 from sandbox_gateway.errors import SandboxGatewayError, storage_error
 from sandbox_gateway.host.paths import Paths, discover
 from sandbox_gateway.images.service import Progress
+from sandbox_gateway.keeper import take_over
 from sandbox_gateway.lifecycle import Lifecycle
 from sandbox_gateway.live import LiveSandbox
-from sandbox_gateway.model import Death, DeathKind, KernelSpec
+from sandbox_gateway.model import LIVE, Death, DeathKind, KernelSpec, OnOwnerExit, State
 from sandbox_gateway.profiles import load_profiles
 from sandbox_gateway.request import CreateRequest
 from sandbox_gateway.seat import Seat
 
+SAVING = 60.0
+"""Seconds that the end of the process is held up at most for each kernel that its profile has suspended then."""
+
+_LOOK = 1.0
+"""Seconds between two looks at a kernel that another process owns."""
+_ENDED = frozenset({"unknown_sandbox", "illegal_transition", "expired"})
 _lifecycles: dict[Paths, Lifecycle] = {}
 _of_parents: list[Lifecycle] = []
 _open_kernels: set[SandboxedKernel] = set()
@@ -55,7 +63,11 @@ def lifecycle() -> Lifecycle:
             for kernel in tuple(_open_kernels):
                 kernel.let_go()
 
-        background_loop().on_shutdown(close)
+        def saving() -> float:
+            policies = [sandbox.record.on_owner_exit for sandbox in tuple(made.live.values())]
+            return SAVING * policies.count(OnOwnerExit.SUSPEND)
+
+        background_loop().on_shutdown(close, saving)
     return _lifecycles[paths]
 
 
@@ -84,6 +96,7 @@ class SandboxedKernel:
         owner = lifecycle()
         profile = load_profiles(owner.paths).get(self._profile_name)
         wanted = CreateRequest(self.id, profile, kernel, self._key, directory, client_environment, name, private)
+        await self._taken_back()
         if self._seat is None:
             hint = requests.missing_file_hint(wanted)
             self._seat = Seat(await owner.claim(self.id), self._key, missing_file_hint=hint)
@@ -122,18 +135,43 @@ class SandboxedKernel:
         if seat is not None:
             seat.release()
 
+    async def _taken_back(self) -> LiveSandbox | None:
+        """The sandbox; one that was handed over to another process is asked back. None when it has ended there."""
+        sandbox = self._sandbox
+        if sandbox is None or not sandbox.left:
+            return sandbox
+        owner = lifecycle()
+        try:
+            self._sandbox = await take_over(owner, self.id)
+            self._seat = owner.entrust(self.id)
+            self._seat.bridge()
+        except SandboxGatewayError as error:
+            if error.code not in _ENDED:
+                raise
+            self._sandbox = self._seat = None
+        return self._sandbox
+
     def poll(self) -> int | None:
         """None while the kernel lives, else its return code. Thread-safe: it only reads."""
-        return self._sandbox.poll() if self._sandbox is not None else 0
+        sandbox = self._sandbox
+        if sandbox is None:
+            return 0
+        return _poll_elsewhere(self.id) if sandbox.left else sandbox.poll()
 
     async def wait(self) -> int:
         """Return when the kernel has ended."""
-        return await self._sandbox.wait_kernel() if self._sandbox is not None else 0
+        while (sandbox := self._sandbox) is not None:
+            code = await (asyncio.to_thread(self.poll) if sandbox.left else sandbox.wait_kernel())
+            if code is not None:
+                return code
+            await asyncio.sleep(_LOOK)
+        return 0
 
     async def signal(self, number: int) -> None:
         """Send a signal to the kernel's process group inside."""
-        if self._sandbox is not None:
-            await self._sandbox.signal(number)
+        sandbox = await self._taken_back()
+        if sandbox is not None:
+            await sandbox.signal(number)
 
     def expect_exit(self) -> None:
         """The application asks the kernel to shut down. Thread-safe: it only sets a mark."""
@@ -142,11 +180,13 @@ class SandboxedKernel:
 
     async def stop(self, grace: float) -> None:
         """End the kernel's processes; the sandbox stays for a restart."""
-        if self._sandbox is not None and self._sandbox.poll() is None:
-            await self._sandbox.stop_kernel(grace)
+        if self.poll() is None:
+            sandbox = await self._taken_back()
+            if sandbox is not None:
+                await sandbox.stop_kernel(grace)
 
     async def close(self) -> None:
-        """End the sandbox and the endpoints; nothing of this kernel is left.
+        """End the sandbox and the endpoints; nothing of this kernel is left. One that was handed over goes on.
 
         Goes on to its end when the caller is cancelled.
         """
@@ -158,6 +198,19 @@ class SandboxedKernel:
         if self._sandbox is not None:
             await self._sandbox.destroy(Death(DeathKind.STOPPED, "shut down by its application"))
         self.let_go()
+
+
+def _poll_elsewhere(sandbox_id: str) -> int | None:
+    """As :meth:`SandboxedKernel.poll`, of a kernel that another process owns: what the store tells."""
+    try:
+        record = lifecycle().store.get(sandbox_id)
+    except SandboxGatewayError as error:
+        # It was removed; of a store that cannot be read just now nothing is known.
+        return -signal.SIGKILL if error.code == "unknown_sandbox" else None
+    if record.state in LIVE or record.state is State.SUSPENDED:
+        return None
+    code = record.death.exit_code if record.death is not None else None
+    return code if code is not None else -signal.SIGKILL
 
 
 def _phases(say: Callable[[str], None]) -> Callable[[Progress], None]:

@@ -322,6 +322,10 @@ class Lifecycle:
         self._seats.pop(sandbox_id, None)
         sandbox.seat.release(remove=False)
 
+    def entrust(self, sandbox_id: str) -> Seat:
+        """The place of an adopted sandbox, for a caller who keeps it beyond the sandbox's end, and releases it."""
+        return self._seats.pop(sandbox_id)
+
     async def fork(self, sandbox_id: str, count: int = 1) -> list[ForkOutcome]:
         """``count`` clones of a sandbox that this process owns; it goes on itself. See :meth:`spawn`."""
         snapshot = await self.owned(sandbox_id).save(Kind.FORK)

@@ -587,9 +587,9 @@ class LiveSandbox:
             return self.death.exit_code if self.death.exit_code is not None else -signal.SIGKILL
         return None
 
-    async def wait_kernel(self) -> int:
-        """Return when the kernel or the whole sandbox has ended."""
-        while (code := self.poll()) is None:
+    async def wait_kernel(self) -> int | None:
+        """Return when the kernel or the whole sandbox has ended; None when it was left to another owner."""
+        while (code := self.poll()) is None and not self.left:
             await self._kernel_gone.wait()
         return code
 
@@ -656,6 +656,7 @@ class LiveSandbox:
         if received is not None and await self.seat.channels.settle(SETTLE):
             self.seat.cursors.write(received)
         await self._save(owner_pid=None)
+        self._kernel_gone.set()
 
     async def _finish(self, death: Death, final: State) -> None:
         async with self._serial:

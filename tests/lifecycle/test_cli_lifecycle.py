@@ -401,6 +401,50 @@ def test_what_is_printed_while_it_goes_from_hand_to_hand_comes_once_and_in_order
         assert reply["content"]["status"] == "ok", "the reply finds its client too"
 
 
+def test_an_application_whose_kernel_was_taken_over_goes_on_with_it_and_takes_it_back(
+    product: Product, client: Client
+) -> None:
+    client.run("x = 41")
+    cell = Running(client, COUNTING.format(count=400, pause=0.01))
+    cell.until_line(3)
+    with taker(client.id) as pid:
+        assert row(product, client.id)["owner_pid"] == pid
+        cell.until_line(200)
+        assert client.alive()
+        client.manager.interrupt_kernel()
+        assert row(product, client.id)["owner_pid"] == os.getpid()
+    cell.finish()
+    assert cell.stdout == lines(400)[: len(cell.stdout)] and len(cell.stdout) > len(lines(200))
+    assert client.value("print(x)") == 41
+    client.manager.restart_kernel()
+    client.client.wait_for_ready(timeout=START)
+    assert client.run("x").error.startswith("NameError")
+
+
+def test_an_application_sees_the_end_of_a_kernel_that_another_one_took_and_can_start_it_anew(
+    product: Product, client: Client
+) -> None:
+    with taker(client.id):
+        assert client.alive()
+        run(product, "rm", client.id)
+        until(lambda: not client.alive())
+    client.manager.restart_kernel(now=True)
+    client.client.wait_for_ready(timeout=START)
+    assert client.value("print(1)") == 1
+
+
+def test_an_application_that_ends_leaves_what_was_taken_from_it(product: Product, left: list[str]) -> None:
+    with application() as (process, sandbox_id):
+        left.append(sandbox_id)
+        with taker(sandbox_id) as pid:
+            assert process.stdin is not None
+            process.stdin.close()
+            assert process.wait(60) == 0
+            assert row(product, sandbox_id)["owner_pid"] == pid
+            with connected(product, sandbox_id) as kernel_client:
+                assert value(kernel_client, "x") == "41"
+
+
 @pytest.mark.parametrize("command", ["stop", "rm"])
 @pytest.mark.parametrize("state", ["running", "paused", "suspended"])
 @pytest.mark.parametrize("owned", [True, False], ids=["owned", "unowned"])
