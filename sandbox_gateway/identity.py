@@ -70,13 +70,16 @@ STARTUP_VARIABLES: Final = frozenset(
 )
 """Further names of that kind. ``HOME``: IPython's profile and history lie below it."""
 
-_NOT_AT_START: Final = frozenset({"HF_TOKEN"})
+_SECRETS: Final = ("TOKEN", "SECRET", "PASSWORD", "CREDENTIALS", "_KEY")
+"""Ends of names that are asked for when they are used; in a template's memory they would be everybody's."""
 
 
 def acts_at_start(name: str) -> bool:
     """Whether a variable only acts when the interpreter starts or a module is imported: such a one belongs to a
     template's key and cannot be given to a kernel that runs."""
-    return name not in _NOT_AT_START and (name in STARTUP_VARIABLES or name.startswith(STARTUP_PREFIXES))
+    if name.endswith(_SECRETS):
+        return False
+    return name in STARTUP_VARIABLES or name.startswith(STARTUP_PREFIXES)
 
 
 def startup_part(environment: Mapping[str, str]) -> dict[str, str]:

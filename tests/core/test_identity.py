@@ -54,7 +54,10 @@ def test_what_acts_at_the_start(name: str) -> None:
     assert identity.acts_at_start(name)
 
 
-@pytest.mark.parametrize("name", "PATH TZ SANDBOX_ID TOKEN HF_TOKEN AWS_REGION TMPDIR JPY_SESSION_NAME USER".split())
+@pytest.mark.parametrize(
+    "name",
+    "PATH TZ SANDBOX_ID TOKEN HF_TOKEN JUPYTER_TOKEN RAY_PASSWORD AWS_REGION TMPDIR JPY_SESSION_NAME USER".split(),
+)
 def test_what_can_be_given_later(name: str) -> None:
     """Read when they are used, or renewed by the kernel when it takes its identity."""
     assert not identity.acts_at_start(name)
