@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from sandbox_gateway.agent import process
 from sandbox_gateway.agent.launch import Answer, KernelError, Launch, environment_of, text_of
 from sandbox_gateway.agent.loop import Loop, Timer
 
@@ -94,7 +95,10 @@ class Identification:
             return
         self.done = True
         self._opened()
-        self._say({"seeded": _names(content.get("seeded")), "missing": _names(content.get("missing"))})
+        missing = _names(content.get("missing"))
+        if len(process.descendants()) > 1:  # what the kernel had started is a copy that nobody can speak to
+            missing.append("processes")
+        self._say({"seeded": _names(content.get("seeded")), "missing": missing})
 
     def failed(self, reason: str) -> None:
         """It will not come about."""

@@ -233,6 +233,12 @@ def test_torch_and_what_cannot_be_reached(ours: Host, tmp_path: Path) -> None:
     assert "torch" in ours.call("identify", **identity(tmp_path))["missing"]
 
 
+def test_processes_that_the_kernel_has_started_are_named(ours: Host, tmp_path: Path) -> None:
+    """Nobody can change a copy of theirs: whoever asked for the clone is told."""
+    ours.run("import subprocess; child = subprocess.Popen(['sleep', '60'])")
+    assert ours.call("identify", **identity(tmp_path))["missing"] == ["processes"]
+
+
 @pytest.mark.parametrize("work", ["time.sleep(30)", "while True: pass", "gate.wait(30)"])
 def test_in_the_middle_of_a_cell(ours: Host, tmp_path: Path, work: str) -> None:
     """Whatever it does; it goes on, publishes under the new key, and can be interrupted."""
