@@ -124,7 +124,7 @@ class Decision:
 
 def decide(policy: Policy, facts: Facts) -> Decision:
     """The step that is due now, the gravest where several are; :attr:`Action.NOTHING` where none is."""
-    if facts.state in {State.TERMINATED, State.FAILED, State.EXPIRED, State.TERMINATING}:
+    if facts.state in _NOT_YET_OR_OVER:
         return Decision(Action.NOTHING, math.inf)
     steps = [*_lifetime(policy, facts)]
     if facts.state in {State.RUNNING, State.PAUSED, State.SUSPENDED}:
@@ -150,6 +150,8 @@ class _Step:
     due: float | None = None
 
 
+_NOT_YET_OR_OVER = frozenset({State.CREATING, State.TERMINATING, State.TERMINATED, State.FAILED, State.EXPIRED})
+"""What is being made is nobody's yet, also where it waits in that state for its user."""
 _GRAVITY = (
     Action.PAUSE,
     Action.SUSPEND,

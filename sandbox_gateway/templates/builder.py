@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.events import EventKind, EventLog
 from sandbox_gateway.live import LiveSandbox, Preparation
 from sandbox_gateway.model import BLANK, Launch
 from sandbox_gateway.owner import OwnerLock
@@ -41,6 +42,11 @@ _WAIT = 0.2
 
 class Maker(Protocol):
     """What a builder needs of :class:`~sandbox_gateway.lifecycle.Lifecycle`."""
+
+    @property
+    def events(self) -> EventLog:
+        """Where it is written down that a template was built."""
+        ...
 
     async def claim(self, sandbox_id: str) -> OwnerLock:
         """Take the right to an id."""
@@ -113,6 +119,7 @@ class Builder:
             text = f"the template of profile {profile.name} could not be built: {error.message}"
             raise SandboxGatewayError("template_failed", text, error.hint) from error
         log.info("template %s of profile %s was built in %.1f s", key.short, profile.name, record.took)
+        self._maker.events.note("", EventKind.TEMPLATE_BUILT, profile.name, profile=profile.name, seconds=record.took)
         await asyncio.to_thread(self._retire, record, before)
         return snapshot
 

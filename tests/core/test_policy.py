@@ -271,6 +271,11 @@ def test_a_longest_life_ends_also_a_suspended_sandbox_and_a_busy_one() -> None:
         assert decide(policy, known).action is Action.END
 
 
+def test_what_is_being_made_is_left_alone() -> None:
+    known = idle_facts(State.CREATING, activity=Activity(0.0, end_announced=0.0))
+    assert decide(Policy(expire=1, max_lifetime=1), known) == Decision(Action.NOTHING, math.inf)
+
+
 def test_a_running_kernel_is_looked_at_as_often_as_its_times_need() -> None:
     assert Policy(max_lifetime=1000).interval == math.inf
     assert Policy(pause=2).interval == 1 and Policy(pause=40).interval == 10 and Policy(expire=1e6).interval == 30
