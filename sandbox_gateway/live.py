@@ -46,6 +46,8 @@ PREPARATION = 600.0
 """Seconds that a kernel may take until it has imported everything that its template is to hold."""
 STILLNESS = 0.2
 """Seconds that a kernel is left alone before it is saved as a template."""
+_PROMPT = 0.5
+"""Seconds in which a restored kernel normally takes its identity."""
 _LOG_PATIENCE = 0.5
 _KILL_PATIENCE = 0.2
 _AWAKE = frozenset({State.RUNNING, State.RESTARTING})
@@ -223,15 +225,24 @@ class LiveSandbox:
 
     async def _restore_as_new(self, saved: Saved, identity: Mapping[str, Any]) -> None:
         self.seat.channels.renew(saved.snapshot.manifest.saved_launch().key)
-        await self._restore(saved)
-        try:
-            await self.link.call("identify", timeout=30.0, **identity)
-        except SandboxGatewayError as error:
-            raise SandboxGatewayError(
-                "identity_failed", f"the clone did not take its identity: {error.message}"
-            ) from error
+        await self._restore(saved, identity)
         self._begin()
         await self._move(State.RUNNING)
+
+    async def _identify(self, identity: Mapping[str, Any]) -> None:
+        told = asyncio.create_task(self.link.call("identify", timeout=30.0, **identity))
+        try:
+            await asyncio.wait({told}, timeout=_PROMPT)
+            if not told.done():
+                # This looks at the kernel's sockets, whose signals may have been lost (GVISOR.md).
+                await self._suspension.heartbeat(self.link)
+            await told
+        except SandboxGatewayError as error:
+            text = f"the clone did not take its identity: {error.message}"
+            raise SandboxGatewayError("identity_failed", text) from error
+        finally:
+            told.cancel()
+            await asyncio.gather(told, return_exceptions=True)
 
     async def adopt(self) -> None:
         """Go on where an owner that is gone has left off. The record's state is RUNNING, PAUSED, SUSPENDED,
@@ -283,8 +294,11 @@ class LiveSandbox:
         self._attachment.release()
         self.seat.channels.connect(self.link)
 
-    async def _restore(self, saved: Saved) -> None:
-        """Make an incarnation from what was saved and see that it lives; one retry in a new epoch."""
+    async def _restore(self, saved: Saved, identity: Mapping[str, Any] | None = None) -> None:
+        """Make an incarnation from what was saved and see that it lives; one retry in a new epoch.
+
+        With an ``identity`` it has become that, too, by which it answers.
+        """
         first: SandboxGatewayError | None = None
         epoch = max(self.record.epoch, saved.epoch)
         for attempt in (1, 2):
@@ -295,7 +309,10 @@ class LiveSandbox:
                     self._handle = handle
                     await self._save(step=handle.step, handle=_handle_json(handle))
                 await self._attach(epoch, saved.remains or Remains(saved.received, None), hold=True)
-                await self._suspension.heartbeat(self.link)
+                if identity is None:
+                    await self._suspension.heartbeat(self.link)
+                else:
+                    await self._identify(identity)
                 return
             except BaseException as error:
                 await self._drop_incarnation()

@@ -31,6 +31,7 @@ _CLONE_NEWNS = 0x00020000
 _CLONE_NEWUSER = 0x10000000
 _PR_SET_CHILD_SUBREAPER = 36
 _F_SETPIPE_SZ = 1031
+_HIGH_FD = 300
 
 
 def enter_user_namespace() -> None:
@@ -93,11 +94,15 @@ def _launch(request: dict[str, Any]) -> tuple[int, list[int]]:
     fds = _open_fifos(request)
     _prepare(request)
     argv = request["argv"]
+    # gVisor moves its standard streams to numbers about 253. That makes the table of a process with many threads grow,
+    # which waits for all processors (a hundredth of a second); a table that is that large from the start need not.
+    null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    file_actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(fds)]
     pid = os.posix_spawn(
         argv[0],
         argv,
         request["environment"],
-        file_actions=[(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(fds)],
+        file_actions=[*file_actions, (os.POSIX_SPAWN_DUP2, null, _HIGH_FD)],
         setsigdef=[signal.SIGPIPE, signal.SIGINT],
     )
     if request["pid_file"] is None:

@@ -53,7 +53,9 @@ def flags(spec: SandboxSpec) -> list[str]:
     """The global flags of ``runsc create`` and ``start`` that depend on the specification."""
     size = f",size={spec.limits.disk}" if spec.limits.disk is not None else ""
     scope = "root" if _has_writable_mount(spec) else "all"
-    return [*HARDENING, f"--overlay2={scope}:memory{size}"]
+    # Without files of the host the sentry needs no system calls to open any: a stricter filter, and a faster one.
+    direct = [] if _has_host_files(spec) else ["--directfs=false"]
+    return [*HARDENING, *direct, f"--overlay2={scope}:memory{size}"]
 
 
 def config(
@@ -193,6 +195,10 @@ def _annotations(spec: SandboxSpec, root: Layer) -> Mapping[str, str]:
                 found[f"dev.gvisor.spec.mount.layer{number}.type"] = "bind"
                 found[f"dev.gvisor.spec.mount.layer{number}.share"] = "container"
     return found
+
+
+def _has_host_files(spec: SandboxSpec) -> bool:
+    return bool(spec.mounts) or any(layer.kind != "erofs" for layer in spec.image.layers)
 
 
 def _has_writable_mount(spec: SandboxSpec) -> bool:
