@@ -63,7 +63,7 @@ def test_what_does_not_wake_is_no_use(kernel: Host) -> None:
     unused = kernel.call("activity")["since_use"]
     assert unused >= 0.5
     kernel.reply(kernel.ask("complete_request", {"code": "pri", "cursor_pos": 3}))
-    assert kernel.call("activity")["since_use"] <= time.monotonic() - before < unused + time.monotonic() - before
+    assert kernel.call("activity")["since_use"] <= time.monotonic() - before
 
 
 def test_activity_of_a_kernel_that_says_anything() -> None:
