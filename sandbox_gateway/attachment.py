@@ -82,6 +82,11 @@ class Attachment:
             raise SandboxGatewayError("link_failed", f"sandbox {self.handle.id} is not attached")
         return self._link
 
+    @property
+    def holding(self) -> bool:
+        """Whether what comes is kept until :meth:`release`."""
+        return self._held is not None
+
     async def open(
         self, *, owner: str, received: Mapping[int, int], timeout: float = ATTACH_TIMEOUT
     ) -> Mapping[str, Any]:

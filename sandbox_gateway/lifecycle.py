@@ -296,8 +296,9 @@ class Lifecycle:
         sandbox = self._live(record, launch, seat, runtime, report)
         self._seats[record.id] = seat
         try:
-            await sandbox.adopt()
+            # Before the agent sends what the clients have not: replies wait here for those who come back.
             seat.bridge()
+            await sandbox.adopt()
             self.events.note(sandbox_id, EventKind.ADOPTED)
         except BaseException as error:
             log.warning("sandbox %s could not be adopted: %s", record.id, error)

@@ -12,19 +12,22 @@ import contextlib
 import logging
 import os
 import signal
-import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sandbox_gateway import raw_log
 from sandbox_gateway.attachment import Attachment, Callbacks, Remains
 from sandbox_gateway.cursors import Progress
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.events import EventKind, EventLog
 from sandbox_gateway.host.machine import boot_id
 from sandbox_gateway.idle.world import Reading
+from sandbox_gateway.in_order import InOrder
 from sandbox_gateway.kernel_exit import KernelExit
+from sandbox_gateway.kernel_watch import KernelWatch, Preparation
+from sandbox_gateway.ledger import Ledger
 from sandbox_gateway.link.host import Link
 from sandbox_gateway.messages import Buffer
 from sandbox_gateway.model import Death, DeathKind, KernelSpec, Launch, OnOwnerExit, SandboxRecord, State
@@ -38,8 +41,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-LOG_LIMIT = 16 << 20
-"""Bytes of a kernel's raw output that are taken from the agent, who keeps 1 MiB, at most."""
 SETTLE = 1.0
 """Seconds that clients are given to take what is theirs before an owner goes; what is left comes again."""
 PREPARATION = 600.0
@@ -48,19 +49,7 @@ STILLNESS = 0.2
 """Seconds that a kernel is left alone before it is saved as a template."""
 _PROMPT = 0.5
 """Seconds in which a restored kernel normally takes its identity."""
-_LOG_PATIENCE = 0.5
-_KILL_PATIENCE = 0.2
 _AWAKE = frozenset({State.RUNNING, State.RESTARTING})
-
-
-@dataclass(frozen=True, slots=True)
-class Preparation:
-    """What a kernel that is to become a template said when it was ready."""
-
-    identity: bool
-    """It can be given another identity."""
-    failed: Mapping[str, str]
-    """Modules that it could not import, and why."""
 
 
 class LiveSandbox:
@@ -82,41 +71,39 @@ class LiveSandbox:
         on_end: Callable[[LiveSandbox], object],
         log_file: Path,
     ) -> None:
-        self.record = record
         self.launch = launch
         self.seat = seat
         self.death: Death | None = None
-        self.kernel_exit: KernelExit | None = None
+        self.kernel = KernelWatch(record.id, lambda text: seat.channels.notice(text))
         self.ended = asyncio.Event()
-        self._kernel_gone = asyncio.Event()
-        self._kernel_ready: asyncio.Future[Preparation] | None = None
         self._runtime = runtime
-        self._store = store
         self._suspension = suspension
         self._events = events
+        self._ledger = Ledger(record, store, events)
         self._on_end = on_end
         self._log_file = log_file
-        self._handle: Handle | None = handle_of(record)
+        self._handle: Handle | None = Handle.of(record.handle)
         self._attachment: Attachment | None = None
         self._agent: Mapping[str, Any] = {}
         self._ending = False
         self._removal: asyncio.Task[None] | None = None
         self._making: asyncio.Task[Any] | None = None
         self._waking: asyncio.Task[None] | None = None
-        self._work: set[asyncio.Task[Any]] = set()
-        self._why = ""
-        self._boots = 0
         self._policy_told = False
-        self._asked_to_exit: int | None = None
         self._progress = Progress(seat.cursors, lambda: seat.channels.settled, self._numbers)
         self._saved: Saved | None = None
         self._sealing: asyncio.Task[None] | None = None
-        self._serial = asyncio.Lock()
+        self._order = InOrder()
 
     @property
     def id(self) -> str:
         """The sandbox's id, which is the kernel's."""
         return self.record.id
+
+    @property
+    def record(self) -> SandboxRecord:
+        """What the store knows of it."""
+        return self._ledger.record
 
     @property
     def state(self) -> State:
@@ -155,16 +142,16 @@ class LiveSandbox:
 
     async def _prepare(self, preload: Sequence[str]) -> Preparation:
         ready: asyncio.Future[Preparation] = asyncio.get_running_loop().create_future()
-        self._kernel_ready = ready
+        self.kernel.ready = ready
         await self._create(self.launch.kernel, preload=list(preload))
-        gone = asyncio.create_task(self._kernel_gone.wait())
+        gone = asyncio.create_task(self.kernel.gone.wait())
         try:
             either: set[asyncio.Future[Any]] = {ready, gone}
             await asyncio.wait(either, timeout=PREPARATION, return_when=asyncio.FIRST_COMPLETED)
         finally:
             gone.cancel()
         if not ready.done():
-            what = "ended" if self.kernel_exit is not None else f"was not ready within {PREPARATION:.0f} seconds"
+            what = "ended" if self.kernel.exit is not None else f"was not ready within {PREPARATION:.0f} seconds"
             raise SandboxGatewayError("kernel_failed", f"the kernel {what}")
         await asyncio.sleep(STILLNESS)
         await self.link.drain()
@@ -189,10 +176,10 @@ class LiveSandbox:
     async def vanish(self) -> None:
         """End and remove everything, the record too: of a sandbox that nobody ever used."""
         await self.destroy(Death(DeathKind.STOPPED, "it was made for a template"))
-        await asyncio.to_thread(self._store.delete, self.id)
+        await self._ledger.delete()
 
     async def _make(self, making: Coroutine[Any, Any, T]) -> T:
-        self._making = task = asyncio.create_task(self._serially(making))
+        self._making = task = asyncio.create_task(self._order.serially(making))
         try:
             return await task
         except asyncio.CancelledError:
@@ -205,10 +192,10 @@ class LiveSandbox:
     async def _create(self, kernel: KernelSpec, preload: list[str] | None = None) -> None:
         async for handle in self._runtime.create(self.launch.spec, self.seat.directory):
             self._handle = handle
-            await self._save(step=handle.step, handle=_handle_json(handle))
-        await self._save(step="start")
+            await self._ledger.save(step=handle.step, handle=handle.as_json())
+        await self._ledger.save(step="start")
         self._handle = await self._runtime.start(self._made())
-        await self._save(step="attach", handle=_handle_json(self._made()))
+        await self._ledger.save(step="attach", handle=self._made().as_json())
         await self._attach(self.record.epoch)
         if preload is None:
             await self._boot(kernel)
@@ -217,17 +204,16 @@ class LiveSandbox:
 
     async def _boot(self, kernel: KernelSpec) -> None:
         """Start the kernel process; returns when it is spawned. Raises ``kernel_failed`` when it cannot be."""
-        self.kernel_exit = None
-        self._kernel_gone.clear()
+        self.kernel.booting()
         await self.link.call("start_kernel", **self._kernel_parameters(kernel))
         self.seat.channels.connect(self.link)
-        await self._move(State.RUNNING)
+        await self._ledger.move(State.RUNNING)
 
     async def _restore_as_new(self, saved: Saved, identity: Mapping[str, Any]) -> None:
         self.seat.channels.renew(saved.snapshot.manifest.saved_launch().key)
         await self._restore(saved, identity)
         self._begin()
-        await self._move(State.RUNNING)
+        await self._ledger.move(State.RUNNING)
 
     async def _identify(self, identity: Mapping[str, Any]) -> None:
         told = asyncio.create_task(self.link.call("identify", timeout=30.0, **identity))
@@ -247,7 +233,7 @@ class LiveSandbox:
     async def adopt(self) -> None:
         """Go on where an owner that is gone has left off. The record's state is RUNNING, PAUSED, SUSPENDED,
         SUSPENDING (which is undone) or RESTARTING (which is finished)."""
-        await self._serially(self._adopt())
+        await self._order.serially(self._adopt())
 
     async def _adopt(self) -> None:
         channels = self.seat.channels
@@ -255,7 +241,7 @@ class LiveSandbox:
         channels.recall(self.launch.facts)
         if self.state in {State.PAUSED, State.SUSPENDED}:
             channels.sleep(self._wake)
-            await self._save(owner_pid=os.getpid())
+            await self._ledger.save(owner_pid=os.getpid())
             return
         if self.state is State.SUSPENDING:
             await self._suspension.thaw(self._made())
@@ -265,10 +251,10 @@ class LiveSandbox:
             if self.state is State.RESTARTING:
                 await self._boot(self.launch.kernel)
             elif isinstance(told.get("last_exit"), dict):
-                self._event({"event": "kernel_exit", **told["last_exit"]})
+                self.kernel.event({"event": "kernel_exit", **told["last_exit"]})
         channels.connect(self.link)
-        await self._move(State.RUNNING)
-        await self._save(owner_pid=os.getpid())
+        await self._ledger.move(State.RUNNING)
+        await self._ledger.save(owner_pid=os.getpid())
 
     # The incarnation
 
@@ -279,7 +265,7 @@ class LiveSandbox:
 
     async def _attach(self, epoch: int, remains: Remains | None = None, *, hold: bool = False) -> None:
         """Attach to the running incarnation; with ``hold`` nothing of it is handed out before :meth:`_begin`."""
-        callbacks = Callbacks(self._message, self.seat.channels.dropped, self._event, self._died)
+        callbacks = Callbacks(self._message, self.seat.channels.dropped, self.kernel.event, self._died)
         remains = remains or Remains({}, None)
         attachment = Attachment(self._runtime, self._made(), callbacks, epoch=epoch, outbox=remains.outbox)
         self._agent = await attachment.open(owner=str(self.seat.lock.pid), received=remains.received)
@@ -304,10 +290,10 @@ class LiveSandbox:
         for attempt in (1, 2):
             epoch += 1
             try:
-                await self._save(epoch=epoch, boot_id=boot_id())
+                await self._ledger.save(epoch=epoch, boot_id=boot_id())
                 async for handle in self._suspension.restore(self.launch.spec, self.seat.directory, saved):
                     self._handle = handle
-                    await self._save(step=handle.step, handle=_handle_json(handle))
+                    await self._ledger.save(step=handle.step, handle=handle.as_json())
                 await self._attach(epoch, saved.remains or Remains(saved.received, None), hold=True)
                 if identity is None:
                     await self._suspension.heartbeat(self.link)
@@ -329,7 +315,7 @@ class LiveSandbox:
         handle, self._handle = self._handle, None
         if handle is not None:
             await self._runtime.destroy(handle)
-        await self._save(step="", handle={})
+        await self._ledger.save(step="", handle={})
 
     # Pause, suspend, resume
 
@@ -340,7 +326,7 @@ class LiveSandbox:
     async def _pause(self, reason: str) -> None:
         if self.state is State.PAUSED:
             return
-        self._check_transition(State.PAUSED)
+        self._ledger.check(State.PAUSED)
         self.seat.channels.sleep(self._wake)
         attachment = self._attachment
         if attachment is not None:
@@ -351,8 +337,8 @@ class LiveSandbox:
             self._go_on()
             raise
         await self._keep_facts()
-        self._why = reason
-        await self._move(State.PAUSED)
+        self._ledger.why = reason
+        await self._ledger.move(State.PAUSED)
 
     def _go_on(self) -> None:
         if self._attachment is not None:
@@ -370,18 +356,18 @@ class LiveSandbox:
     async def _suspend(self, reason: str) -> None:
         if self.state is State.SUSPENDED:
             return
-        self._check_transition(State.SUSPENDING)
+        self._ledger.check(State.SUSPENDING)
         self._suspension.check()
         before, handle = self.state, self._made()
-        self._why = ""
+        self._ledger.why = ""
         self.seat.channels.sleep(self._wake)
-        await self._move(State.SUSPENDING)
+        await self._ledger.move(State.SUSPENDING)
         attachment, self._attachment = self._attachment, None
         remains = Remains(self.seat.cursors.read(), None)
         try:
-            if before is State.RUNNING:
-                await self._keep_log(attachment)
             if attachment is not None:
+                if before is State.RUNNING:
+                    await raw_log.keep(attachment.link, self._log_file)
                 # A guest that does not fall silent in time is saved all the same: the next attach finds its way.
                 remains = await attachment.close(silence=before is State.RUNNING)
             if before is State.RUNNING:
@@ -389,17 +375,17 @@ class LiveSandbox:
             snapshot = await self._suspension.save(handle, self.record, self.launch, remains.received, Kind.SUSPENDED)
         except BaseException as error:
             log.warning("sandbox %s could not be suspended: %s", self.id, error)
-            self._why = str(error)
+            self._ledger.why = str(error)
             await self._stay(before, remains)
             raise
         self._saved = Saved(snapshot, remains)
         await self._keep_facts()
-        self._why = reason
-        await self._move(State.SUSPENDED, snapshot=snapshot.id)
+        self._ledger.why = reason
+        await self._ledger.move(State.SUSPENDED, snapshot=snapshot.id)
         # From here on the snapshot counts; what cannot be removed now is swept later.
         self._handle = None
         await self._runtime.destroy(handle)
-        await self._save(step="", handle={})
+        await self._ledger.save(step="", handle={})
         self._sealing = asyncio.create_task(self._suspension.seal(snapshot))
         self._progress.moved()
         log.info("sandbox %s was suspended%s", self.id, f": {reason}" if reason else "")
@@ -407,7 +393,7 @@ class LiveSandbox:
     async def _keep_facts(self) -> None:
         """What the next owner needs to answer for the sleeping kernel."""
         self.launch = replace(self.launch, facts=self.seat.channels.facts())
-        await asyncio.to_thread(self._store.put_launch, self.id, self.launch)
+        await self._ledger.save_launch(self.launch)
 
     async def _stay(self, before: State, remains: Remains) -> None:
         """A suspend failed: go on as ``before``. What is beyond that has died."""
@@ -416,7 +402,7 @@ class LiveSandbox:
                 await self._suspension.thaw(self._made())
                 await self._attach(self.record.epoch, remains)
                 self.seat.channels.connect(self.link)
-            await self._move(before)
+            await self._ledger.move(before)
         except SandboxGatewayError as error:
             self._died(Death(DeathKind.FAILED, f"it could not be suspended, and does not go on: {error.message}"))
 
@@ -436,28 +422,28 @@ class LiveSandbox:
             if self._attachment is None:
                 await self._attach(self.record.epoch, Remains(self.seat.cursors.read(), None))
             self._go_on()
-            await self._move(State.RUNNING)
+            await self._ledger.move(State.RUNNING)
             if not self._policy_told:
                 # It was changed while the agent could not hear of it.
                 await self._tell_policy()
             return
-        self._check_transition(State.RESUMING)
+        self._ledger.check(State.RESUMING)
         try:
             saved = self._saved or self._as_served(await self._suspension.load(self.record))
             await self._sealed()
             await self._suspension.fit(saved)
-            await self._move(State.RESUMING)
+            await self._ledger.move(State.RESUMING)
             await self._restore(saved)
         except BaseException as error:
             if self.state is State.RESUMING:
-                self._why = str(error)
-                await self._move(State.SUSPENDED)
+                self._ledger.why = str(error)
+                await self._ledger.move(State.SUSPENDED)
             self.seat.channels.asleep_again(error.message if isinstance(error, SandboxGatewayError) else str(error))
             raise
         self._saved = None
         self._begin()
-        await self._move(State.RUNNING, snapshot=None)
-        await self._suspension.remove(saved.snapshot.id)
+        await self._ledger.move(State.RUNNING, snapshot=None)
+        self._suspension.done_with(saved, self._made())
 
     def _as_served(self, saved: Saved) -> Saved:
         """What an earlier owner had taken and its clients had not: the agent has to send it again."""
@@ -523,16 +509,14 @@ class LiveSandbox:
 
     async def _reboot(self, kernel: KernelSpec) -> None:
         await self._resume()
-        await self._move(State.RESTARTING)
+        await self._ledger.move(State.RESTARTING)
         self.seat.channels.disconnect()
         await self.link.call("restart_kernel", timeout=30.0, **self._kernel_parameters(kernel))
-        self._boots += 1
-        self.kernel_exit = None
-        self._kernel_gone.clear()
+        self.kernel.booting()
         self.launch = replace(self.launch, kernel=kernel)
-        await asyncio.to_thread(self._store.put_launch, self.id, self.launch)
+        await self._ledger.save_launch(self.launch)
         self.seat.channels.connect(self.link)
-        await self._move(State.RUNNING)
+        await self._ledger.move(State.RUNNING)
 
     def _kernel_parameters(self, kernel: KernelSpec) -> dict[str, Any]:
         return {
@@ -551,7 +535,7 @@ class LiveSandbox:
     async def signal(self, number: int) -> None:
         """Send a signal to the kernel's process group, waking it first; one that is gone, or cannot be woken, takes
         none."""
-        if self.kernel_exit is None and self.death is None and await self._woken():
+        if self.kernel.exit is None and self.death is None and await self._woken():
             await self.link.call("signal", signum=number)
 
     async def _woken(self) -> bool:
@@ -563,7 +547,7 @@ class LiveSandbox:
 
     def expect_exit(self) -> None:
         """The kernel was asked to shut down: its end is no news. Thread-safe: it only sets a mark."""
-        self._asked_to_exit = self._boots
+        self.kernel.expect_exit()
 
     async def interrupt(self) -> None:
         """Interrupt what runs, in the kernelspec's own way, waking it first."""
@@ -572,10 +556,10 @@ class LiveSandbox:
 
     async def stop_kernel(self, grace: float) -> None:
         """SIGTERM, ``grace`` seconds, SIGKILL; the sandbox stays. A suspended kernel is not woken for its end."""
-        if self.kernel_exit is not None or self.death is not None:
+        if self.kernel.exit is not None or self.death is not None:
             return
         if self.state is State.SUSPENDED:
-            self._kernel_ended(KernelExit(None, signal.SIGKILL, "", expected=True), self._boots)
+            self.kernel.ended(KernelExit(None, signal.SIGKILL, "", expected=True))
         elif await self._woken():
             await self.link.call("stop_kernel", timeout=grace + 30.0, grace=grace)
 
@@ -585,9 +569,9 @@ class LiveSandbox:
 
     async def _amend(self, name: str | None, on_owner_exit: OnOwnerExit | None) -> None:
         if name is not None:
-            await self._save(name=name)
+            await self._ledger.save(name=name)
         if on_owner_exit is not None:
-            await self._save(on_owner_exit=on_owner_exit)
+            await self._ledger.save(on_owner_exit=on_owner_exit)
             self._policy_told = False
             if self.state is State.RUNNING:
                 await self._tell_policy()
@@ -598,8 +582,8 @@ class LiveSandbox:
 
     def poll(self) -> int | None:
         """None while the kernel lives (paused and suspended are alive), else its return code (negative: a signal)."""
-        if self.kernel_exit is not None:
-            return self.kernel_exit.returncode
+        if self.kernel.exit is not None:
+            return self.kernel.exit.returncode
         if self.death is not None:
             return self.death.exit_code if self.death.exit_code is not None else -signal.SIGKILL
         return None
@@ -607,7 +591,7 @@ class LiveSandbox:
     async def wait_kernel(self) -> int | None:
         """Return when the kernel or the whole sandbox has ended; None when it was left to another owner."""
         while (code := self.poll()) is None and not self.left:
-            await self._kernel_gone.wait()
+            await self.kernel.gone.wait()
         return code
 
     async def activity(self) -> Reading:
@@ -621,20 +605,10 @@ class LiveSandbox:
     async def log(self) -> bytes:
         """What the kernel wrote to its raw stdout and stderr, up to the agent's bound."""
         if self.state in {State.PAUSED, State.SUSPENDED}:
-            return await asyncio.to_thread(_read_log, self._log_file)
-        return await _raw_output(self.link)
+            return await asyncio.to_thread(raw_log.kept, self._log_file)
+        return await raw_log.output(self.link)
 
     # The end
-
-    async def _keep_log(self, attachment: Attachment | None) -> None:
-        """Keep the kernel's raw output for `jupyter sandbox logs`: a short try, never a reason to fail."""
-        if attachment is None:
-            return
-        with contextlib.suppress(Exception):
-            async with asyncio.timeout(_LOG_PATIENCE):
-                text = await _raw_output(attachment.link)
-            if text:
-                await asyncio.to_thread(_write_private, self._log_file, text)
 
     async def destroy(self, death: Death) -> None:
         """End and remove everything; idempotent. ``death`` is recorded unless there is an earlier reason.
@@ -644,7 +618,7 @@ class LiveSandbox:
         if self._removal is None:
             if self._ending:
                 return
-            self._ending = True
+            self._ending = self.kernel.muted = True
             self._removal = asyncio.create_task(self._finish(death, State.TERMINATED))
             if self._making is not None:
                 self._making.cancel()
@@ -659,7 +633,7 @@ class LiveSandbox:
         """Leave the sandbox as it is for its next owner."""
         if self._ending:
             return
-        self._ending = True
+        self._ending = self.kernel.muted = True
         await self._shielded(self._detach())
 
     async def _detach(self) -> None:
@@ -672,21 +646,21 @@ class LiveSandbox:
             received = (await attachment.close(silence=self.state is State.RUNNING)).received
         if received is not None and await self.seat.channels.settle(SETTLE):
             self.seat.cursors.write(received)
-        await self._save(owner_pid=None)
-        self._kernel_gone.set()
+        await self._ledger.save(owner_pid=None)
+        self.kernel.gone.set()
 
     async def _finish(self, death: Death, final: State) -> None:
-        async with self._serial:
-            if final is State.TERMINATED and self.state is State.RUNNING:
-                await self._keep_log(self._attachment)
+        async with self._order.lock:
+            if final is State.TERMINATED and self.state is State.RUNNING and self._attachment is not None:
+                await raw_log.keep(self._attachment.link, self._log_file)
             self.death = self.death or death
             # Live until all of it is gone: whoever comes after a crash of ours still finds something to remove.
             if self.death.kind is DeathKind.EXPIRED and self.state is State.SUSPENDED:
                 final = State.EXPIRED
-                await self._save(death=self.death)
+                await self._ledger.save(death=self.death)
             else:
                 with contextlib.suppress(SandboxGatewayError):
-                    await self._move(State.TERMINATING, death=self.death)
+                    await self._ledger.move(State.TERMINATING, death=self.death)
             self.seat.channels.disconnect()
             self._progress.stop()
             attachment, self._attachment = self._attachment, None
@@ -699,9 +673,9 @@ class LiveSandbox:
                 if self.record.snapshot is not None:
                     await self._suspension.remove(self.record.snapshot)
                 with contextlib.suppress(SandboxGatewayError):
-                    await self._move(final, owner_pid=None, snapshot=None)
+                    await self._ledger.move(final, owner_pid=None, snapshot=None)
             finally:
-                self._kernel_gone.set()
+                self.kernel.gone.set()
                 self.ended.set()
                 self._on_end(self)
 
@@ -711,7 +685,7 @@ class LiveSandbox:
         death = self._explained(death)
         log.warning("sandbox %s died: %s", self.id, death.describe())
         self.seat.channels.kernel_died(f"\n[sandbox] The kernel died: {death.describe()}\n")
-        self._ending = True
+        self._ending = self.kernel.muted = True
         self._removal = asyncio.create_task(self._finish(death, State.FAILED))
         self._removal.add_done_callback(self._removed)
 
@@ -734,118 +708,14 @@ class LiveSandbox:
     def _numbers(self) -> Mapping[int, int] | None:
         """What was taken of each channel; None while that is not known here."""
         if self._attachment is not None:
-            return self._attachment.link.received()
+            # What is held back was not given to any client.
+            return None if self._attachment.holding else self._attachment.link.received()
         remains = self._saved.remains if self._saved is not None else None
         return remains.received if remains is not None else None
-
-    def _event(self, event: Mapping[str, Any]) -> None:
-        ready = self._kernel_ready
-        if event.get("event") == "kernel_ready" and ready is not None and not ready.done():
-            ready.set_result(_preparation(event))
-        if event.get("event") != "kernel_exit":
-            return
-        gone = KernelExit.from_event(event)
-        if gone is None:
-            log.debug("sandbox %s: a malformed kernel_exit event was dropped", self.id)
-            return
-        if gone.signal == signal.SIGKILL and not gone.expected:
-            # The host may have killed it for memory, and is then ending the rest: that reason comes a moment later.
-            asyncio.get_running_loop().call_later(_KILL_PATIENCE, self._kernel_ended, gone, self._boots)
-        else:
-            self._kernel_ended(gone, self._boots)
-
-    def _kernel_ended(self, gone: KernelExit, boot: int) -> None:
-        if self._ending or boot != self._boots or self.kernel_exit is not None:
-            # A kernel ends once: an agent that says so again and again fills neither the log nor the output.
-            return
-        self.kernel_exit = gone
-        self._kernel_gone.set()
-        if not gone.expected and boot != self._asked_to_exit:
-            # Indented, so that no line of it can pass for one of ours.
-            tail = "".join(f"\n    {line}" for line in gone.stderr_tail.strip().splitlines())
-            log.warning("sandbox %s: %s%s", self.id, gone.describe(), tail)
-            self.seat.channels.notice(f"\n[sandbox] {gone.describe()}{tail}\n")
-
-    # Order and record
-
-    async def _serially(self, work: Coroutine[Any, Any, T]) -> T:
-        try:
-            async with self._serial:
-                return await work
-        finally:
-            work.close()
 
     async def _shielded(self, work: Coroutine[Any, Any, T]) -> T:
         """One after the other, and to its end whatever becomes of the caller."""
         if self._ending and self._removal is not None:
             work.close()
             raise SandboxGatewayError("illegal_transition", f"sandbox {self.id} is {self.state}")
-        task = asyncio.create_task(self._serially(work))
-        self._work.add(task)
-        task.add_done_callback(self._work.discard)
-        return await asyncio.shield(task)
-
-    def _check_transition(self, state: State) -> None:
-        self.record.moved(state, 0.0)
-
-    async def _move(self, state: State, **changes: Any) -> None:
-        before = self.record
-        if state is not before.state:
-            self.record = before.moved(state, time.time(), **changes)
-            await asyncio.to_thread(self._store.put, self.record)
-            self._events.moved(before, self.record, self._why)
-            self._why = ""
-
-    async def _save(self, **changes: Any) -> None:
-        self.record = replace(self.record, **changes)
-        await asyncio.to_thread(self._store.put, self.record)
-
-
-async def _raw_output(link: Link) -> bytes:
-    stream = await link.open_stream("log", {"follow": False})
-    try:
-        text = bytearray()
-        while len(text) < LOG_LIMIT and (chunk := await stream.read()):
-            text += chunk
-        return bytes(text[:LOG_LIMIT])
-    finally:
-        await stream.close()
-
-
-def _preparation(event: Mapping[str, Any]) -> Preparation:
-    """Read what came from inside: it may be anything."""
-    failed = event.get("preload_failed")
-    texts = {str(name)[:200]: str(why)[:500] for name, why in failed.items()} if isinstance(failed, dict) else {}
-    return Preparation(event.get("identity") is True, texts)
-
-
-def _read_log(path: Path) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read(LOG_LIMIT)
-    except OSError:
-        return b""
-
-
-def _write_private(path: Path, content: bytes) -> None:
-    path.parent.mkdir(mode=0o700, exist_ok=True)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as file:
-        file.write(content)
-
-
-def _handle_json(handle: Handle) -> dict[str, Any]:
-    return {
-        "id": handle.id,
-        "runtime": handle.runtime,
-        "directory": str(handle.directory),
-        "step": handle.step,
-        "data": dict(handle.data),
-    }
-
-
-def handle_of(record: SandboxRecord) -> Handle | None:
-    """What the runtime needs to find a recorded sandbox again; None when nothing of it was made."""
-    if not record.handle:
-        return None
-    data = dict(record.handle)
-    return Handle(data["id"], data["runtime"], Path(data["directory"]), data.get("step", ""), data.get("data", {}))
+        return await self._order.to_its_end(work)

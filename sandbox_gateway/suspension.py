@@ -6,6 +6,7 @@ Nothing here knows of states, clients or records' changes; that is :mod:`sandbox
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
@@ -54,6 +55,7 @@ class Suspension:
         self._runtime = runtime
         self._report = report
         self._snapshots = snapshots
+        self._removing: set[asyncio.Task[None]] = set()
 
     def check(self) -> None:
         """Raise ``unsupported``, with the reason, where this runtime cannot save sandboxes here."""
@@ -175,6 +177,17 @@ class Suspension:
                 return  # an agent of an earlier version, which does not know the operation
             text = f"it does not answer after the restore: {error.message}"
             raise SandboxGatewayError("restore_failed", text) from error
+
+    def done_with(self, saved: Saved, handle: Handle) -> None:
+        """It runs again: what it was suspended in is removed, once all of it is read."""
+        task = asyncio.create_task(self._remove_when_loaded(saved, handle))
+        self._removing.add(task)
+        task.add_done_callback(self._removing.discard)
+
+    async def _remove_when_loaded(self, saved: Saved, handle: Handle) -> None:
+        with contextlib.suppress(SandboxGatewayError):  # the sandbox ends then, and says why
+            await self._saving.loaded(handle)
+        await self.remove(saved.snapshot.id)
 
     async def remove(self, snapshot_id: str) -> None:
         """Remove what a sandbox was suspended in; what cannot be removed now is swept later."""

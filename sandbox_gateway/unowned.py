@@ -20,7 +20,6 @@ from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.events import EventLog
 from sandbox_gateway.host.machine import boot_id
 from sandbox_gateway.host.paths import Paths
-from sandbox_gateway.live import handle_of
 from sandbox_gateway.model import LIVE, Death, DeathKind, SandboxRecord, State
 from sandbox_gateway.owner import LOCK_NAME, OWNERS, OwnerLock, holder
 from sandbox_gateway.owner import sweep as sweep_sockets
@@ -35,6 +34,8 @@ KEPT_TOMBSTONES = 100
 """Records of ended sandboxes kept for `ps --all`, newest first."""
 _OTHER_DIRECTORIES = frozenset({OWNERS, "empty", "runsc"})
 _ENDED = frozenset({State.TERMINATED, State.FAILED, State.EXPIRED})
+_TRIAL = "trial-"
+"""How the directories of a runtime's probes begin: whoever probes removes them."""
 
 
 class Unowned:
@@ -80,7 +81,7 @@ class Unowned:
             return Death(DeathKind.MACHINE_RESTARTED)
         if record.state in {State.CREATING, State.TERMINATING, State.RESUMING}:
             return Death(DeathKind.OWNER_GONE, "its owner ended half-way")
-        handle = handle_of(record)
+        handle = Handle.of(record.handle)
         if handle is None or not await self._runtime(record.runtime).alive(handle):
             return Death(DeathKind.OWNER_GONE)
         return None
@@ -113,7 +114,7 @@ class Unowned:
 
     async def finish(self, record: SandboxRecord, death: Death) -> None:
         """Remove what is there of a sandbox and write down what became of it; its lock is held."""
-        before, handle = record, handle_of(record)
+        before, handle = record, Handle.of(record.handle)
         if handle is not None:
             await self._runtime(record.runtime).destroy(handle)
         now = time.time()
@@ -165,13 +166,13 @@ class Unowned:
                 for sandbox_id in await runtime.list():
                     await self._remove_stray(sandbox_id, live, runtime, keep=sandbox_id in asleep)
         for name in await asyncio.to_thread(os.listdir, self._paths.runtime):
-            if name not in _OTHER_DIRECTORIES and not name.startswith("trial-"):
+            if name not in _OTHER_DIRECTORIES:
                 await self._remove_stray(name, live | asleep, None)
 
     async def _remove_stray(
         self, sandbox_id: str, live: set[str], runtime: Runtime | None, *, keep: bool = False
     ) -> None:
-        if sandbox_id in live or sandbox_id in self._mine:
+        if sandbox_id in live or sandbox_id in self._mine or sandbox_id.startswith(_TRIAL):
             return
         lock = OwnerLock(self._paths.sandbox(sandbox_id))
         if not lock.try_acquire():

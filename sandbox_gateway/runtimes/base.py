@@ -61,6 +61,23 @@ class Handle:
     """Name of the creation step that is about to be taken."""
     data: Mapping[str, Any] = field(default_factory=dict)
 
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values; :meth:`of` reads them back."""
+        return {
+            "id": self.id,
+            "runtime": self.runtime,
+            "directory": str(self.directory),
+            "step": self.step,
+            "data": dict(self.data),
+        }
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Handle | None:
+        """A recorded handle; None when nothing was made (an empty record)."""
+        if not data:
+            return None
+        return cls(data["id"], data["runtime"], Path(data["directory"]), data.get("step", ""), data.get("data", {}))
+
 
 @dataclass(frozen=True, slots=True)
 class Stats:

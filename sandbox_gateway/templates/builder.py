@@ -20,7 +20,8 @@ from typing import Protocol
 
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.events import EventKind, EventLog
-from sandbox_gateway.live import LiveSandbox, Preparation
+from sandbox_gateway.kernel_watch import Preparation
+from sandbox_gateway.live import LiveSandbox
 from sandbox_gateway.model import BLANK, Launch
 from sandbox_gateway.owner import OwnerLock
 from sandbox_gateway.profiles import Profile

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from sandbox_gateway.channels import KernelChannels
-from sandbox_gateway.live import LOG_LIMIT, LiveSandbox
+from sandbox_gateway.live import LiveSandbox
 from sandbox_gateway.messages import Buffer
 from sandbox_gateway.model import SandboxRecord, State
+from sandbox_gateway.raw_log import LOG_LIMIT
 
 EXIT = {"event": "kernel_exit", "code": 3, "signal": None, "stderr_tail": "last words", "expected": False}
 
@@ -40,7 +41,7 @@ def test_a_kernel_ends_once_however_often_the_agent_says_so(caplog: pytest.LogCa
     channels.subscribe(lambda channel, parts: seen.append(parts))
     sandbox = live(channels)
     for code in range(200):
-        sandbox._event({**EXIT, "code": code})
+        sandbox.kernel.event({**EXIT, "code": code})
     assert len(seen) == len(caplog.records) == 1
     assert sandbox.poll() == 0, "the first report counts"
 
@@ -60,7 +61,7 @@ def test_a_kernel_ends_once_however_often_the_agent_says_so(caplog: pytest.LogCa
 def test_an_exit_that_no_process_can_have_is_dropped(change: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     sandbox = live(KernelChannels(b"key"))
     for _ in range(100):
-        sandbox._event({**EXIT, **change})
+        sandbox.kernel.event({**EXIT, **change})
     assert sandbox.poll() is None
     assert not caplog.records, "what can be sent for ever is not logged each time"
 

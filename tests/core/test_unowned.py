@@ -111,3 +111,13 @@ async def test_one_that_has_ended_cannot_be_adopted_and_the_reason_is_told(lifec
         await lifecycle.adopt(ID)
     assert caught.value.code == "illegal_transition"
     assert not lifecycle.live
+
+
+async def test_the_directory_of_a_probe_under_way_is_left_alone(lifecycle: Lifecycle) -> None:
+    """It has a bundle, as a sandbox has."""
+    directory = lifecycle.paths.runtime / "trial-12345678"
+    (directory / "bundle").mkdir(parents=True)
+    (lifecycle.paths.sandbox(ID) / "bundle").mkdir(parents=True)
+    await lifecycle.sweep()
+    assert (directory / "bundle").exists()
+    assert not lifecycle.paths.sandbox(ID).exists()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from acceptance import Client, Product, kernel, profile_kernelspec, until
+from acceptance import KERNEL, Client, Product, kernel, profile_kernelspec, until
 
 PROFILES = """
 [profiles.drowsy]
@@ -109,3 +111,48 @@ def test_a_request_that_runs_too_long_is_interrupted(product: Product, profiles:
         assert result.status == "error" and "KeyboardInterrupt" in result.error and 3 <= result.seconds < 30
         assert client.run("print('still here')").stdout == "still here\n"
         assert [event["kind"] for event in events(product, client.id)].count("interrupted") == 1
+
+
+SHORT_OF_MEMORY = """
+import asyncio, json, sys
+from jupyter_client import KernelManager
+from sandbox_gateway import policy
+from sandbox_gateway.background import background_loop
+from sandbox_gateway.embedded import lifecycle
+from sandbox_gateway.idle import watch
+
+policy.MIN_AWAKE = watch.RECENT = 0.0
+managers = [KernelManager(kernel_name=sys.argv[1]) for _ in range(2)]
+try:
+    clients = []
+    for manager in managers:
+        manager.start_kernel()
+        client = manager.blocking_client()
+        client.start_channels()
+        client.wait_for_ready(timeout=120)
+        client.execute_interactive("x = 5", timeout=60)
+        clients.append(client)
+    clients[0].execute("import time; print('at work', flush=True); time.sleep(600)")
+    while "at work" not in str(clients[0].get_iopub_msg(timeout=60)["content"]):
+        pass
+
+    async def relieve():
+        return await lifecycle().idle.relieve(1 << 60)
+
+    victims = background_loop().run(relieve()).result(100)
+    states = [str(lifecycle().live[manager.provisioner.kernel_id].state) for manager in managers]
+    told = []
+    clients[1].execute_interactive("print(x)", timeout=60, output_hook=lambda m: told.append(m["content"].get("text")))
+    print(json.dumps([victims == (managers[1].provisioner.kernel_id,), states, "5\\n" in told]))
+finally:
+    for manager in managers:
+        manager.shutdown_kernel(now=True)
+"""
+
+
+def test_a_machine_that_is_short_of_memory_suspends_idle_kernels_and_never_busy_ones(product: Product) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SHORT_OF_MEMORY, KERNEL], capture_output=True, text=True, timeout=250, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [True, ["running", "suspended"], True]

@@ -35,6 +35,38 @@ def received(socket: zmq.Socket[bytes], client: KernelClient, msg_id: str, kind:
     return False
 
 
+def test_a_reply_that_came_while_nobody_owned_the_kernel_comes_from_the_next_owner(product: Product) -> None:
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, KERNEL], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert owner.stdin is not None and owner.stdout is not None
+    sandbox_id, file = owner.stdout.readline().split()
+    client = KernelClient(connection_file=file)
+    client.load_connection_file(str(Path(file)))
+    client.session.digest_history_size = 0  # after a kill the same message may come twice
+    iopub, shell = client.connect_iopub(), client.connect_shell(identity=client.session.bsession)
+    try:
+        assert iopub.poll(10_000), "the bridge welcomes"
+        content = {"code": "import time; time.sleep(0.5)", "silent": False, "allow_stdin": False}
+        message = client.session.send(shell, "execute_request", content)
+        assert message is not None
+        assert received(iopub, client, message["header"]["msg_id"], "execute_input"), "it has begun"
+        owner.kill()
+        owner.wait()
+        time.sleep(1.5)  # the cell ends, and nobody is there to hear of it
+        assert product.command("connect", sandbox_id).returncode == 0
+        assert received(iopub, client, message["header"]["msg_id"], "status")
+        assert received(shell, client, message["header"]["msg_id"], "execute_reply"), "the reply was lost"
+    finally:
+        for socket in (iopub, shell):
+            socket.close(linger=0)
+        owner.kill()
+        owner.wait()
+        owner.stdin.close()
+        owner.stdout.close()
+        product.command("rm", sandbox_id)
+
+
 def test_a_reply_comes_after_a_suspend_and_the_death_of_two_owners(product: Product) -> None:
     owner = subprocess.Popen(
         [sys.executable, "-c", OWNER, KERNEL], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -43,6 +75,7 @@ def test_a_reply_comes_after_a_suspend_and_the_death_of_two_owners(product: Prod
     sandbox_id, file = owner.stdout.readline().split()
     client = KernelClient(connection_file=file)
     client.load_connection_file(str(Path(file)))
+    client.session.digest_history_size = 0  # after a kill the same message may come twice
     identity = client.session.bsession
     iopub, shell = client.connect_iopub(), client.connect_shell(identity=identity)
     again = None
@@ -51,7 +84,7 @@ def test_a_reply_comes_after_a_suspend_and_the_death_of_two_owners(product: Prod
         content = {"code": "import time; time.sleep(3)", "silent": False, "allow_stdin": False}
         message = client.session.send(shell, "execute_request", content)
         assert message is not None
-        assert iopub.poll(10_000), "it has begun"
+        assert received(iopub, client, message["header"]["msg_id"], "execute_input"), "it has begun"
         shell.close(linger=0)
         owner.kill()
         owner.wait()

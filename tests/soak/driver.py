@@ -226,6 +226,59 @@ class World:
         return left
 
 
+class Lodging:
+    """Takes a fork's child over when the keeper that had it is killed by one of the others."""
+
+    def __init__(self, world: World, sandbox_id: str, watcher: Watcher) -> None:
+        self._world = world
+        self._id = sandbox_id
+        self._watcher = watcher
+        self._owner = world.owner(sandbox_id)
+        self._busy = False
+        watcher.on_tick = self._tick
+        watcher.model.unnoticed = self._killed
+
+    def _killed(self) -> bool:
+        return self._owner in self._world.killed
+
+    def operate(self, op: str) -> None:
+        """Suspend or resume it."""
+        try:
+            self._world.operate(op, self._id, False)
+        except Refused:
+            if not self._killed():
+                raise
+
+    def _tick(self) -> None:
+        while self._killed() and not self._busy:
+            self._busy = True
+            try:
+                self._take_over()
+            finally:
+                self._busy = False
+
+    def _take_over(self) -> None:
+        watcher, model = self._watcher, self._watcher.model
+        model.crash()
+        deadline = time.monotonic() + OPERATION
+        while self._killed():
+            future = self._world.pool.submit(self._world.operate, "connect", self._id, False)
+            while not future.done():
+                watcher.pump(0.01)
+            owner = self._world.owner(self._id)
+            if future.exception() is None and owner is not None:
+                self._owner = owner
+            elif time.monotonic() > deadline:
+                raise Broken(f"the child {self._id} was not taken over: {future.exception()}")
+        watcher.idle(0.1)
+        model.recovered()
+        if any(not request.seen for request in model.open()):
+            probe = watcher.execute("pass")
+            watcher.wait(lambda: probe.seen or self._killed() or model.failures, "the first sign of an adopted child")
+            if probe.seen:
+                model.settle(probe)
+
+
 class Rig:
     """One kernel after another, on one thread."""
 
@@ -338,9 +391,9 @@ class Rig:
         if "fork" in features and len(busy) <= 1 and not asked and all(request.busy for request in busy):
             choices += [(0.35, "fork", self._fork)]
         if "connect" in features:
-            choices += [(0.35, "kill", self._kill), (0.2, "connect", self._connect)]
+            choices += [(0.2, "kill", self._kill), (0.2, "connect", self._connect)]
             if "suspend" in features:
-                choices += [(0.25, "kill in suspend", self._kill_in_operation)]
+                choices += [(0.15, "kill in suspend", self._kill_in_operation)]
         weights = [weight for weight, _, _ in choices]
         _, name, step = self.rng.choices(choices, weights)[0]
         return name, step
@@ -455,6 +508,8 @@ class Rig:
         self._operate("suspend")
 
     def _pause(self) -> None:
+        # What wakes it may still be under way, and what is suspended cannot be paused.
+        self.w.wait(lambda: self.world.state(self.id) in {"running", "paused"} or self._unnoticed(), "the wake")
         self._operate("pause")
 
     def _resume(self) -> None:
@@ -526,9 +581,7 @@ class Rig:
         randoms = [self._child(child, parent, executed, running) for child in children]
         if state == "running":
             self._settle()
-            mine = self._free(self.w, RANDOM)
-            if mine is not None:
-                randoms.append(mine)
+            randoms.append(self._free(self.w, RANDOM))
         for numbers in zip(*randoms, strict=True):
             if len(set(numbers)) != len(numbers):
                 raise Broken(f"clones drew the same: {randoms}")
@@ -538,6 +591,7 @@ class Rig:
         file = Path(self.world.operate("connect", child, self.rng.random() < CLI_SHARE))
         model = KernelModel(count)
         watcher = Watcher(file, model, self.rng)
+        lodging = Lodging(self.world, child, watcher)
         try:
             rest = []
             for request in running:
@@ -553,7 +607,6 @@ class Rig:
                 inherited.busy, inherited.count = 1, request.count
                 rest.append(model.sent(inherited))
             numbers = self._free(watcher, RANDOM)
-            assert numbers is not None
             for request in rest:
                 if not request.idle:
                     raise Broken(f"the child {child} never ended the cell of its parent: {request.describe()}")
@@ -562,9 +615,9 @@ class Rig:
                 raise Broken(f"the child {child} counts {found} where its parent had {counter}")
             if "suspend" in self.world.plan.features and self.rng.random() < 0.5:
                 request = watcher.lines(100, 0.01)
-                watcher.wait(lambda: request.next_line > 0, "a line")
-                self.world.operate("suspend", child, False)
-                self.world.operate("resume", child, False)
+                watcher.wait(lambda: request.next_line > 0 or request.done, "a line")
+                lodging.operate("suspend")
+                lodging.operate("resume")
                 self._cycle()
                 watcher.finish(request)
             model.check_end()
@@ -579,10 +632,13 @@ class Rig:
             self.children.remove(child)
             self._nothing_left(child)
 
-    def _free(self, watcher: Watcher, code: str) -> list[str] | None:
-        request = watcher.execute(code, free=True)
-        watcher.finish(request)
-        return None if request.ended else request.said
+    def _free(self, watcher: Watcher, code: str) -> list[str]:
+        """What a cell printed; sent again when it went down with an owner."""
+        while True:
+            request = watcher.execute(code, free=True)
+            watcher.finish(request)
+            if not request.ended:
+                return request.said
 
     def _connect(self) -> None:
         """The command names a connection file of the same endpoints, whoever owns the kernel."""
