@@ -173,11 +173,20 @@ def _bind(source: str, destination: str, access: str) -> dict[str, Any]:
 
 def _layer(layer: Layer, spec: SandboxSpec) -> dict[str, Any]:
     if layer.kind == "erofs":
-        options = ["nosuid", "nodev"] if layer.writable else ["ro", "nosuid", "nodev"]
+        options = ["nosuid", "nodev"] if _takes_writes(layer, spec) else ["ro", "nosuid", "nodev"]
         return {"destination": layer.destination, "type": "erofs", "source": layer.source, "options": options}
     # A live directory without the global overlay must stay read-only: a hint would put its store into the directory.
     writable = layer.writable and not _has_writable_mount(spec)
     return _bind(layer.source, layer.destination, "rw" if writable else "ro")
+
+
+def _takes_writes(layer: Layer, spec: SandboxSpec) -> bool:
+    """Beside a writable mount each writable layer needs a hint of its own, and gVisor takes one for a source only:
+    of equal trees at two places (an environment and a link to it) the first one is writable."""
+    if not layer.writable or not _has_writable_mount(spec):
+        return layer.writable
+    same = (other for other in spec.image.layers if other.source == layer.source and other.writable)
+    return next(same).destination == layer.destination
 
 
 def _annotations(spec: SandboxSpec, root: Layer) -> Mapping[str, str]:
@@ -190,7 +199,7 @@ def _annotations(spec: SandboxSpec, root: Layer) -> Mapping[str, str]:
             found["dev.gvisor.spec.rootfs.options"] = f"size={spec.limits.disk}"
     if _has_writable_mount(spec):
         for number, layer in enumerate(spec.image.layers):
-            if layer.writable and layer.kind == "erofs" and layer.destination != "/":
+            if layer.kind == "erofs" and layer.destination != "/" and _takes_writes(layer, spec):
                 found[f"dev.gvisor.spec.mount.layer{number}.source"] = layer.source
                 found[f"dev.gvisor.spec.mount.layer{number}.type"] = "bind"
                 found[f"dev.gvisor.spec.mount.layer{number}.share"] = "container"

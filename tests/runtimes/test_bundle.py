@@ -96,6 +96,16 @@ def test_writable_workspace_is_not_swallowed_by_an_overlay() -> None:
     assert "--overlay2=all:memory,size=1000" in bundle.flags(spec(limits=Limits(disk=1000)))
 
 
+def test_equal_trees_at_two_places_are_one_writable_layer_beside_a_writable_workspace() -> None:
+    """As with an environment that is reached by a link, too: gVisor takes one hint for a source."""
+    layers = (Layer("/l/root", "/"), Layer("/l/env", "/env", writable=True), Layer("/l/env", "/link", writable=True))
+    given = spec(image=Image("x", layers), mounts=(Mount("/host/work", "/home/jovyan/work", False),))
+    hints = [value for name, value in config(given)["annotations"].items() if name.endswith(".source")]
+    assert hints.count("/l/env") == 1
+    assert "ro" not in mount_at(given, "/env")["options"]
+    assert "ro" in mount_at(given, "/link")["options"]
+
+
 def test_live_layer_beside_a_writable_workspace_is_read_only() -> None:
     """Its overlay's store would lie in the host's directory: rather no writes."""
     image = Image("i", (ROOT, LIVE))
