@@ -32,7 +32,8 @@ class Ledger:
         if state is not before.state:
             self.record = before.moved(state, time.time(), **changes)
             await asyncio.to_thread(self._store.put, self.record)
-            self._events.moved(before, self.record, self.why)
+            if not before.blank:
+                self._events.moved(before, self.record, self.why)
             self.why = ""
 
     async def save(self, **changes: Any) -> None:

@@ -32,12 +32,12 @@ from sandbox_gateway.owner import NoOwner, OwnerLock, OwnerServer, ask, holder
 from sandbox_gateway.profiles import Profile, load_profiles
 from sandbox_gateway.registry import make_runtime
 from sandbox_gateway.request import CreateRequest
-from sandbox_gateway.runtimes.base import Runtime, RuntimeReport
+from sandbox_gateway.runtimes.base import Handle, Runtime, RuntimeReport
 from sandbox_gateway.seat import Seat
 from sandbox_gateway.snapshots import Kind, Snapshot, SnapshotStore, collect
 from sandbox_gateway.store import Store
 from sandbox_gateway.suspension import Saved, Suspension
-from sandbox_gateway.templates import Templates
+from sandbox_gateway.templates import Member, Plan, Pool, Templates
 from sandbox_gateway.unowned import Unowned
 
 log = logging.getLogger(__name__)
@@ -72,6 +72,7 @@ class Lifecycle:
         self.snapshots = SnapshotStore(paths)
         self.images = images or ImageService(paths)
         self.templates = Templates(paths, self, self.snapshots)
+        self.pool = Pool(self)
         self.live: dict[str, LiveSandbox] = {}
         self._seats: dict[str, Seat] = {}
         self._make_runtime = runtimes
@@ -135,6 +136,9 @@ class Lifecycle:
         record = replace(self._record(launch, wanted.profile), name=wanted.name, notes=notes)
         if start.saved is not None and start.plan is not None:
             warm = replace(record, parent=f"template:{start.plan.key.short}", epoch=start.saved.epoch)
+            sandbox = await self._from_pool(start.plan, start.saved, warm, launch, seat)
+            if sandbox is not None:
+                return sandbox
             try:
                 return await self._restored(start.saved, warm, launch, seat, runtime, report)
             except SandboxGatewayError as error:
@@ -147,6 +151,55 @@ class Lifecycle:
         if start.plan is not None:
             self.templates.want(start.plan, lambda: sandbox.id in self.live)
         return sandbox
+
+    async def _from_pool(
+        self, plan: Plan, saved: Saved, record: SandboxRecord, launch: Launch, seat: Seat
+    ) -> LiveSandbox | None:
+        """One that stood ready, as a sandbox of ``launch``; None when there is none, or it turned out to be of no use.
+
+        Raises ``_Ended`` when it was ended meanwhile.
+        """
+        member = self.pool.take(plan, saved, launch)
+        self.pool.order(plan, saved, launch)
+        if member is None:
+            return None
+        try:
+            return await self._stepped_in(member, saved, record, launch, seat)
+        except _Ended:
+            raise
+        except SandboxGatewayError as error:
+            log.warning("a sandbox that stood ready for %s was of no use: %s", plan.profile.name, error.message)
+            return None
+        finally:
+            member.leave()
+
+    async def _stepped_in(
+        self, member: Member, saved: Saved, record: SandboxRecord, launch: Launch, seat: Seat
+    ) -> LiveSandbox:
+        stood = member.sandbox.record
+        runtime, report = await self.runtime(record.runtime)
+        # While both records would name it, a sweep could end it for the sake of the old one; its lock is still ours.
+        await asyncio.to_thread(self.store.delete, stood.id)
+        attachment = member.sandbox.surrender()
+        self.live.pop(stood.id, None)
+        record = replace(record, handle=stood.handle, step=stood.step, epoch=stood.epoch)
+        try:
+            sandbox = await self._new(record, launch, seat, runtime, report)
+        except BaseException:
+            if (handle := Handle.of(stood.handle)) is not None:
+                await asyncio.shield(runtime.destroy(handle))
+            raise
+        await self._unless_ended(sandbox, sandbox.step_in(attachment, saved, identity.fresh(launch)))
+        return sandbox
+
+    async def _unless_ended(self, sandbox: LiveSandbox, making: Awaitable[None]) -> None:
+        """As :meth:`_made`; raises ``_Ended`` when somebody ended it meanwhile."""
+        try:
+            await self._made(sandbox, making)
+        except SandboxGatewayError as error:
+            if sandbox.death is not None and sandbox.death.kind in {DeathKind.STOPPED, DeathKind.OWNER_GONE}:
+                raise _Ended(error.code, error.message, error.hint) from error
+            raise
 
     async def _restored(
         self,
@@ -162,12 +215,7 @@ class Lifecycle:
         with suspension.hold(saved):
             await suspension.fit(saved)
             sandbox = await self._new(record, launch, seat, runtime, report)
-            try:
-                await self._made(sandbox, sandbox.restore(saved, identity.fresh(launch)))
-            except SandboxGatewayError as error:
-                if sandbox.death is not None and sandbox.death.kind in {DeathKind.STOPPED, DeathKind.OWNER_GONE}:
-                    raise _Ended(error.code, error.message, error.hint) from error
-                raise
+            await self._unless_ended(sandbox, sandbox.restore(saved, identity.fresh(launch)))
             return sandbox
 
     async def launch(self, wanted: CreateRequest, progress: OnProgress | None = None) -> tuple[Launch, tuple[str, ...]]:
@@ -198,7 +246,7 @@ class Lifecycle:
         )
 
     async def blank(self, launch: Launch, profile: Profile, seat: Seat, name: str) -> LiveSandbox:
-        """Record a sandbox that nobody is to use, for a template; nothing of it is made yet."""
+        """Record a sandbox that is nobody's, for a template or the pool; nothing of it is made yet."""
         runtime, report = await self.runtime(profile.runtime)
         record = replace(self._record(launch, profile), name=name, on_owner_exit=OnOwnerExit.TERMINATE)
         return await self._new(record, launch, seat, runtime, report)
@@ -220,7 +268,9 @@ class Lifecycle:
     ) -> LiveSandbox:
         await asyncio.to_thread(self.store.put_launch, record.id, launch)
         await asyncio.to_thread(self.store.put, record)
-        self.events.note(record.id, EventKind.CREATED, **({} if record.parent is None else {"parent": record.parent}))
+        if not record.blank:
+            made_from = {} if record.parent is None else {"parent": record.parent}
+            self.events.note(record.id, EventKind.CREATED, **made_from)
         return self._live(record, launch, seat, runtime, report)
 
     def _live(
@@ -495,6 +545,7 @@ class Lifecycle:
     async def close(self) -> None:
         """End what this process owns, by each sandbox's ``on_owner_exit``; then stop answering."""
         await self.templates.close()
+        await self.pool.close()
         if self._sweeping is not None:
             await asyncio.wait({self._sweeping}, timeout=5.0)
         await self.idle.stop()

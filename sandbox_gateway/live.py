@@ -173,6 +173,54 @@ class LiveSandbox:
             self._made(), self.record, self.launch, remains.received, Kind.TEMPLATE, template_key=template_key
         )
 
+    async def stand_by(self, saved: Saved | None) -> None:
+        """Be ready for the sandbox that will :meth:`step_in`: restored from ``saved`` and attached, or with None only
+        made. It stays CREATING. Raises as :meth:`create`, and what stands against the restore."""
+        await self._make(self._stand_by(saved))
+
+    async def _stand_by(self, saved: Saved | None) -> None:
+        if saved is None:
+            await self._steps()
+            return
+        with self._suspension.hold(saved):
+            await self._suspension.fit(saved)
+            await self._restore(saved)
+
+    @property
+    def stands(self) -> bool:
+        """Whether what stands by is still there, as far as can be told without asking it."""
+        return not self._ending and (self._attachment is None or not self._attachment.link.closed)
+
+    def surrender(self) -> Attachment | None:
+        """Give up what stood by to the sandbox whose record has its handle by now; this one is nothing any more."""
+        attachment, self._attachment = self._attachment, None
+        self._ending = self.kernel.muted = True
+        self._handle = None
+        self._progress.stop()
+        return attachment
+
+    async def step_in(self, attachment: Attachment | None, saved: Saved, identity: Mapping[str, Any]) -> None:
+        """Go on with what stood by, which was made from ``saved``, with an ``identity`` of its own.
+
+        The record has its handle and its epoch. Raises as :meth:`restore`.
+        """
+        await self._make(self._step_in(attachment, saved, identity))
+
+    async def _step_in(self, attachment: Attachment | None, saved: Saved, identity: Mapping[str, Any]) -> None:
+        self.seat.channels.renew(saved.snapshot.manifest.saved_launch().key)
+        if attachment is None:
+            await self._ledger.save(epoch=saved.epoch + 1, step="restore")
+            self._handle = await self._suspension.restore_into(self._made(), saved)
+            await self._ledger.save(step="started", handle=self._made().as_json())
+            await self._attach(self.record.epoch, Remains(saved.received, None), hold=True)
+            await self._identify(identity)
+        else:
+            attachment.serve(self._callbacks())
+            self._attachment = attachment
+            await asyncio.gather(self._tell_policy(), self._identify(identity))
+        self._begin()
+        await self._ledger.move(State.RUNNING)
+
     async def vanish(self) -> None:
         """End and remove everything, the record too: of a sandbox that nobody ever used."""
         await self.destroy(Death(DeathKind.STOPPED, "it was made for a template"))
@@ -190,9 +238,7 @@ class LiveSandbox:
             self._making = None
 
     async def _create(self, kernel: KernelSpec, preload: list[str] | None = None) -> None:
-        async for handle in self._runtime.create(self.launch.spec, self.seat.directory):
-            self._handle = handle
-            await self._ledger.save(step=handle.step, handle=handle.as_json())
+        await self._steps()
         await self._ledger.save(step="start")
         self._handle = await self._runtime.start(self._made())
         await self._ledger.save(step="attach", handle=self._made().as_json())
@@ -201,6 +247,11 @@ class LiveSandbox:
             await self._boot(kernel)
         else:
             await self.link.call("start_kernel", **self._kernel_parameters(kernel), preload=preload)
+
+    async def _steps(self) -> None:
+        async for handle in self._runtime.create(self.launch.spec, self.seat.directory):
+            self._handle = handle
+            await self._ledger.save(step=handle.step, handle=handle.as_json())
 
     async def _boot(self, kernel: KernelSpec) -> None:
         """Start the kernel process; returns when it is spawned. Raises ``kernel_failed`` when it cannot be."""
@@ -265,7 +316,7 @@ class LiveSandbox:
 
     async def _attach(self, epoch: int, remains: Remains | None = None, *, hold: bool = False) -> None:
         """Attach to the running incarnation; with ``hold`` nothing of it is handed out before :meth:`_begin`."""
-        callbacks = Callbacks(self._message, self.seat.channels.dropped, self.kernel.event, self._died)
+        callbacks = self._callbacks()
         remains = remains or Remains({}, None)
         attachment = Attachment(self._runtime, self._made(), callbacks, epoch=epoch, outbox=remains.outbox)
         self._agent = await attachment.open(owner=str(self.seat.lock.pid), received=remains.received)
@@ -273,6 +324,9 @@ class LiveSandbox:
         if not hold:
             attachment.release()
         await self._tell_policy()
+
+    def _callbacks(self) -> Callbacks:
+        return Callbacks(self._message, self.seat.channels.dropped, self.kernel.event, self._died)
 
     def _begin(self) -> None:
         """Everything is in order: clients may see and be seen."""
@@ -314,8 +368,14 @@ class LiveSandbox:
             await attachment.close()
         handle, self._handle = self._handle, None
         if handle is not None:
-            await self._runtime.destroy(handle)
+            await self._removed_from_host(handle)
         await self._ledger.save(step="", handle={})
+
+    async def _removed_from_host(self, handle: Handle) -> None:
+        await self._runtime.destroy(handle)
+        if handle.directory != self.seat.directory:  # where it stood by
+            with contextlib.suppress(OSError):
+                handle.directory.rmdir()
 
     # Pause, suspend, resume
 
@@ -384,7 +444,7 @@ class LiveSandbox:
         await self._ledger.move(State.SUSPENDED, snapshot=snapshot.id)
         # From here on the snapshot counts; what cannot be removed now is swept later.
         self._handle = None
-        await self._runtime.destroy(handle)
+        await self._removed_from_host(handle)
         await self._ledger.save(step="", handle={})
         self._sealing = asyncio.create_task(self._suspension.seal(snapshot))
         self._progress.moved()
@@ -668,7 +728,7 @@ class LiveSandbox:
                 await attachment.close()
             try:
                 if self._handle is not None:
-                    await self._runtime.destroy(self._handle)
+                    await self._removed_from_host(self._handle)
                 await self._sealed()
                 if self.record.snapshot is not None:
                     await self._suspension.remove(self.record.snapshot)

@@ -53,6 +53,8 @@ LIVE = frozenset(
 
 BLANK = "template-"
 """The beginning of the ids of sandboxes that are made for a template."""
+STANDBY = "standby-"
+"""The beginning of the ids of sandboxes that stand ready for the next kernel."""
 
 
 def advance(old: State, new: State) -> State:
@@ -304,8 +306,8 @@ class SandboxRecord:
 
     @property
     def blank(self) -> bool:
-        """Whether it is being made for a template: nobody uses it, and it is gone in a moment."""
-        return self.id.startswith(BLANK) and self.state in {State.CREATING, State.TERMINATING}
+        """Whether it is nobody's: being made for a template, or standing ready in a pool."""
+        return self.id.startswith((BLANK, STANDBY)) and self.state in {State.CREATING, State.TERMINATING}
 
     def over(self) -> SandboxGatewayError:
         """The error for who wants something of it when it has ended: ``expired`` or ``illegal_transition``."""

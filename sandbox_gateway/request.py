@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sandbox_gateway.errors import SandboxGatewayError
-from sandbox_gateway.model import Image, KernelSpec, Launch, Limits, Mount, SandboxSpec, WorkspaceMode
+from sandbox_gateway.model import STANDBY, Image, KernelSpec, Launch, Limits, Mount, SandboxSpec, WorkspaceMode
 from sandbox_gateway.profiles import HOME, WORKSPACE, Profile
 
 DEFAULT_UID = 1000
@@ -117,7 +117,7 @@ def compose(
 
 def hostname(sandbox_id: str) -> str:
     """What a sandbox calls itself inside: no two that run are likely to share it."""
-    return f"sandbox-{sandbox_id[:12].replace('_', '-').strip('-')}".lower()
+    return f"sandbox-{sandbox_id.removeprefix(STANDBY)[:12].replace('_', '-').strip('-')}".lower()
 
 
 def kernel(request: CreateRequest, image: Image) -> KernelSpec:

@@ -19,7 +19,7 @@ from sandbox_gateway.link.host import Link
 from sandbox_gateway.model import Launch, SandboxRecord, SandboxSpec
 from sandbox_gateway.operations import growing
 from sandbox_gateway.owner import report_progress
-from sandbox_gateway.runtimes.base import Handle, Pausable, Runtime, RuntimeReport, Snapshots
+from sandbox_gateway.runtimes.base import Handle, Pausable, Prepared, Runtime, RuntimeReport, Snapshots
 from sandbox_gateway.snapshots import Facts, Kind, Lease, Snapshot, SnapshotStore, check_files, describe_files
 from sandbox_gateway.wire.handshake import VERSION
 
@@ -166,6 +166,11 @@ class Suspension:
         """Make a sandbox from it, step by step; see :meth:`Snapshots.restore`."""
         report_progress({"message": "reading memory", "total": saved.snapshot.size})
         return self._saving.restore(spec, directory, saved.snapshot.image)
+
+    async def restore_into(self, handle: Handle, saved: Saved) -> Handle:
+        """Restore it onto a sandbox that was created before; see :meth:`Prepared.restore_into`."""
+        self._able("prepared")
+        return await cast(Prepared, self._runtime).restore_into(handle, saved.snapshot.image)
 
     async def heartbeat(self, link: Link) -> None:
         """See that the agent and the kernel of a restored sandbox hear and answer. Raises ``restore_failed``."""

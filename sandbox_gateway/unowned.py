@@ -157,8 +157,11 @@ class Unowned:
 
         What is suspended keeps its directory: the next owner learns there how far clients have been served.
         """
-        states = {record.id: record.state for record in await asyncio.to_thread(self._store.list)}
+        records = await asyncio.to_thread(self._store.list)
+        states = {record.id: record.state for record in records}
         live = {found for found, state in states.items() if state in LIVE}
+        # One that stood ready goes on under the runtime's name for it.
+        live |= {str(record.handle.get("id")) for record in records if record.state in LIVE and record.handle}
         asleep = {found for found, state in states.items() if state is State.SUSPENDED}
         for name in NAMES:
             with contextlib.suppress(SandboxGatewayError):  # a runtime that is not set up has left nothing

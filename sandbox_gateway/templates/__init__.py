@@ -8,7 +8,19 @@ made of in :mod:`~sandbox_gateway.templates.blank`, what is known of each in :mo
 from sandbox_gateway.templates.builder import Builder, Maker
 from sandbox_gateway.templates.key import TemplateKey
 from sandbox_gateway.templates.plan import Plan, Start
+from sandbox_gateway.templates.pool import Member, Pool
 from sandbox_gateway.templates.records import TemplateRecord, TemplateRecords
 from sandbox_gateway.templates.service import Templates
 
-__all__ = ["Builder", "Maker", "Plan", "Start", "TemplateKey", "TemplateRecord", "TemplateRecords", "Templates"]
+__all__ = [
+    "Builder",
+    "Maker",
+    "Member",
+    "Plan",
+    "Pool",
+    "Start",
+    "TemplateKey",
+    "TemplateRecord",
+    "TemplateRecords",
+    "Templates",
+]

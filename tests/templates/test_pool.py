@@ -1,0 +1,185 @@
+"""Sandboxes that stand ready: they become anybody's at once, are never left over, and never shared."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from acceptance import KERNEL, Product, until
+from templating import Driver
+
+from sandbox_gateway.host.paths import discover
+from sandbox_gateway.model import STANDBY, State
+from sandbox_gateway.profiles import Profile
+from sandbox_gateway.profiles.profile import Pool as Wanted
+from sandbox_gateway.runtimes.base import Handle
+from sandbox_gateway.store import Store
+
+DRAW = "import os, random, ssl; print((random.random(), ssl.RAND_bytes(8), os.environ['SANDBOX_ID'], len(In)))"
+
+
+async def filled(driver: Driver, profile: Profile, count: int) -> None:
+    """Wait until so many stand ready."""
+    async with asyncio.timeout(60):
+        while driver.lifecycle.pool.sizes.get(profile.name, 0) != count:
+            await asyncio.sleep(0.02)  # filling is no event for anybody
+
+
+@pytest.fixture(params=["ready", "created"])
+def pooled(request: pytest.FixtureRequest, driver: Driver) -> Profile:
+    """A profile that wants two of a kind."""
+    driver.lifecycle.pool._delay = 0.0
+    size = Wanted(ready=2) if request.param == "ready" else Wanted(created=2)
+    return driver.profile(KERNEL, pool=size)
+
+
+def standing(driver: Driver) -> set[str]:
+    """Ids of what is recorded as standing ready."""
+    return {record.id for record in driver.lifecycle.store.list() if record.id.startswith(STANDBY)}
+
+
+async def test_kernels_that_stood_ready_are_ones_own(driver: Driver, tmp_path: Path, pooled: Profile) -> None:
+    await driver.template(pooled, tmp_path)
+    first = await driver.start(pooled, tmp_path)
+    assert first.warm
+    drawn = [await first.value(DRAW)]
+    await filled(driver, pooled, 2)
+    for _ in range(3):
+        before = standing(driver)
+        kernel = await driver.start(pooled, tmp_path, {"TZ": "Asia/Tokyo"})
+        handle = Handle.of(kernel.sandbox.record.handle)
+        assert handle is not None and handle.id in before, "it was not taken from the pool"
+        assert handle.id not in standing(driver)
+        values = await kernel.value(DRAW)
+        assert values[2] == kernel.sandbox.id and values[3] == 2
+        assert await kernel.value("import time; print(repr(time.tzname[0]))") == "JST"
+        drawn.append(values)
+        await filled(driver, pooled, 2)
+    assert len({str(values[:2]) for values in drawn}) == len(drawn)
+    assert len({kernel.sandbox.id for kernel in driver.kernels}) == 4
+
+
+async def test_one_that_stood_ready_is_suspended_resumed_and_removed_like_any_other(
+    driver: Driver, tmp_path: Path, pooled: Profile
+) -> None:
+    await driver.template(pooled, tmp_path)
+    await driver.end(await driver.start(pooled, tmp_path))
+    await filled(driver, pooled, 2)
+    kernel = await driver.start(pooled, tmp_path)
+    await kernel.execute("kept = 'of before'")
+    place = Path(str(kernel.sandbox.record.handle["directory"]))
+    assert place.name.startswith(STANDBY) and place.is_dir()
+    await kernel.sandbox.suspend()
+    assert not place.exists()
+    assert kernel.sandbox.state is State.SUSPENDED
+    await kernel.sandbox.resume()
+    assert await kernel.value("print(repr(kept))") == "of before"
+    await driver.end(kernel)
+    # A sweep takes what goes on under another name for nobody's leftover.
+    other = await driver.start(pooled, tmp_path)
+    await driver.lifecycle.sweep()
+    assert await other.value("print(6 * 7)") == 42
+    place = Path(str(other.sandbox.record.handle["directory"]))
+    await driver.end(other)
+    assert not place.exists()
+
+
+async def test_one_that_died_while_it_stood_ready_is_not_given_away(driver: Driver, tmp_path: Path) -> None:
+    driver.lifecycle.pool._delay = 0.0
+    profile = driver.profile(KERNEL, pool=Wanted(ready=1))
+    await driver.template(profile, tmp_path)
+    await driver.end(await driver.start(profile, tmp_path))
+    await filled(driver, profile, 1)
+    member = driver.lifecycle.pool._members[0]
+    handle = Handle.of(member.sandbox.record.handle)
+    assert handle is not None
+    os.kill(int(handle.data["sandbox"][0]), signal.SIGKILL)
+    async with asyncio.timeout(30):
+        while member.sandbox.stands:
+            await asyncio.sleep(0.02)  # the end of what is nobody's is no event
+    kernel = await driver.start(profile, tmp_path)
+    assert kernel.sandbox.record.handle["id"] == kernel.sandbox.id
+    assert await kernel.value("print(6 * 7)") == 42
+    await filled(driver, profile, 1)
+    assert member.sandbox.id not in standing(driver)
+
+
+async def test_there_are_never_more_than_wanted_and_old_ones_are_replaced(driver: Driver, tmp_path: Path) -> None:
+    driver.lifecycle.pool._delay = 0.0
+    profile = driver.profile(KERNEL, pool=Wanted(ready=1, max_age=1.5))
+    await driver.template(profile, tmp_path)
+    await driver.start(profile, tmp_path)
+    await filled(driver, profile, 1)
+    first = standing(driver)
+    assert len(first) == 1
+    async with asyncio.timeout(30):
+        while standing(driver) & first or not standing(driver):
+            assert len(standing(driver)) <= 1
+            await asyncio.sleep(0.02)  # ageing is no event
+    none = driver.profile(KERNEL)
+    await driver.start(none, tmp_path)
+    await filled(driver, profile, 0)
+    async with asyncio.timeout(30):
+        while standing(driver):
+            await asyncio.sleep(0.02)
+
+
+async def test_zero_stand_ready_by_default(driver: Driver, tmp_path: Path) -> None:
+    profile = driver.profile(KERNEL)
+    await driver.template(profile, tmp_path)
+    await driver.start(profile, tmp_path)
+    assert driver.lifecycle.pool._tender is None and standing(driver) == set()
+
+
+OWNER = """
+import asyncio, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from acceptance import KERNEL
+from templating import Driver
+from sandbox_gateway.profiles.profile import Pool as Wanted
+
+async def main():
+    driver = Driver(Path(sys.argv[1]))
+    driver.lifecycle.pool._delay = 0.0
+    profile = driver.profile(KERNEL, pool=Wanted(ready=1, created=1))
+    await driver.template(profile, Path("/tmp"))
+    while True:
+        kernel = await driver.start(profile, Path("/tmp"))
+        await driver.end(kernel)
+        print("round", driver.lifecycle.pool.sizes, flush=True)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+def test_killed_at_any_moment_it_leaves_nothing(product: Product, rounds: int) -> None:
+    """The check after each test looks for processes, groups and pipes."""
+    here = str(Path(__file__).parent)
+    search = os.pathsep.join([here, str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, str(product.home), here],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "PYTHONPATH": search},
+    )
+    assert owner.stdout is not None
+    for _ in range(rounds):
+        assert owner.stdout.readline().startswith("round")
+    owner.kill()
+    owner.communicate()
+    assert product.command("prune").returncode == 0
+    paths = discover({"SANDBOX_GATEWAY_HOME": str(product.home)})
+    store = Store(paths.database)
+    try:
+        until(lambda: not [record for record in store.list() if record.blank])
+    finally:
+        store.close()
+    assert [path.name for path in paths.runtime.iterdir() if path.name.startswith(STANDBY)] == []
