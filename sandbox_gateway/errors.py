@@ -53,6 +53,7 @@ ERRORS: Mapping[str, ErrorRow] = MappingProxyType(
         "setup_failed": ErrorRow(500, "Set-up failed", "`jupyter sandbox doctor` tells what is missing."),
         "link_failed": ErrorRow(502, "The sandbox does not speak", "Look at `jupyter sandbox logs`; then remove it."),
         "kernel_failed": ErrorRow(502, "The kernel could not start", "Look at `jupyter sandbox logs`."),
+        "kernel_died": ErrorRow(502, "The kernel died", "`jupyter sandbox logs` may say more; start it again."),
         "unknown_snapshot": ErrorRow(404, "Unknown snapshot", "`jupyter sandbox snapshot ls` lists the snapshots."),
         "snapshot_damaged": ErrorRow(
             422, "Snapshot is damaged", "It cannot be used any more; `jupyter sandbox snapshot rm` removes it."

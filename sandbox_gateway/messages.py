@@ -44,9 +44,10 @@ def build(
     topic: bytes = b"",
     parent: Buffer = EMPTY,
     session: str = "",
+    msg_id: str = "",
 ) -> list[Buffer]:
-    """One signed message; ``parent`` is the raw JSON of the parent's header."""
-    return compose(key, [topic], msg_type, _dumps(content), parent=parent, session=session)
+    """One signed message; ``parent`` is the raw JSON of the parent's header, ``msg_id`` a new one unless given."""
+    return compose(key, [topic], msg_type, _dumps(content), parent=parent, session=session, msg_id=msg_id)
 
 
 def compose(
@@ -57,10 +58,11 @@ def compose(
     *,
     parent: Buffer = EMPTY,
     session: str = "",
+    msg_id: str = "",
 ) -> list[Buffer]:
     """As :func:`build`, with the frames in front of the delimiter and the raw JSON of the content."""
     header = {
-        "msg_id": uuid.uuid4().hex,
+        "msg_id": msg_id or uuid.uuid4().hex,
         "msg_type": msg_type,
         "username": "sandbox_gateway",
         "session": session,

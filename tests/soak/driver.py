@@ -385,7 +385,7 @@ class Rig:
         if asked:
             choices += [(3, "answer", self._answer)]
         if "suspend" in features:
-            choices += [(5 if not asleep else 0.3, "suspend", self._suspend), (0.4, "race", self._race)]
+            choices += [(6 if not asleep else 0.3, "suspend", self._suspend), (0.4, "race", self._race)]
         if "pause" in features and self.state != "suspended":
             choices += [(1, "pause", self._pause)]
         if "fork" in features and len(busy) <= 1 and not asked and all(request.busy for request in busy):
@@ -606,6 +606,7 @@ class Rig:
                 )
                 inherited.busy, inherited.count = 1, request.count
                 rest.append(model.sent(inherited))
+            watcher.wait(lambda: watcher.welcomed, "the welcome")
             numbers = self._free(watcher, RANDOM)
             for request in rest:
                 if not request.idle:

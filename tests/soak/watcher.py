@@ -74,7 +74,8 @@ class Watcher:
         self.rng = rng
         self.numbers = 0
         self.last_message = time.monotonic()
-        self.bad: list[str] = []
+        self.welcomed = False
+        """Whether the subscription has begun: what was published before it is nobody's loss."""
         self.on_tick: Callable[[], None] = lambda: None
         self._client = KernelClient(connection_file=str(connection_file))
         self._client.load_connection_file()
@@ -122,6 +123,7 @@ class Watcher:
         message = {"header": header, "parent_header": parent, "metadata": metadata, "content": content}
         if channel == "control":
             self.control_replies.append(parent.get("msg_id", ""))
+        self.welcomed |= header["msg_type"] == "iopub_welcome"
         self.model.received(channel, message)
 
     def wait(self, condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
@@ -168,6 +170,7 @@ class Watcher:
 
     def setup(self) -> None:
         """Run the first cell."""
+        self.wait(lambda: self.welcomed, "the welcome")
         self.finish(self.execute(SETUP, "setup"))
 
     def lines(self, count: int, pause: float) -> Request:
