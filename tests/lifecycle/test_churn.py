@@ -159,23 +159,25 @@ def one_life(product: Product, worker: Worker, fate: str, delay: float, name: st
     kernel_id = str(uuid.uuid4())
     worker.say(f"{kernel_id} {name} {folder}")
     begun = time.monotonic()
-    struck, used, answered = "", False, False
+    struck, used, answered, started, early = "", False, False, False, False
     while True:
         now = time.monotonic()
         if fate and not struck and now - begun >= delay:
-            struck = strike(product, fate, kernel_id, worker)
+            struck, early = strike(product, fate, kernel_id, worker), not started
         try:
             line = worker.lines.get(timeout=max(0.01, delay - (now - begun)) if fate and not struck else 0.5)
         except queue.Empty:
             line = ""
+        started = started or line.startswith("started")
         if line.startswith("used"):
             used = line == "used 42"
             if not used:
                 return struck, f"wrong output {line!r}"
         if used and not answered and (struck or not fate):
-            # One that was hit where it dies must notice by itself; the others are shut down in the middle of a cell.
+            # One that was hit where it dies must notice by itself; the others are shut down in the middle of a cell,
+            # and so is one that was hit while it started: that start is tried once more.
             answered = True
-            worker.say("wait" if struck in ("sandbox", "agent") else "go on")
+            worker.say("wait" if struck in ("sandbox", "agent") and not early else "go on")
         if line == "gone" or line.startswith(("ended", "failed")):
             if line != "gone":
                 worker.open.append(int(worker.lines.get(timeout=10).split()[1]))
