@@ -31,6 +31,8 @@ _CLONE_NEWNS = 0x00020000
 _CLONE_NEWUSER = 0x10000000
 _PR_SET_CHILD_SUBREAPER = 36
 _F_SETPIPE_SZ = 1031
+_WIDE = 300
+"""A descriptor beyond those to which gVisor moves the standard streams (253 to 255)."""
 
 
 def enter_user_namespace() -> None:
@@ -93,11 +95,15 @@ def _launch(request: dict[str, Any]) -> tuple[int, list[int]]:
     fds = _open_fifos(request)
     _prepare(request)
     argv = request["argv"]
+    # A process that has threads waits a grace period of the kernel's (15 ms on an idle machine) when its table of
+    # descriptors grows, and gVisor's does before anything runs in it. A table is as wide as the highest descriptor at
+    # the fork, and stays so: one that can neither be read nor written makes it wide enough from the beginning.
+    wide = os.open(os.devnull, os.O_PATH | os.O_CLOEXEC)
     pid = os.posix_spawn(
         argv[0],
         argv,
         request["environment"],
-        file_actions=[(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(fds)],
+        file_actions=[(os.POSIX_SPAWN_DUP2, fd, number) for fd, number in zip([*fds, wide], [0, 1, 2, _WIDE])],
         setsigdef=[signal.SIGPIPE, signal.SIGINT],
     )
     if request["pid_file"] is None:
