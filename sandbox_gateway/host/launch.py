@@ -103,7 +103,10 @@ def _launch(request: dict[str, Any]) -> tuple[int, list[int]]:
         argv[0],
         argv,
         request["environment"],
-        file_actions=[(os.POSIX_SPAWN_DUP2, fd, number) for fd, number in zip([*fds, wide], [0, 1, 2, _WIDE])],
+        file_actions=[
+            *((os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(fds)),
+            (os.POSIX_SPAWN_DUP2, wide, _WIDE),
+        ],
         setsigdef=[signal.SIGPIPE, signal.SIGINT],
     )
     if request["pid_file"] is None:
