@@ -71,10 +71,7 @@ class Opening(Awaitable["Sandbox"]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._sandbox is not None:
-            if self._ours:
-                await self._sandbox.__aexit__(kind, error, trace)
-            else:
-                await self._sandbox.detach()
+            await self._sandbox._left_behind(self._ours)
 
 
 class _Resume:
@@ -185,8 +182,11 @@ class Sandbox:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._client.gone is None and self.state is State.SUSPENDED:
-            await self._do(self._lifecycle.hand_over(self.id))
+        await self._left_behind(True)
+
+    async def _left_behind(self, ours: bool) -> None:
+        if self._client.gone is None and self._live.death is None and not (ours and self.state is not State.SUSPENDED):
+            await self.detach()
         else:
             await self.close()
 

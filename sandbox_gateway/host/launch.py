@@ -31,7 +31,8 @@ _CLONE_NEWNS = 0x00020000
 _CLONE_NEWUSER = 0x10000000
 _PR_SET_CHILD_SUBREAPER = 36
 _F_SETPIPE_SZ = 1031
-_HIGH_FD = 300
+_WIDE = 300
+"""A descriptor beyond those to which gVisor moves the standard streams (253 to 255)."""
 
 
 def enter_user_namespace() -> None:
@@ -94,15 +95,18 @@ def _launch(request: dict[str, Any]) -> tuple[int, list[int]]:
     fds = _open_fifos(request)
     _prepare(request)
     argv = request["argv"]
-    # gVisor moves its standard streams to numbers about 253. That makes the table of a process with many threads grow,
-    # which waits for all processors (a hundredth of a second); a table that is that large from the start need not.
-    null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-    file_actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(fds)]
+    # A process that has threads waits a grace period of the kernel's (15 ms on an idle machine) when its table of
+    # descriptors grows, and gVisor's does before anything runs in it. A table is as wide as the highest descriptor at
+    # the fork, and stays so: one that can neither be read nor written makes it wide enough from the beginning.
+    wide = os.open(os.devnull, os.O_PATH | os.O_CLOEXEC)
     pid = os.posix_spawn(
         argv[0],
         argv,
         request["environment"],
-        file_actions=[*file_actions, (os.POSIX_SPAWN_DUP2, null, _HIGH_FD)],
+        file_actions=[
+            *((os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(fds)),
+            (os.POSIX_SPAWN_DUP2, wide, _WIDE),
+        ],
         setsigdef=[signal.SIGPIPE, signal.SIGINT],
     )
     if request["pid_file"] is None:
