@@ -37,7 +37,7 @@ from sandbox_gateway.seat import Seat
 from sandbox_gateway.snapshots import Kind, Snapshot, SnapshotStore, collect
 from sandbox_gateway.store import Store
 from sandbox_gateway.suspension import Saved, Suspension
-from sandbox_gateway.templates import Member, Plan, Pool, Templates
+from sandbox_gateway.templates import Member, Plan, Pool, TemplateRecord, Templates
 from sandbox_gateway.unowned import Unowned
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class Lifecycle:
         self.store = Store(paths.database)
         self.snapshots = SnapshotStore(paths)
         self.images = images or ImageService(paths)
-        self.templates = Templates(paths, self, self.snapshots)
+        self.templates = Templates(paths, self, self.snapshots, on_built=self._template_built)
         self.pool = Pool(self)
         self.live: dict[str, LiveSandbox] = {}
         self._seats: dict[str, Seat] = {}
@@ -244,6 +244,10 @@ class Lifecycle:
             grace=profile.grace,
             owner_pid=os.getpid(),
         )
+
+    def _template_built(self, made: TemplateRecord) -> None:
+        text = f"a template of profile {made.profile} was built in {made.took:.1f} s"
+        self.events.note("", EventKind.TEMPLATE_BUILT, text, profile=made.profile, key=made.key)
 
     async def blank(self, launch: Launch, profile: Profile, seat: Seat, name: str) -> LiveSandbox:
         """Record a sandbox that is nobody's, for a template or the pool; nothing of it is made yet."""

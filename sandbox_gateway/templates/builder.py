@@ -61,10 +61,17 @@ class Maker(Protocol):
 class Builder:
     """Builds templates with the sandboxes of one lifecycle."""
 
-    def __init__(self, maker: Maker, snapshots: SnapshotStore, records: TemplateRecords) -> None:
+    def __init__(
+        self,
+        maker: Maker,
+        snapshots: SnapshotStore,
+        records: TemplateRecords,
+        on_built: Callable[[TemplateRecord], None] | None = None,
+    ) -> None:
         self._maker = maker
         self._snapshots = snapshots
         self._records = records
+        self._on_built = on_built
 
     async def build(self, plan: Plan, say: Say | None = None, *, again: bool = False, wait: bool = True) -> Snapshot:
         """The template for ``plan``, built unless it is there; with ``again`` it is built in any case.
@@ -121,6 +128,8 @@ class Builder:
             raise SandboxGatewayError("template_failed", text, error.hint) from error
         log.info("template %s of profile %s was built in %.1f s", key.short, profile.name, record.took)
         self._maker.events.note("", EventKind.TEMPLATE_BUILT, profile.name, profile=profile.name, seconds=record.took)
+        if self._on_built is not None:
+            self._on_built(record)
         await asyncio.to_thread(self._retire, record, before)
         return snapshot
 

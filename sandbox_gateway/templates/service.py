@@ -32,9 +32,17 @@ DELAY = 2.0
 class Templates:
     """The templates of one installation, as one lifecycle uses them. Use it on one event loop."""
 
-    def __init__(self, paths: Paths, maker: Maker, snapshots: SnapshotStore, *, delay: float = DELAY) -> None:
+    def __init__(
+        self,
+        paths: Paths,
+        maker: Maker,
+        snapshots: SnapshotStore,
+        *,
+        on_built: Callable[[TemplateRecord], None] | None = None,
+        delay: float = DELAY,
+    ) -> None:
         self.records = TemplateRecords(paths)
-        self.builder = Builder(maker, snapshots, self.records)
+        self.builder = Builder(maker, snapshots, self.records, on_built)
         self._snapshots = snapshots
         self._delay = delay
         self._wanted: dict[str, tuple[Plan, Callable[[], bool]]] = {}
