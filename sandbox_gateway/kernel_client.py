@@ -204,11 +204,12 @@ class KernelClient:
         """Interrupt a cell whose time is over; a sleeping kernel's time stands still."""
         if await self._awake_for(running, timeout):
             return
+        # Before: the cell may have ended when the interrupt returns.
+        running.late = SandboxGatewayError("timeout", f"the cell ran longer than {timeout:g} s", "It was interrupted.")
         try:
             await self.live.interrupt()
         except SandboxGatewayError as error:
             log.warning("sandbox %s: a cell whose time was over could not be interrupted: %s", self.live.id, error)
-        running.late = SandboxGatewayError("timeout", f"the cell ran longer than {timeout:g} s", "It was interrupted.")
         if not await self._awake_for(running, INTERRUPT_PATIENCE):
             text = f"the cell ran longer than {timeout:g} s and does not heed an interrupt"
             running.execution.end(SandboxGatewayError("timeout", text, "`restart()` ends it; until then it runs on."))

@@ -64,10 +64,9 @@ class Unowned:
         """
         swept = []
         for record in await asyncio.to_thread(self._store.list, LIVE):
-            if record.id not in self._mine and holder(self._paths.sandbox(record.id)) is None:
-                death = await self.death_of(record)
-                if death is not None and await self.end(record.id, death):
-                    swept.append(record.id)
+            unowned = record.id not in self._mine and holder(self._paths.sandbox(record.id)) is None
+            if unowned and await self.death_of(record) is not None and await self.end(record.id):
+                swept.append(record.id)
         await self._remove_strays()
         await asyncio.to_thread(sweep_sockets, self._paths.runtime / OWNERS)
         await asyncio.to_thread(self._trim_tombstones)
@@ -99,21 +98,31 @@ class Unowned:
             raise record.over()
         return record
 
-    async def end(self, sandbox_id: str, death: Death) -> bool:
-        """Take the lock and bring a sandbox to its end; False when somebody else has it."""
+    async def end(self, sandbox_id: str, death: Death | None = None) -> bool:
+        """Take the lock and bring a sandbox to its end; False when somebody else has it.
+
+        Without a ``death`` only if it has died, and False if it can go on.
+        """
         lock = OwnerLock(self._paths.sandbox(sandbox_id))
         if not lock.try_acquire():
             return False
+        stays = False
         try:
-            # What it is may have changed until the lock was ours.
-            await self.finish(await asyncio.to_thread(self._store.get, sandbox_id), death)
+            # What it is may have changed until the lock was ours: another one may have brought it back to its snapshot.
+            record = await asyncio.to_thread(self._store.get, sandbox_id)
+            death = death or await self.death_of(record)
+            if death is None:
+                stays = True
+                return False
+            stays = await self.finish(record, death) is State.SUSPENDED
         finally:
-            _empty_directory(lock.directory)
-            lock.release(remove=True)
+            if not stays:
+                _empty_directory(lock.directory)
+            lock.release(remove=not stays)
         return True
 
-    async def finish(self, record: SandboxRecord, death: Death) -> None:
-        """Remove what is there of a sandbox and write down what became of it; its lock is held."""
+    async def finish(self, record: SandboxRecord, death: Death) -> State:
+        """Remove what is there of a sandbox and write down what became of it, which is returned; its lock is held."""
         before, handle = record, Handle.of(record.handle)
         if handle is not None:
             await self._runtime(record.runtime).destroy(handle)
@@ -121,7 +130,7 @@ class Unowned:
         gone: dict[str, Any] = {"owner_pid": None, "step": "", "handle": {}}
         if record.state is State.CREATING:
             await asyncio.to_thread(self._store.delete, record.id)
-            return
+            return State.TERMINATED
         wanted = death.kind in {DeathKind.STOPPED, DeathKind.EXPIRED}
         if not wanted and record.state is State.SUSPENDING:
             # Its owner ended between the snapshot and the record of it.
@@ -131,7 +140,7 @@ class Unowned:
             record = record.moved(State.SUSPENDED, now, **gone)
             await asyncio.to_thread(self._store.put, record)
             self._events.moved(before, record, death.describe())
-            return
+            return record.state
         if record.snapshot is not None:
             with contextlib.suppress(SandboxGatewayError):  # what is left is collected later
                 await asyncio.to_thread(self._snapshots.remove, record.snapshot)
@@ -145,6 +154,7 @@ class Unowned:
             record = record.moved(State.TERMINATED, now, snapshot=None, **gone)
         await asyncio.to_thread(self._store.put, record)
         self._events.moved(before, record)
+        return record.state
 
     def _saved_in(self, sandbox_id: str) -> str | None:
         for snapshot in self._snapshots.list():
@@ -167,27 +177,39 @@ class Unowned:
             with contextlib.suppress(SandboxGatewayError):  # a runtime that is not set up has left nothing
                 runtime = self._runtime(name)
                 for sandbox_id in await runtime.list():
-                    await self._remove_stray(sandbox_id, live, runtime, keep=sandbox_id in asleep)
+                    await self._remove_stray(sandbox_id, live, runtime)
         for name in await asyncio.to_thread(os.listdir, self._paths.runtime):
             if name not in _OTHER_DIRECTORIES:
                 await self._remove_stray(name, live | asleep, None)
 
-    async def _remove_stray(
-        self, sandbox_id: str, live: set[str], runtime: Runtime | None, *, keep: bool = False
-    ) -> None:
+    async def _remove_stray(self, sandbox_id: str, live: set[str], runtime: Runtime | None) -> None:
         if sandbox_id in live or sandbox_id in self._mine or sandbox_id.startswith(_TRIAL):
             return
         lock = OwnerLock(self._paths.sandbox(sandbox_id))
         if not lock.try_acquire():
             return
+        stays = False
         try:
+            # It may have been made, or resumed, since we looked.
+            state = await asyncio.to_thread(self._state, sandbox_id)
+            stays = state in LIVE or state is State.SUSPENDED
+            if state in LIVE:
+                return
             log.info("removing what is left of %s, which has no live record", sandbox_id)
             if runtime is not None:
                 await runtime.destroy(Handle(sandbox_id, runtime.name, lock.directory))
-            if not keep:
-                _empty_directory(lock.directory)
         finally:
-            lock.release(remove=True)
+            if not stays:
+                _empty_directory(lock.directory)
+            lock.release(remove=not stays)
+
+    def _state(self, sandbox_id: str) -> State | None:
+        try:
+            return self._store.get(sandbox_id).state
+        except SandboxGatewayError as error:
+            if error.code != "unknown_sandbox":
+                raise
+            return None
 
     def _trim_tombstones(self) -> None:
         ended = sorted(self._store.list(_ENDED), key=lambda record: record.changed, reverse=True)

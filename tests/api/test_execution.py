@@ -45,6 +45,7 @@ class Live:
         self.gone = asyncio.Event()
         self.sent: list[tuple[int, dict[str, Any], dict[str, Any]]] = []
         self.interrupts = 0
+        self.heeds = False
         self.seat.channels.connect(self)
 
     def send(self, channel: int, parts: Sequence[Buffer]) -> int:
@@ -61,6 +62,9 @@ class Live:
 
     async def interrupt(self) -> None:
         self.interrupts += 1
+        if self.heeds:
+            self.reply("error")
+            self.idle()
 
     # What the kernel does
 
@@ -247,6 +251,12 @@ async def test_a_time_that_is_over_interrupts_and_a_cell_that_does_not_heed_it_e
     live.reply("error")
     live.idle()
     assert live.requests == ["1", "2"]
+    live.reply()
+    live.idle()
+    live.heeds = True
+    quick = begin(live, timeout=0.05)
+    with pytest.raises(SandboxGatewayError, match="longer than"):
+        await everything(quick)
 
 
 async def test_the_time_of_a_sleeping_kernel_stands_still(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,3 +121,27 @@ async def test_the_directory_of_a_probe_under_way_is_left_alone(lifecycle: Lifec
     await lifecycle.sweep()
     assert (directory / "bundle").exists()
     assert not lifecycle.paths.sandbox(ID).exists()
+
+
+async def test_what_another_sweep_has_brought_back_to_its_snapshot_meanwhile_is_left_alone(
+    lifecycle: Lifecycle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes look at the same time; the second acts on what it saw before the first had the lock."""
+    snapshot = await saved(lifecycle)
+    stale = left(lifecycle, State.RESUMING, snapshot=snapshot.id, handle={})
+    left(lifecycle, State.SUSPENDED, snapshot=snapshot.id, handle={})
+    monkeypatch.setattr(lifecycle.store, "list", lambda *states: (stale,))
+    await lifecycle._unowned.sweep()
+    assert lifecycle.store.get(ID).state is State.SUSPENDED
+    assert lifecycle.snapshots.get(snapshot.id).id == snapshot.id
+
+
+async def test_what_is_brought_back_to_its_snapshot_keeps_its_directory(lifecycle: Lifecycle) -> None:
+    snapshot = await saved(lifecycle)
+    left(lifecycle, State.RESUMING, snapshot=snapshot.id, handle={})
+    directory = lifecycle.paths.sandbox(ID)
+    directory.mkdir(mode=0o700)
+    (directory / "owner.cursors").write_bytes(b"how far the clients have been served")
+    await lifecycle.sweep()
+    assert lifecycle.store.get(ID).state is State.SUSPENDED
+    assert (directory / "owner.cursors").exists()
