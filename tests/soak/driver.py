@@ -38,7 +38,7 @@ from sandbox_gateway.keeper import drive
 from sandbox_gateway.owner_lock import holder
 from sandbox_gateway.store import Store
 
-CLI_SHARE = 0.12
+CLI_SHARE = 0.08
 """Part of the operations that go through the command line; the others ask the owner directly, which is faster."""
 OPERATION = 120.0
 """Seconds that one operation may take on a busy machine."""
@@ -320,7 +320,7 @@ class Rig:
         self.recovering = False
         self._noticed: set[int] = set()
         self._begin(self.world.plan.specs[self.number % len(self.world.plan.specs)])
-        for _ in range(rng.randint(15, 80)):
+        for _ in range(rng.randint(20, 120)):
             if self.world.over:
                 break
             name, step = self._choose()
@@ -386,6 +386,7 @@ class Rig:
             choices += [(3, "answer", self._answer)]
         if "suspend" in features:
             choices += [(6 if not asleep else 0.3, "suspend", self._suspend), (0.4, "race", self._race)]
+            choices += [(1.5, "burst", self._burst)]
         if "pause" in features and self.state != "suspended":
             choices += [(1, "pause", self._pause)]
         if "fork" in features and len(busy) <= 1 and not asked and all(request.busy for request in busy):
@@ -506,6 +507,15 @@ class Rig:
         if self.rng.random() < 0.6:
             self.w.idle(self.rng.uniform(0, 0.25))
         self._operate("suspend")
+
+    def _burst(self) -> None:
+        """One after the other, in the middle of whatever runs."""
+        for _ in range(self.rng.randint(3, 10)):
+            if self.rng.random() < 0.7:
+                self.w.idle(self.rng.uniform(0, 0.15))
+            if not (self._operate("suspend") and self._operate("resume")):
+                return
+            self.w.check()
 
     def _pause(self) -> None:
         # What wakes it may still be under way, and what is suspended cannot be paused.
@@ -713,7 +723,7 @@ class Rig:
                 found = future.result(0)
             except (Refused, OSError) as error:
                 # The keeper may be killed over it by another rig.
-                if time.monotonic() - begun > OPERATION:
+                if time.monotonic() - begun > OPERATION or "illegal_transition" in str(error):
                     raise Broken(f"not taken over after the kill of {self.owner}: {error}") from error
                 self._log(f"connect: {error}")
                 time.sleep(0.2)
@@ -817,13 +827,14 @@ class Rig:
             raise Broken(str(error)) from error
 
     def _outcome_of(self, act: Callable[[], str]) -> str | None:
-        owner = self.owner
+        """Of a command; None when it failed and an owner (perhaps the keeper that had to help) was killed meanwhile."""
+        kills = len(self.world.killed)
         future = self.world.pool.submit(act)
         self._pump_until(future.done, OPERATION + 20)
         try:
             return future.result(0)
         except Refused as error:
-            if owner in self.world.killed:
+            if len(self.world.killed) > kills:
                 self._tick()
                 return None
             raise Broken(str(error)) from error

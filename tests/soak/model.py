@@ -250,9 +250,12 @@ class KernelModel:
 
     def _line(self, request: Request, line: str) -> None:
         if request.first is None:
-            # The first line of a child's share of a cell says where that share begins.
+            # The first line of a child's share of a cell says where that share begins; before it may come the rest of a
+            # line whose beginning the parent has.
             tag, _, number = line.rpartition(":")
-            request.first = request.next_line = int(number) if tag == request.tag and number.isdigit() else 0
+            if tag != request.tag:
+                return
+            request.first = request.next_line = int(number)
         tag, _, number = line.rpartition(":")
         if tag == request.tag and number.isdigit():
             found, expected = int(number), request.next_line

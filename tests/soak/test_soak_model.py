@@ -291,4 +291,7 @@ def test_a_childs_share_of_a_cell_is_the_rest_without_a_hole() -> None:
     assert share(6, 7, 8).failures == []
     assert kinds(share(6, 8)) == {"lost_line"}
     assert kinds(share(5, 6, 7)) == {"lost_line"}
+    stream = [line("a", "\na:7\n"), line("a", "a:8\n"), status("a", "idle")]
+    request = Request("a", "a", lines=9, first=None, inherited=True, busy=1, count=1)
+    assert fed(stream, request).failures == [], "the rest of a line"
     assert share().failures == [], "it may have printed all of it before the fork"
