@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 OnProgress = Callable[[Progress], None]
 MAX_FORK = 1000
 """Children of one fork at most."""
+SWEEP_DELAY = 0.3
+"""Seconds after a claim until what others left is looked for: what is started now needs the processor first."""
 AT_A_TIME = 4
 """Restores under way at the same time."""
 
@@ -90,6 +92,7 @@ class Lifecycle:
         self._server: OwnerServer | None = None
         self._starting = asyncio.Lock()
         self._sweeping: asyncio.Task[None] | None = None
+        self._closing = asyncio.Event()
 
     # Creating
 
@@ -118,6 +121,9 @@ class Lifecycle:
             sandbox.seat.channels.notice(f"\n[sandbox] {event.text[:1].upper()}{event.text[1:]}\n")
 
     async def _sweep_aside(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SWEEP_DELAY):
+                await self._closing.wait()
         try:
             await self.sweep()
             await asyncio.to_thread(self._collect)
@@ -550,6 +556,7 @@ class Lifecycle:
         """End what this process owns, by each sandbox's ``on_owner_exit``; then stop answering."""
         await self.templates.close()
         await self.pool.close()
+        self._closing.set()
         if self._sweeping is not None:
             await asyncio.wait({self._sweeping}, timeout=5.0)
         await self.idle.stop()
