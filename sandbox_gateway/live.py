@@ -499,13 +499,18 @@ class LiveSandbox:
                 await self._tell_policy()
             return
         self._ledger.check(State.RESUMING)
+        # Checksums are for later; until there are some, the files' identity tells that they are what was saved.
+        sealing, self._sealing = self._sealing, None
+        if sealing is not None:
+            sealing.cancel()
         try:
             saved = self._saved or self._as_served(await self._suspension.load(self.record))
-            await self._sealed()
             await self._suspension.fit(saved)
             await self._ledger.move(State.RESUMING)
             await self._restore(saved)
         except BaseException as error:
+            if sealing is not None and self._saved is not None:
+                self._sealing = asyncio.create_task(self._suspension.seal(self._saved.snapshot))
             if self.state is State.RESUMING:
                 self._ledger.why = str(error)
                 await self._ledger.insist(State.SUSPENDED)
@@ -529,16 +534,27 @@ class LiveSandbox:
         if sealing is not None:
             await sealing
 
-    async def save(self, kind: Kind, name: str = "", template_key: str | None = None) -> Snapshot:
-        """A snapshot of it as it is now; it goes on. Raises as :meth:`suspend`."""
-        snapshot = await self._shielded(self._save_as(kind, name, template_key))
+    async def save(
+        self,
+        kind: Kind,
+        name: str = "",
+        template_key: str | None = None,
+        saved: Callable[[Snapshot], object] | None = None,
+    ) -> Snapshot:
+        """A snapshot of it as it is now; it goes on. Raises as :meth:`suspend`.
+
+        ``saved`` is told of it a moment earlier: when it is made, and the sandbox does not go on yet.
+        """
+        snapshot = await self._shielded(self._save_as(kind, name, template_key, saved))
         if kind is not Kind.FORK:
             await self._suspension.seal(snapshot)
         if kind is Kind.SAVED:
             self._events.note(self.id, EventKind.SNAPSHOT, name, snapshot=snapshot.id)
         return snapshot
 
-    async def _save_as(self, kind: Kind, name: str, template_key: str | None) -> Snapshot:
+    async def _save_as(
+        self, kind: Kind, name: str, template_key: str | None, saved: Callable[[Snapshot], object] | None
+    ) -> Snapshot:
         if self.state not in {State.RUNNING, State.PAUSED}:
             raise SandboxGatewayError("illegal_transition", f"a sandbox that is {self.state} cannot be saved")
         self._suspension.check()
@@ -549,9 +565,12 @@ class LiveSandbox:
             if running:
                 await self._suspension.freeze(handle)
             received = self.seat.cursors.read() if attachment is None else attachment.link.received()
-            return await self._suspension.save(
+            snapshot = await self._suspension.save(
                 handle, self.record, self.launch, received, kind, name=name, template_key=template_key
             )
+            if saved is not None:
+                saved(snapshot)
+            return snapshot
         finally:
             if running:
                 await self._suspension.thaw(handle)
