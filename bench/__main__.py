@@ -10,6 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from bench.density import density
 from bench.kernels import BenchError, start
 from bench.measures import FULL, QUICK, bursts, idle, machine, starts, throughput
 from bench.report import table, write
@@ -17,6 +18,8 @@ from bench.sleeping import forks, naps, states
 from sandbox_gateway.background import background_loop
 
 MEASURES = (starts, bursts, throughput, naps, forks, states, idle)
+ON_REQUEST = (density,)
+"""Measures that are taken only where ``--only`` names them."""
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "bench"
 
 
@@ -25,7 +28,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer samples: a look, not a result to keep")
     parser.add_argument("--plain", default="python3", help="kernelspec of the reference (default: %(default)s)")
     parser.add_argument("--sandboxed", default="python3-gvisor", help="kernelspec measured (default: %(default)s)")
-    parser.add_argument("--only", action="append", choices=[measure.__name__ for measure in MEASURES])
+    parser.add_argument("--only", action="append", choices=[measure.__name__ for measure in (*MEASURES, *ON_REQUEST)])
     parser.add_argument("--check", action="store_true", help="exit status 1 when a target of the issue is missed")
     parser.add_argument(
         "--output", type=Path, help="folder for latest.json and latest.svg (default: docs/bench; none with --quick)"
@@ -86,8 +89,8 @@ def main() -> int:
             for name in names.values():  # fills the page cache
                 _say(f"warming up {name}")
                 start(name).stop()
-            for measure in MEASURES:
-                if not arguments.only or measure.__name__ in arguments.only:
+            for measure in (*MEASURES, *ON_REQUEST):
+                if measure.__name__ in (arguments.only or [default.__name__ for default in MEASURES]):
                     measures += measure(names, plan, _say)
         except BenchError as error:
             sys.stderr.write(f"bench: {error}\n")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from dataclasses import replace
 from typing import Any
 
+from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.events import EventLog
 from sandbox_gateway.model import Launch, SandboxRecord, State
 from sandbox_gateway.store import Store
+
+log = logging.getLogger(__name__)
 
 
 class Ledger:
@@ -27,14 +31,30 @@ class Ledger:
         self.record.moved(state, 0.0)
 
     async def move(self, state: State, **changes: Any) -> None:
-        """Become ``state``, if it is not that already."""
+        """Become ``state``, if it is not that already. What cannot be written down does not happen: raises
+        ``store_failed`` or ``disk_full``, and all is as before."""
         before = self.record
         if state is not before.state:
-            self.record = before.moved(state, time.time(), **changes)
-            await asyncio.to_thread(self._store.put, self.record)
-            if not before.blank:
-                self._events.moved(before, self.record, self.why)
-            self.why = ""
+            moved = before.moved(state, time.time(), **changes)
+            await asyncio.to_thread(self._store.put, moved)
+            self._moved(before, moved)
+
+    async def insist(self, state: State, **changes: Any) -> None:
+        """Become ``state`` also where that cannot be written down: it is so. The next change writes it."""
+        before = self.record
+        if state is not before.state:
+            moved = before.moved(state, time.time(), **changes)
+            try:
+                await asyncio.to_thread(self._store.put, moved)
+            except SandboxGatewayError as error:
+                log.error("sandbox %s is %s, which could not be written down: %s", moved.id, state, error.message)
+            self._moved(before, moved)
+
+    def _moved(self, before: SandboxRecord, moved: SandboxRecord) -> None:
+        self.record = moved
+        if not before.blank:
+            self._events.moved(before, moved, self.why)
+        self.why = ""
 
     async def save(self, **changes: Any) -> None:
         """Change anything but the state."""

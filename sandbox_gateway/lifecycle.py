@@ -389,12 +389,28 @@ class Lifecycle:
 
     async def fork(self, sandbox_id: str, count: int = 1) -> list[ForkOutcome]:
         """``count`` clones of a sandbox that this process owns; it goes on itself. See :meth:`spawn`."""
-        snapshot = await self.owned(sandbox_id).save(Kind.FORK)
+        births: list[asyncio.Task[list[ForkOutcome]]] = []
         try:
-            outcomes = await self.spawn(snapshot.id, count)
-            children = [outcome.id for outcome in outcomes if outcome.error is None]
-            self.events.note(sandbox_id, EventKind.FORKED, children=children)
-            return outcomes
+            # The children begin while their parent is woken.
+            await self.owned(sandbox_id).save(
+                Kind.FORK, saved=lambda snapshot: births.append(asyncio.create_task(self._births(snapshot, count)))
+            )
+            outcomes = await asyncio.shield(births[0])
+        except BaseException:
+            for birth in births:
+                birth.cancel()
+                await asyncio.wait({birth})
+                for outcome in () if birth.cancelled() or birth.exception() else birth.result():
+                    if outcome.id in self.live:
+                        await self.live[outcome.id].destroy(Death(DeathKind.STOPPED, "its parent could not be woken"))
+            raise
+        children = [outcome.id for outcome in outcomes if outcome.error is None]
+        self.events.note(sandbox_id, EventKind.FORKED, children=children)
+        return outcomes
+
+    async def _births(self, snapshot: Snapshot, count: int) -> list[ForkOutcome]:
+        try:
+            return await self.spawn(snapshot.id, count)
         finally:
             await asyncio.to_thread(self.snapshots.remove, snapshot.id)
 

@@ -393,12 +393,14 @@ class LiveSandbox:
             attachment.freeze()
         try:
             await self._suspension.freeze(self._made())
+            await self._keep_facts()
+            self._ledger.why = reason
+            await self._ledger.move(State.PAUSED)
         except BaseException:
+            with contextlib.suppress(SandboxGatewayError):
+                await self._suspension.thaw(self._made())
             self._go_on()
             raise
-        await self._keep_facts()
-        self._ledger.why = reason
-        await self._ledger.move(State.PAUSED)
 
     def _go_on(self) -> None:
         if self._attachment is not None:
@@ -421,7 +423,12 @@ class LiveSandbox:
         before, handle = self.state, self._made()
         self._ledger.why = ""
         self.seat.channels.sleep(self._wake)
-        await self._ledger.move(State.SUSPENDING)
+        try:
+            await self._ledger.move(State.SUSPENDING)
+        except BaseException:
+            if before is State.RUNNING:
+                self._go_on()
+            raise
         attachment, self._attachment = self._attachment, None
         remains = Remains(self.seat.cursors.read(), None)
         try:
@@ -433,15 +440,19 @@ class LiveSandbox:
             if before is State.RUNNING:
                 await self._suspension.freeze(handle)
             snapshot = await self._suspension.save(handle, self.record, self.launch, remains.received, Kind.SUSPENDED)
+            try:
+                await self._keep_facts()
+                self._ledger.why = reason
+                await self._ledger.move(State.SUSPENDED, snapshot=snapshot.id)
+            except BaseException:
+                await self._suspension.remove(snapshot.id)
+                raise
         except BaseException as error:
             log.warning("sandbox %s could not be suspended: %s", self.id, error)
             self._ledger.why = str(error)
             await self._stay(before, remains)
             raise
         self._saved = Saved(snapshot, remains)
-        await self._keep_facts()
-        self._ledger.why = reason
-        await self._ledger.move(State.SUSPENDED, snapshot=snapshot.id)
         # From here on the snapshot counts; what cannot be removed now is swept later.
         self._handle = None
         await self._removed_from_host(handle)
@@ -462,7 +473,7 @@ class LiveSandbox:
                 await self._suspension.thaw(self._made())
                 await self._attach(self.record.epoch, remains)
                 self.seat.channels.connect(self.link)
-            await self._ledger.move(before)
+            await self._ledger.insist(before)
         except SandboxGatewayError as error:
             self._died(Death(DeathKind.FAILED, f"it could not be suspended, and does not go on: {error.message}"))
 
@@ -482,27 +493,32 @@ class LiveSandbox:
             if self._attachment is None:
                 await self._attach(self.record.epoch, Remains(self.seat.cursors.read(), None))
             self._go_on()
-            await self._ledger.move(State.RUNNING)
+            await self._ledger.insist(State.RUNNING)
             if not self._policy_told:
                 # It was changed while the agent could not hear of it.
                 await self._tell_policy()
             return
         self._ledger.check(State.RESUMING)
+        # Checksums are for later; until there are some, the files' identity tells that they are what was saved.
+        sealing, self._sealing = self._sealing, None
+        if sealing is not None:
+            sealing.cancel()
         try:
             saved = self._saved or self._as_served(await self._suspension.load(self.record))
-            await self._sealed()
             await self._suspension.fit(saved)
             await self._ledger.move(State.RESUMING)
             await self._restore(saved)
         except BaseException as error:
+            if sealing is not None and self._saved is not None:
+                self._sealing = asyncio.create_task(self._suspension.seal(self._saved.snapshot))
             if self.state is State.RESUMING:
                 self._ledger.why = str(error)
-                await self._ledger.move(State.SUSPENDED)
+                await self._ledger.insist(State.SUSPENDED)
             self.seat.channels.asleep_again(error.message if isinstance(error, SandboxGatewayError) else str(error))
             raise
         self._saved = None
         self._begin()
-        await self._ledger.move(State.RUNNING, snapshot=None)
+        await self._ledger.insist(State.RUNNING, snapshot=None)
         self._suspension.done_with(saved, self._made())
 
     def _as_served(self, saved: Saved) -> Saved:
@@ -518,16 +534,27 @@ class LiveSandbox:
         if sealing is not None:
             await sealing
 
-    async def save(self, kind: Kind, name: str = "", template_key: str | None = None) -> Snapshot:
-        """A snapshot of it as it is now; it goes on. Raises as :meth:`suspend`."""
-        snapshot = await self._shielded(self._save_as(kind, name, template_key))
+    async def save(
+        self,
+        kind: Kind,
+        name: str = "",
+        template_key: str | None = None,
+        saved: Callable[[Snapshot], object] | None = None,
+    ) -> Snapshot:
+        """A snapshot of it as it is now; it goes on. Raises as :meth:`suspend`.
+
+        ``saved`` is told of it a moment earlier: when it is made, and the sandbox does not go on yet.
+        """
+        snapshot = await self._shielded(self._save_as(kind, name, template_key, saved))
         if kind is not Kind.FORK:
             await self._suspension.seal(snapshot)
         if kind is Kind.SAVED:
             self._events.note(self.id, EventKind.SNAPSHOT, name, snapshot=snapshot.id)
         return snapshot
 
-    async def _save_as(self, kind: Kind, name: str, template_key: str | None) -> Snapshot:
+    async def _save_as(
+        self, kind: Kind, name: str, template_key: str | None, saved: Callable[[Snapshot], object] | None
+    ) -> Snapshot:
         if self.state not in {State.RUNNING, State.PAUSED}:
             raise SandboxGatewayError("illegal_transition", f"a sandbox that is {self.state} cannot be saved")
         self._suspension.check()
@@ -538,9 +565,12 @@ class LiveSandbox:
             if running:
                 await self._suspension.freeze(handle)
             received = self.seat.cursors.read() if attachment is None else attachment.link.received()
-            return await self._suspension.save(
+            snapshot = await self._suspension.save(
                 handle, self.record, self.launch, received, kind, name=name, template_key=template_key
             )
+            if saved is not None:
+                saved(snapshot)
+            return snapshot
         finally:
             if running:
                 await self._suspension.thaw(handle)
@@ -720,7 +750,7 @@ class LiveSandbox:
                 await self._ledger.save(death=self.death)
             else:
                 with contextlib.suppress(SandboxGatewayError):
-                    await self._ledger.move(State.TERMINATING, death=self.death)
+                    await self._ledger.insist(State.TERMINATING, death=self.death)
             self.seat.channels.disconnect()
             self._progress.stop()
             attachment, self._attachment = self._attachment, None
@@ -733,7 +763,7 @@ class LiveSandbox:
                 if self.record.snapshot is not None:
                     await self._suspension.remove(self.record.snapshot)
                 with contextlib.suppress(SandboxGatewayError):
-                    await self._ledger.move(final, owner_pid=None, snapshot=None)
+                    await self._ledger.insist(final, owner_pid=None, snapshot=None)
             finally:
                 self.kernel.gone.set()
                 self.ended.set()

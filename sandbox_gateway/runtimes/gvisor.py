@@ -311,8 +311,9 @@ class GvisorRuntime:
         self._ending.add(handle.id)
         if (sandbox := ProcessRef.from_json(handle.data.get("sandbox"))) is not None:
             self._ended.add(sandbox)  # its id may be restored before everybody has noticed
-        known = False
-        if self.binary is not None and self._state_files(handle.id):
+        # All that was ever made of a finished one is in its group, or written down: no need to ask runsc.
+        known = "holder" in handle.data and bool(handle.data.get("grouped"))
+        if not known and self.binary is not None and self._state_files(handle.id):
             with contextlib.suppress(SandboxGatewayError):  # what it leaves is removed by hand below
                 await self._runsc_of(handle).call(handle.data.get("flags", ()), "delete", "--force", handle.id)
                 known = "holder" in handle.data
