@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ TIMEOUT = 60.0
 
 _OUTPUT = 1 << 20
 """Characters that are kept of what a call prints."""
+_STACK = re.compile(r"^goroutine \d+ \[", re.MULTILINE)
+_VALUES = re.compile(r"&?[\w.]*\{.*\}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +36,13 @@ class Outcome:
 
 
 def last_line(text: str) -> str:
-    """The last non-empty line, shortened."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][-500:] if lines else ""
+    """The last non-empty line, shortened; of a program in Go that panicked, the last one before its stack.
+
+    Values that Go prints of its own data are left out: they may be what is in a sandbox's memory.
+    """
+    said = _STACK.split(text, maxsplit=1)[0]
+    lines = [line.strip() for line in (said if said.strip() else text).splitlines() if line.strip()]
+    return _VALUES.sub("{...}", lines[-1])[-500:].rstrip(": ") if lines else ""
 
 
 def environment() -> dict[str, str]:
