@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -21,6 +22,10 @@ from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host.paths import Paths, discover
 from sandbox_gateway.host.setup import find_runsc
 from sandbox_gateway.runtimes.gvisor import GvisorRuntime
+
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any-machine")
 
 WATCHED = Watched()
 WATCHED.install()
