@@ -294,8 +294,12 @@ class LiveSandbox:
             channels.sleep(self._wake)
             await self._ledger.save(owner_pid=os.getpid())
             return
-        if self.state is State.SUSPENDING:
+        try:
+            # An owner that was killed in a pause, a suspend or a fork left it frozen, whatever is on record.
             await self._suspension.thaw(self._made())
+        except SandboxGatewayError as error:
+            if error.code != "unsupported":
+                raise
         await self._attach(self.record.epoch, Remains(self.seat.cursors.read(), None))
         told = await self.link.call("stats")
         if told.get("phase") == "none":
