@@ -65,8 +65,14 @@ class Unowned:
         swept = []
         for record in await asyncio.to_thread(self._store.list, LIVE):
             unowned = record.id not in self._mine and holder(self._paths.sandbox(record.id)) is None
-            if unowned and await self.death_of(record) is not None and await self.end(record.id):
-                swept.append(record.id)
+            if not unowned or await self.death_of(record) is None:
+                continue
+            try:
+                if await self.end(record.id):
+                    swept.append(record.id)
+            except SandboxGatewayError as error:
+                if error.code != "unknown_sandbox":  # it was removed since we looked
+                    raise
         await self._remove_strays()
         await asyncio.to_thread(sweep_sockets, self._paths.runtime / OWNERS)
         await asyncio.to_thread(self._trim_tombstones)

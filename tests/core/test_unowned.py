@@ -136,6 +136,15 @@ async def test_what_another_sweep_has_brought_back_to_its_snapshot_meanwhile_is_
     assert lifecycle.snapshots.get(snapshot.id).id == snapshot.id
 
 
+async def test_what_was_removed_meanwhile_does_not_end_a_sweep(
+    lifecycle: Lifecycle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stale = left(lifecycle, State.RESUMING, handle={})
+    lifecycle.store.delete(ID)
+    monkeypatch.setattr(lifecycle.store, "list", lambda *states: (stale,))
+    assert await lifecycle._unowned.sweep() == []
+
+
 async def test_what_is_brought_back_to_its_snapshot_keeps_its_directory(lifecycle: Lifecycle) -> None:
     snapshot = await saved(lifecycle)
     left(lifecycle, State.RESUMING, snapshot=snapshot.id, handle={})
