@@ -803,9 +803,11 @@ class Rig:
             self.world.note(f"{op} of a {before} kernel by {'the command' if cli else 'request'}", seconds)
         if op == "suspend" and before != "suspended":
             found = self.world.state(self.id)
-            if found != "suspended" and owner not in self.world.killed:
+            # A request that was under way may have woken it already.
+            woken = any(not request.seen for request in self.w.model.open())
+            if found != "suspended" and owner not in self.world.killed and not woken:
                 raise Broken(f"suspend returned, and the state is {found}")
-            if self.rng.random() < 0.1:
+            if not woken and self.rng.random() < 0.1:
                 self._asleep()
         if op == "resume" and before == "suspended":
             self._cycle()
