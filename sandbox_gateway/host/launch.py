@@ -5,7 +5,7 @@ seconds; and an embedding application must not be made a subreaper for our sake.
 runs ``runsc create``, reports, ignores SIGCHLD (which makes the kernel reap for it, sigaction(2)) and turns itself by
 ``exec`` into something tiny that ends soon after the sandbox: both settings survive an exec.
 
-It is run as ``python -I -S launch.py``, reads one JSON object on stdin and writes one on stdout::
+It is run as ``python -I -S launch.py``, reads one marshalled dictionary on stdin and writes a JSON object on stdout::
 
     {"argv": [...], "environment": {...}, "marker": "NAME=value", "pid_file": path|null, "stdin": fifo, "stdout": fifo,
      "stderr": fifo, "pipe_size": bytes, "join": [cgroup.procs...], "cores": [n...]|null, "user_namespace": bool,
@@ -14,23 +14,28 @@ It is run as ``python -I -S launch.py``, reads one JSON object on stdin and writ
 
 With a ``pid_file`` the command is waited for and the file names the process to hold; without one the command itself
 is that process (the fake runtime). The start time beside each pid is field 22 of ``/proc/<pid>/stat``.
+
+Every start and every restore of a sandbox waits for this program, so it imports next to nothing before the command
+runs: ``json``, ``signal``, ``typing`` and ``ctypes`` are two thirds of what it would take.
 """
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
-import json
+import marshal
 import os
-import select
-import signal
 import sys
-from typing import Any, NoReturn
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
 
 _CLONE_NEWNS = 0x00020000
 _CLONE_NEWUSER = 0x10000000
 _PR_SET_CHILD_SUBREAPER = 36
 _F_SETPIPE_SZ = 1031
+_DEFAULT_SIGNALS = (2, 13)
+"""SIGINT and SIGPIPE, which Python ignores or takes."""
 _WIDE = 300
 """A descriptor beyond those to which gVisor moves the standard streams (253 to 255)."""
 
@@ -40,6 +45,8 @@ def enter_user_namespace() -> None:
 
     What ``unshare -Ur -m`` does; raises OSError where the machine does not allow it. Needs a single thread.
     """
+    import ctypes
+
     uid, gid = os.geteuid(), os.getegid()
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNS) != 0:
@@ -51,7 +58,9 @@ def enter_user_namespace() -> None:
 
 
 def become_subreaper() -> None:
-    """Adopt the orphans among our descendants (prctl(2))."""
+    """Adopt the orphans among our descendants, those that are there already too (prctl(2))."""
+    import ctypes
+
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         number = ctypes.get_errno()
@@ -87,7 +96,6 @@ def _prepare(request: dict[str, Any]) -> None:
         os.sched_setaffinity(0, request["cores"])
     if request["user_namespace"]:
         enter_user_namespace()
-    become_subreaper()
 
 
 def _launch(request: dict[str, Any]) -> tuple[int, list[int]]:
@@ -107,8 +115,9 @@ def _launch(request: dict[str, Any]) -> tuple[int, list[int]]:
             *((os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(fds)),
             (os.POSIX_SPAWN_DUP2, wide, _WIDE),
         ],
-        setsigdef=[signal.SIGPIPE, signal.SIGINT],
+        setsigdef=_DEFAULT_SIGNALS,
     )
+    become_subreaper()  # beside the command, which leaves nobody behind before its end
     if request["pid_file"] is None:
         return pid, fds
     _, status = os.waitpid(pid, 0)
@@ -129,15 +138,18 @@ def _said(fd: int) -> str:
     return data.decode("utf-8", "replace").strip()[-2000:]
 
 
-def _report(answer: dict[str, Any]) -> None:
+def _report(answer: str) -> None:
     try:
-        os.write(1, json.dumps(answer).encode() + b"\n")
+        os.write(1, answer.encode() + b"\n")
     except OSError:
         pass  # the one who asked is gone; whoever sweeps finds us by our environment
 
 
 def _hold(request: dict[str, Any], process: list[int], fds: list[int]) -> NoReturn:
     """Stay as the reaper until the process is gone."""
+    import select
+    import signal
+
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     os.dup2(null, 0)
     os.dup2(null, 1)
@@ -173,15 +185,24 @@ def main() -> None:
         # ``launch.py command...``: run the command in a user namespace in our place.
         enter_user_namespace()
         os.execv(sys.argv[1], sys.argv[1:])
-    request = json.load(sys.stdin)
+    text = sys.stdin.buffer.read()
+    try:
+        request = marshal.loads(text)
+    except ValueError:
+        # An application that runs on after its package was renewed asks in JSON, as earlier versions did.
+        import json
+
+        request = json.loads(text)
     if os.fork():
         os._exit(0)
     try:
         pid, fds = _launch(request)
         process = _reference(pid)
-        _report({"holder": _reference(os.getpid()), "process": process})
+        _report(f'{{"holder": {_reference(os.getpid())}, "process": {process}}}')
     except (OSError, RuntimeError, ValueError) as error:
-        _report({"error": str(error)})
+        import json
+
+        _report(json.dumps({"error": str(error)}))
         os._exit(1)
     _hold(request, process, fds)
 

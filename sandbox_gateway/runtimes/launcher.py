@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import marshal
 import os
 import shutil
 import subprocess
@@ -23,6 +24,9 @@ PIPE_SIZE = 1 << 20
 """Bytes that each direction of the link can hold while nobody reads."""
 
 _WORDS = 1 << 20
+
+_MARSHAL = 2
+"""The format that every Python 3 reads."""
 
 _HOLDER_INTERVAL = 20
 """Seconds between the holder's looks whether its sandbox still lives; destroy() does not wait for them."""
@@ -98,7 +102,7 @@ async def launch(
     outcome = await runsc.run(
         launch_program(),
         env={**runsc.environment(), MARKER: str(directory)},
-        stdin=json.dumps(request).encode(),
+        stdin=marshal.dumps(request, _MARSHAL),
         timeout=timeout,
     )
     try:
