@@ -38,7 +38,8 @@ QUIESCE = 0.5
 class Callbacks:
     """Where things of an incarnation go. They run on the event loop and must not block."""
 
-    message: Callable[[int, Sequence[Buffer]], None]
+    message: Callable[[int, Sequence[Buffer], int], None]
+    """Takes a channel, the message's parts and its number."""
     gap: Callable[[int, int, int], None]
     event: Callable[[Mapping[str, Any]], None]
     ended: Callable[[Death], None]
@@ -164,10 +165,11 @@ class Attachment:
     # What comes in
 
     def _message(self, channel: int, parts: list[bytes | memoryview]) -> None:
+        number = self.link.number
         if self._held is None:
-            self._callbacks.message(channel, parts)
+            self._callbacks.message(channel, parts, number)
         else:
-            self._held.append(lambda: self._callbacks.message(channel, parts))
+            self._held.append(lambda: self._callbacks.message(channel, parts, number))
 
     def _gap(self, channel: int, count: int, size: int) -> None:
         if self._held is None:

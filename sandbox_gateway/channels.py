@@ -31,6 +31,10 @@ log = logging.getLogger(__name__)
 Deliver = Callable[[int, Sequence[Buffer]], None]
 """Takes a channel number and the message's parts; must not block."""
 
+Served = Callable[[], Mapping[int, int]]
+"""Tells for channels up to which number all clients of a subscriber have the kernel's messages; a channel that is not
+named holds nobody back."""
+
 GRACE: Final = 2.0
 """Seconds after the first listener in which others, who reconnect as it did, get what was kept as well."""
 _SETTLE_POLL = 0.005
@@ -46,11 +50,13 @@ class Subscription:
         deliver: Deliver,
         listening: Callable[[], bool],
         settled: Callable[[], bool],
+        served: Served | None,
         identity: bytes | None,
     ) -> None:
         self.deliver = deliver
         self.listening = listening
         self.settled = settled
+        self.served = served
         self.identity = identity
         self._channels = channels
         self._closed = False
@@ -87,6 +93,10 @@ class KernelChannels:
         self._parent: Buffer = messages.EMPTY
         self._missing_file_hint = missing_file_hint
         self._logged = 0
+        self.number = 0
+        """The number on the link of the message that is being delivered; 0 for one of the host's own."""
+        self.on_served: Callable[[], object] = _true
+        """Called when clients of a subscriber with ``served`` have got further."""
 
     # The way in
 
@@ -149,6 +159,7 @@ class KernelChannels:
         *,
         listening: bool | Callable[[], bool] = True,
         settled: Callable[[], bool] | None = None,
+        served: Served | None = None,
         identity: bytes | None = None,
     ) -> Subscription:
         """Give every message to ``deliver``.
@@ -156,11 +167,12 @@ class KernelChannels:
         ``listening``: whether somebody reads what is delivered. With True, output that was retained is delivered
         before this returns; a subscriber that stands for others gives a function, and calls
         :meth:`Subscription.listen` for each that comes. ``settled`` says whether all that was delivered has left this
-        process. With ``identity``, messages that are addressed to exactly that (the first part of what it passes to
+        process; ``served`` says the same by numbers, for subscribers whose clients may be behind for long. With
+        ``identity``, messages that are addressed to exactly that (the first part of what it passes to
         :meth:`request`) go to this subscriber alone, and such to others do not come here.
         """
         answers: Callable[[], bool] = listening if callable(listening) else lambda: listening is True
-        made = Subscription(self, deliver, answers, settled or _true, identity)
+        made = Subscription(self, deliver, answers, settled or _true, served, identity)
         self._subscriptions += (made,)
         if identity is not None:
             self._by_identity[identity] = made
@@ -196,8 +208,28 @@ class KernelChannels:
             await asyncio.sleep(_SETTLE_POLL)
         return True
 
-    def received(self, channel: int, parts: Sequence[Buffer]) -> None:
-        """Take a message from the kernel."""
+    def served(self, received: Mapping[int, int]) -> Mapping[int, int] | None:
+        """Up to which numbers of each channel, of those ``received``, all clients have what came; None: not known now."""
+        numbers = dict(received)
+        if self.retained:
+            return None
+        for known in self._subscriptions:
+            if known.served is not None:
+                for channel, number in known.served().items():
+                    numbers[channel] = min(number, numbers.get(channel, number))
+            elif not known.settled():
+                return None
+        return numbers
+
+    def received(self, channel: int, parts: Sequence[Buffer], number: int = 0) -> None:
+        """Take a message from the kernel, with its number on the link."""
+        self.number = number
+        try:
+            self._received(channel, parts)
+        finally:
+            self.number = 0
+
+    def _received(self, channel: int, parts: Sequence[Buffer]) -> None:
         if self._former is not None:
             parts = self._former.renew(parts)
             if self._former.over:

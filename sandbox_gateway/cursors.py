@@ -59,14 +59,18 @@ class CursorFile:
 class Progress:
     """Writes the file while messages come: soon after each of them, once all clients have them.
 
-    ``settled`` says whether they do; ``received`` gives the numbers, None while there is no link.
+    ``received`` gives the numbers of what came, None while there is no link; ``served`` says up to which of them all
+    clients have it, None while that is not known.
     """
 
     def __init__(
-        self, file: CursorFile, settled: Callable[[], bool], received: Callable[[], Mapping[int, int] | None]
+        self,
+        file: CursorFile,
+        served: Callable[[Mapping[int, int]], Mapping[int, int] | None],
+        received: Callable[[], Mapping[int, int] | None],
     ) -> None:
         self._file = file
-        self._settled = settled
+        self._served = served
         self._received = received
         self._timer: asyncio.TimerHandle | None = None
 
@@ -80,10 +84,11 @@ class Progress:
         received = self._received()
         if received is None:
             return
-        if self._settled():
-            self._file.write(received)
-        else:
+        served = self._served(received)
+        if served is None:
             self.moved()
+        else:
+            self._file.write(served)
 
     def stop(self) -> None:
         """Write what can be said now, and look no more."""
@@ -91,5 +96,6 @@ class Progress:
         if timer is not None:
             timer.cancel()
             received = self._received()
-            if received is not None and self._settled():
-                self._file.write(received)
+            served = self._served(received) if received is not None else None
+            if served is not None:
+                self._file.write(served)

@@ -68,8 +68,15 @@ class Lifecycle:
         *,
         runtimes: Callable[[str, Paths], Runtime] = make_runtime,
         images: ImageService | None = None,
+        attend: Callable[[str, Seat], None] | None = None,
+        socket: Path | None = None,
     ) -> None:
+        """``attend`` is called for each kernel that this process adopts or clones, with its id, before anything of it
+        is delivered; without it the ZMQ endpoints are opened. ``socket`` is where this owner answers, for a process
+        that has several."""
         self.paths = paths.ensure()
+        self._attend = attend
+        self._socket = socket
         self.store = Store(paths.database)
         self.snapshots = SnapshotStore(paths)
         self.images = images or ImageService(paths)
@@ -104,7 +111,7 @@ class Lifecycle:
         """
         requests.checked_id(sandbox_id)
         await self._serve()
-        lock = OwnerLock(self.paths.sandbox(sandbox_id))
+        lock = OwnerLock(self.paths.sandbox(sandbox_id), self._socket)
         lock.acquire()
         if self._sweeping is None or self._sweeping.done():
             self._sweeping = asyncio.create_task(self._sweep_aside())
@@ -139,7 +146,7 @@ class Lifecycle:
         runtime, report = await self.runtime(wanted.profile.runtime)
         await self._clear(wanted.id)
         start = await self.templates.find(wanted, launch, runtime, report)
-        record = replace(self._record(launch, wanted.profile), name=wanted.name, notes=notes)
+        record = replace(self._record(launch, wanted.profile), name=wanted.name, notes=notes, owner=wanted.owner)
         if start.saved is not None and start.plan is not None:
             warm = replace(record, parent=f"template:{start.plan.key.short}", epoch=start.saved.epoch)
             sandbox = await self._from_pool(start.plan, start.saved, warm, launch, seat)
@@ -357,7 +364,10 @@ class Lifecycle:
         self._seats[record.id] = seat
         try:
             # Before the agent sends what the clients have not: replies wait here for those who come back.
-            seat.bridge()
+            if self._attend is None:
+                seat.bridge()
+            else:
+                self._attend(sandbox_id, seat)
             await sandbox.adopt()
             self.events.note(sandbox_id, EventKind.ADOPTED)
         except BaseException as error:
@@ -387,13 +397,14 @@ class Lifecycle:
         """The place of an adopted sandbox, for a caller who keeps it beyond the sandbox's end, and releases it."""
         return self._seats.pop(sandbox_id)
 
-    async def fork(self, sandbox_id: str, count: int = 1) -> list[ForkOutcome]:
+    async def fork(self, sandbox_id: str, count: int = 1, owner: str = "") -> list[ForkOutcome]:
         """``count`` clones of a sandbox that this process owns; it goes on itself. See :meth:`spawn`."""
         births: list[asyncio.Task[list[ForkOutcome]]] = []
         try:
             # The children begin while their parent is woken.
             await self.owned(sandbox_id).save(
-                Kind.FORK, saved=lambda snapshot: births.append(asyncio.create_task(self._births(snapshot, count)))
+                Kind.FORK,
+                saved=lambda snapshot: births.append(asyncio.create_task(self._births(snapshot, count, owner))),
             )
             outcomes = await asyncio.shield(births[0])
         except BaseException:
@@ -408,13 +419,13 @@ class Lifecycle:
         self.events.note(sandbox_id, EventKind.FORKED, children=children)
         return outcomes
 
-    async def _births(self, snapshot: Snapshot, count: int) -> list[ForkOutcome]:
+    async def _births(self, snapshot: Snapshot, count: int, owner: str) -> list[ForkOutcome]:
         try:
-            return await self.spawn(snapshot.id, count)
+            return await self.spawn(snapshot.id, count, owner)
         finally:
             await asyncio.to_thread(self.snapshots.remove, snapshot.id)
 
-    async def spawn(self, snapshot_id: str, count: int = 1) -> list[ForkOutcome]:
+    async def spawn(self, snapshot_id: str, count: int = 1, owner: str = "") -> list[ForkOutcome]:
         """``count`` new sandboxes from a snapshot, owned by this process, each with an identity of its own.
 
         A child that fails leaves nothing and its reason in its outcome. Raises only what stands in the way of all.
@@ -426,12 +437,12 @@ class Lifecycle:
         lease = await asyncio.to_thread(self.snapshots.hold, snapshot)
         try:
             await Suspension(runtime, report, self.snapshots).fit(Saved(snapshot))
-            return await self._clones(snapshot, count, runtime, report)
+            return await self._clones(snapshot, count, owner, runtime, report)
         finally:
             lease.release()
 
     async def _clones(
-        self, snapshot: Snapshot, count: int, runtime: Runtime, report: RuntimeReport
+        self, snapshot: Snapshot, count: int, owner: str, runtime: Runtime, report: RuntimeReport
     ) -> list[ForkOutcome]:
         room = asyncio.Semaphore(AT_A_TIME)
 
@@ -439,14 +450,16 @@ class Lifecycle:
             async with room:
                 child = str(uuid.uuid4())
                 try:
-                    await self._clone(snapshot, child, runtime, report)
+                    await self._clone(snapshot, child, owner, runtime, report)
                 except SandboxGatewayError as error:
                     return ForkOutcome(child, error)
                 return ForkOutcome(child)
 
         return list(await asyncio.gather(*(one() for _ in range(count))))
 
-    async def _clone(self, snapshot: Snapshot, child: str, runtime: Runtime, report: RuntimeReport) -> LiveSandbox:
+    async def _clone(
+        self, snapshot: Snapshot, child: str, owner: str, runtime: Runtime, report: RuntimeReport
+    ) -> LiveSandbox:
         manifest = snapshot.manifest
         parent = manifest.saved_launch()
         launch = requests.clone(parent, child, secrets.token_hex(32).encode())
@@ -467,14 +480,18 @@ class Lifecycle:
             owner_pid=os.getpid(),
             parent=f"sandbox:{manifest.sandbox}" if manifest.kind is Kind.FORK else f"snapshot:{snapshot.id}",
             epoch=manifest.epoch,
+            owner=owner,
         )
         self._seats[child] = seat
         try:
+            if self._attend is not None:
+                self._attend(child, seat)
             sandbox = await self._new(record, launch, seat, runtime, report)
             seat.channels.retain()
             seat.channels.renew(parent.key)
             await self._made(sandbox, sandbox.restore(Saved(snapshot), identity.fresh(launch)))
-            seat.bridge()
+            if self._attend is None:
+                seat.bridge()
         except BaseException:
             self._seats.pop(child, None)
             seat.release()
@@ -522,7 +539,7 @@ class Lifecycle:
     async def _serve(self) -> None:
         async with self._starting:
             if self._server is None:
-                server = OwnerServer(self.paths, self._answer)
+                server = OwnerServer(self.paths, self._answer, socket_path=self._socket)
                 await server.start()
                 self._server = server
 

@@ -90,7 +90,8 @@ class LiveSandbox:
         self._making: asyncio.Task[Any] | None = None
         self._waking: asyncio.Task[None] | None = None
         self._policy_told = False
-        self._progress = Progress(seat.cursors, lambda: seat.channels.settled, self._numbers)
+        self._progress = Progress(seat.cursors, seat.channels.served, self._numbers)
+        seat.channels.on_served = self._progress.moved
         self._saved: Saved | None = None
         self._sealing: asyncio.Task[None] | None = None
         self._order = InOrder()
@@ -738,8 +739,10 @@ class LiveSandbox:
         received = self._numbers()
         if attachment is not None:
             received = (await attachment.close(silence=self.state is State.RUNNING)).received
-        if received is not None and await self.seat.channels.settle(SETTLE):
-            self.seat.cursors.write(received)
+        if received is not None:
+            await self.seat.channels.settle(SETTLE)
+            if (served := self.seat.channels.served(received)) is not None:
+                self.seat.cursors.write(served)
         await self._ledger.save(owner_pid=None)
         self.kernel.gone.set()
 
@@ -795,8 +798,8 @@ class LiveSandbox:
 
     # What comes from inside
 
-    def _message(self, channel: int, parts: Sequence[Buffer]) -> None:
-        self.seat.channels.received(channel, parts)
+    def _message(self, channel: int, parts: Sequence[Buffer], number: int) -> None:
+        self.seat.channels.received(channel, parts, number)
         self._progress.moved()
 
     def _numbers(self) -> Mapping[int, int] | None:

@@ -303,6 +303,8 @@ class SandboxRecord:
     """The snapshot that a suspended sandbox is saved in."""
     parent: str | None = None
     """What it was made from: ``sandbox:<id>``, ``snapshot:<id>`` or ``template:<key>``; None for a cold start."""
+    owner: str = ""
+    """The user of a gateway that it belongs to; empty for one that an application on this machine made."""
 
     @property
     def blank(self) -> bool:

@@ -38,6 +38,8 @@ class CreateRequest:
     """A label for people."""
     private: tuple[Path, ...] = ()
     """Directories of the application's that never show inside (its servers' tokens and other kernels' keys)."""
+    owner: str = ""
+    """The user of a gateway that it is for."""
 
 
 @dataclass(frozen=True, slots=True)

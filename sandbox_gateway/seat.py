@@ -5,6 +5,7 @@ It outlives the sandboxes that come and go under the kernel's id.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from sandbox_gateway.channels import KernelChannels
@@ -22,6 +23,11 @@ class Seat:
         self.channels = KernelChannels(key, missing_file_hint=missing_file_hint)
         self.cursors = CursorFile(lock.directory)
         self._bridge: ZmqBridge | None = None
+        self._closers: list[Callable[[bool], object]] = []
+
+    def on_release(self, closer: Callable[[bool], object]) -> None:
+        """Call ``closer`` when the seat is given up; it is told whether its files have to go."""
+        self._closers.append(closer)
 
     @property
     def directory(self) -> Path:
@@ -51,6 +57,9 @@ class Seat:
         bridge, self._bridge = self._bridge, None
         if bridge is not None:
             bridge.close()
+        closers, self._closers = self._closers, []
+        for closer in closers:
+            closer(remove and self.lock.held)
         # Of one that was given up before nothing is ours to remove: another process may own it by now.
         self.cursors.close(remove=remove and self.lock.held)
         self.lock.release(remove=remove)

@@ -77,12 +77,17 @@ MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
         "CREATE TABLE activity (id TEXT PRIMARY KEY, last REAL NOT NULL, expiry_announced REAL, end_announced REAL)"
         " STRICT, WITHOUT ROWID",
     ),
+    (
+        "ALTER TABLE sandboxes ADD COLUMN owner TEXT NOT NULL DEFAULT ''",
+        "CREATE TABLE snapshot_owners (id TEXT PRIMARY KEY, owner TEXT NOT NULL, published INTEGER NOT NULL)"
+        " STRICT, WITHOUT ROWID",
+    ),
 )
 """Statements that lead from version ``n`` (the index) to ``n + 1``. Append only: old ones are in users' files."""
 
 _COLUMNS = (
     "id", "state", "profile", "runtime", "created", "changed", "boot_id", "step", "handle", "layers",
-    "on_owner_exit", "grace", "owner_pid", "death", "notes", "name", "epoch", "snapshot", "parent",
+    "on_owner_exit", "grace", "owner_pid", "death", "notes", "name", "epoch", "snapshot", "parent", "owner",
 )  # fmt: skip
 _SELECT = f"SELECT {', '.join(_COLUMNS)} FROM sandboxes"
 _UPSERT = f"INSERT OR REPLACE INTO sandboxes ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"
@@ -264,6 +269,23 @@ class Store:
             ).fetchone()
         return None if row is None else Activity(*row)
 
+    def put_snapshot_owner(self, snapshot_id: str, owner: str, *, published: bool = False) -> None:
+        """Write which user of a gateway a saved snapshot belongs to, and whether everybody may start from it."""
+        with self._transaction() as connection:
+            row = (snapshot_id, owner, int(published))
+            connection.execute("INSERT OR REPLACE INTO snapshot_owners VALUES (?, ?, ?)", row)
+
+    def snapshot_owners(self) -> dict[str, tuple[str, bool]]:
+        """The owner of each snapshot that has one, and whether it is published."""
+        with self._open_connection() as connection:
+            rows = connection.execute("SELECT id, owner, published FROM snapshot_owners").fetchall()
+        return {snapshot_id: (owner, bool(published)) for snapshot_id, owner, published in rows}
+
+    def forget_snapshot_owner(self, snapshot_id: str) -> None:
+        """The snapshot is gone."""
+        with self._transaction() as connection:
+            connection.execute("DELETE FROM snapshot_owners WHERE id = ?", (snapshot_id,))
+
     def referenced_layers(self) -> frozenset[str]:
         """Digests of layers that garbage collection must keep: those of all but terminated and expired sandboxes."""
         return frozenset(
@@ -424,6 +446,7 @@ def _to_row(record: SandboxRecord) -> tuple[Any, ...]:
         record.epoch,
         record.snapshot,
         record.parent,
+        record.owner,
     )
 
 

@@ -102,6 +102,8 @@ class Link:
         self._recovery: asyncio.Task[None] | None = None
         self._ever_attached = False
         self._failures = 0
+        self.number = 0
+        """The number of the message that ``on_message`` is being called with."""
         self.closed = False
         """Whether the link is gone: closed by this side, or lost for good."""
 
@@ -316,6 +318,7 @@ class Link:
                     if event.channel == _AGENT:
                         self._agent_message(event.parts)
                     else:
+                        self.number = event.seq
                         self._on_message(event.channel, event.parts)
                 else:
                     self._other(event)
