@@ -68,6 +68,10 @@ ERRORS: Mapping[str, ErrorRow] = MappingProxyType(
         "identity_failed": ErrorRow(500, "A clone could not be given its identity", "Try again; see the logs."),
         "template_failed": ErrorRow(500, "Template could not be built", "`jupyter sandbox template build` says why."),
         "expired": ErrorRow(410, "Expired", "Its idle time was over; `jupyter sandbox ps --all` shows when."),
+        "unauthenticated": ErrorRow(401, "Not authenticated", "Send a token: `Authorization: Bearer <token>`."),
+        "forbidden": ErrorRow(403, "Not allowed", "Ask an administrator of this gateway."),
+        "over_quota": ErrorRow(403, "Over quota", "Suspend or delete some of your sandboxes, or ask for more."),
+        "rate_limited": ErrorRow(429, "Too many at once", "Wait a minute and try again."),
         "timeout": ErrorRow(504, "Timed out", "The machine may be busy: try again."),
     }
 )
