@@ -209,7 +209,7 @@ class KernelChannels:
         return True
 
     def served(self, received: Mapping[int, int]) -> Mapping[int, int] | None:
-        """Up to which numbers of each channel, of those ``received``, all clients have what came; None: not known now."""
+        """Up to which number of each channel, of those ``received``, all clients have it all; None: not known now."""
         numbers = dict(received)
         if self.retained:
             return None
