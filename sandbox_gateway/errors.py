@@ -72,6 +72,11 @@ ERRORS: Mapping[str, ErrorRow] = MappingProxyType(
         "forbidden": ErrorRow(403, "Not allowed", "Ask an administrator of this gateway."),
         "over_quota": ErrorRow(403, "Over quota", "Suspend or delete some of your sandboxes, or ask for more."),
         "rate_limited": ErrorRow(429, "Too many at once", "Wait a minute and try again."),
+        "not_found": ErrorRow(404, "No such address", "The description of the API is at /api/sandboxes/openapi.yaml."),
+        "unknown_operation": ErrorRow(404, "Unknown operation", "Operations are kept for 10 minutes after their end."),
+        "method_not_allowed": ErrorRow(405, "Method not allowed here", "The answer's Allow header names what is."),
+        "too_large": ErrorRow(413, "Request too large", "Send less."),
+        "media_type": ErrorRow(415, "Not JSON", "Send JSON, with `Content-Type: application/json`."),
         "timeout": ErrorRow(504, "Timed out", "The machine may be busy: try again."),
     }
 )
@@ -110,6 +115,19 @@ class SandboxGatewayError(Exception):
         known = code if isinstance(code, str) and code in ERRORS else "internal"
         hint = data.get("hint")
         return cls(known, str(data.get("message", "unknown error")), hint if isinstance(hint, str) else None)
+
+
+class InvalidField(SandboxGatewayError):
+    """``invalid_request`` for one named value."""
+
+    def __init__(self, field: str, message: str, hint: str | None = None) -> None:
+        """``field`` is dotted, as in ``resources.memory``."""
+        super().__init__("invalid_request", f"{field}: {message}" if field else message, hint)
+        self.field = field
+
+    def as_dict(self) -> dict[str, Any]:
+        """The error as JSON, with ``field``."""
+        return {**super().as_dict(), "field": self.field}
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)

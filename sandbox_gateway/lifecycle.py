@@ -27,7 +27,7 @@ from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.idle import Abilities, IdleDriver, Policies, World
 from sandbox_gateway.images.service import ImageService, Progress
 from sandbox_gateway.live import LiveSandbox
-from sandbox_gateway.model import LIVE, Death, DeathKind, Image, Launch, Limits, OnOwnerExit, SandboxRecord, State
+from sandbox_gateway.model import LIVE, Death, DeathKind, Idle, Image, Launch, Limits, OnOwnerExit, SandboxRecord, State
 from sandbox_gateway.owner import NoOwner, OwnerLock, OwnerServer, ask, holder
 from sandbox_gateway.profiles import Profile, load_profiles
 from sandbox_gateway.registry import make_runtime
@@ -173,7 +173,9 @@ class Lifecycle:
         Raises ``_Ended`` when it was ended meanwhile.
         """
         member = self.pool.take(plan, saved, launch)
-        self.pool.order(plan, saved, launch)
+        if not plan.profile.chosen:
+            # What one caller chose for himself is nothing to keep ready for the next.
+            self.pool.order(plan, saved, launch)
         if member is None:
             return None
         try:
@@ -256,6 +258,7 @@ class Lifecycle:
             on_owner_exit=profile.on_owner_exit,
             grace=profile.grace,
             owner_pid=os.getpid(),
+            idle=profile.idle if "idle" in profile.chosen else None,
         )
 
     def _template_built(self, made: TemplateRecord) -> None:
@@ -481,6 +484,7 @@ class Lifecycle:
             parent=f"sandbox:{manifest.sandbox}" if manifest.kind is Kind.FORK else f"snapshot:{snapshot.id}",
             epoch=manifest.epoch,
             owner=owner,
+            idle=await asyncio.to_thread(self._chosen_idle, manifest.sandbox),
         )
         self._seats[child] = seat
         try:
@@ -497,6 +501,13 @@ class Lifecycle:
             seat.release()
             raise
         return sandbox
+
+    def _chosen_idle(self, parent: str) -> Idle | None:
+        """The idle times that were chosen for the sandbox that a snapshot is of, while it is known."""
+        try:
+            return self.store.get(parent).idle
+        except SandboxGatewayError:
+            return None
 
     def _profile(self, name: str) -> Profile | None:
         try:

@@ -80,6 +80,21 @@ class WorkspaceMode(enum.StrEnum):
     RW = "rw"
 
 
+DEFAULT_IDLE_CPU = 0.02
+"""Cores. An idle ipykernel in gVisor uses about a tenth of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """Seconds without activity until each tier; None means never (DESIGN 4.11)."""
+
+    pause: float | None = None
+    suspend: float | None = None
+    expire: float | None = None
+    cpu: float = DEFAULT_IDLE_CPU
+    """Processor use, in cores, from which on a kernel without a running request is not idle."""
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What a sandbox may use. ``None`` means no limit of ours."""
@@ -305,6 +320,8 @@ class SandboxRecord:
     """What it was made from: ``sandbox:<id>``, ``snapshot:<id>`` or ``template:<key>``; None for a cold start."""
     owner: str = ""
     """The user of a gateway that it belongs to; empty for one that an application on this machine made."""
+    idle: Idle | None = None
+    """The idle times that its caller chose; None: its profile's, as they are at any time."""
 
     @property
     def blank(self) -> bool:

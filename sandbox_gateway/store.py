@@ -18,13 +18,13 @@ import stat
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.events import Event, EventKind
-from sandbox_gateway.model import Activity, Death, Launch, OnOwnerExit, SandboxRecord, State
+from sandbox_gateway.model import Activity, Death, Idle, Launch, OnOwnerExit, SandboxRecord, State
 
 BUSY_TIMEOUT: Final = 10.0
 """Seconds to wait for another process's transaction before ``store_failed``."""
@@ -82,12 +82,13 @@ MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
         "CREATE TABLE snapshot_owners (id TEXT PRIMARY KEY, owner TEXT NOT NULL, published INTEGER NOT NULL)"
         " STRICT, WITHOUT ROWID",
     ),
+    ("ALTER TABLE sandboxes ADD COLUMN idle TEXT",),
 )
 """Statements that lead from version ``n`` (the index) to ``n + 1``. Append only: old ones are in users' files."""
 
 _COLUMNS = (
     "id", "state", "profile", "runtime", "created", "changed", "boot_id", "step", "handle", "layers",
-    "on_owner_exit", "grace", "owner_pid", "death", "notes", "name", "epoch", "snapshot", "parent", "owner",
+    "on_owner_exit", "grace", "owner_pid", "death", "notes", "name", "epoch", "snapshot", "parent", "owner", "idle",
 )  # fmt: skip
 _SELECT = f"SELECT {', '.join(_COLUMNS)} FROM sandboxes"
 _UPSERT = f"INSERT OR REPLACE INTO sandboxes ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"
@@ -447,6 +448,7 @@ def _to_row(record: SandboxRecord) -> tuple[Any, ...]:
         record.snapshot,
         record.parent,
         record.owner,
+        None if record.idle is None else json.dumps(asdict(record.idle)),
     )
 
 
@@ -462,6 +464,7 @@ def _from_row(row: Sequence[Any]) -> SandboxRecord:
                 "on_owner_exit": OnOwnerExit(data["on_owner_exit"]),
                 "death": None if data["death"] is None else Death.from_dict(json.loads(data["death"])),
                 "notes": tuple(json.loads(data["notes"])),
+                "idle": None if data["idle"] is None else Idle(**json.loads(data["idle"])),
             }
         )
     except (ValueError, TypeError, KeyError) as error:

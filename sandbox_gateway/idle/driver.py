@@ -75,7 +75,7 @@ class IdleDriver:
         """
         world = self._world
         for record in await asyncio.to_thread(world.store.list, frozenset({State.SUSPENDED})):
-            policy = await asyncio.to_thread(world.policy, record.profile)
+            policy = await asyncio.to_thread(world.policy, record)
             if record.id in world.live or not policy.in_force:
                 continue
             activity = await asyncio.to_thread(world.store.activity, record.id) or Activity(record.changed)

@@ -1,11 +1,13 @@
-"""The policies of profiles as the profile file has them now: a change holds for the sandboxes that exist, too."""
+"""The policies of sandboxes as the profile file has them now: a change holds for the sandboxes that exist, too."""
 
 from __future__ import annotations
 
 import logging
 import threading
+from dataclasses import replace
 
 from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.model import SandboxRecord
 from sandbox_gateway.policy import Policy
 from sandbox_gateway.profiles import Profiles, load_profiles
 from sandbox_gateway.profiles.loading import Places
@@ -22,10 +24,18 @@ class Policies:
         self._stamp: object = None
         self._profiles: Profiles | None = None
 
-    def of(self, profile: str) -> Policy:
-        """The policy of a profile; that of one which is not there any more is to leave its sandboxes alone."""
+    def of(self, record: SandboxRecord) -> Policy:
+        """The policy of a sandbox: its profile's, with the idle times that were chosen for it.
+
+        A profile that is not there any more leaves its sandboxes alone.
+        """
         profiles = self._loaded()
-        return Policy.of(profiles[profile]) if profiles is not None and profile in profiles else Policy()
+        known = profiles is not None and record.profile in profiles
+        policy = Policy.of(profiles[record.profile]) if profiles is not None and known else Policy()
+        idle = record.idle
+        if idle is None:
+            return policy
+        return replace(policy, pause=idle.pause, suspend=idle.suspend, expire=idle.expire, cpu=idle.cpu)
 
     def reserve(self) -> int | None:
         """Bytes of the machine's memory that should stay free; None when nobody asked for that."""

@@ -55,7 +55,7 @@ class Watch:
         """Go on until the sandbox has ended or is somebody else's."""
         while (sandbox := self._world.live.get(self._id)) is not None and sandbox.record.state not in _ENDED:
             self.poked.clear()
-            self._policy = await asyncio.to_thread(self._world.policy, sandbox.record.profile)
+            self._policy = await asyncio.to_thread(self._world.policy, sandbox.record)
             facts = await self._look(sandbox, reading=self._policy.interval < math.inf)
             if not self._policy.in_force:
                 await self._world.wait(self.poked, None)

@@ -102,8 +102,8 @@ class World:
     """The sandboxes that this process owns."""
     store: ActivityStore
     events: EventLog
-    policy: Callable[[str], Policy]
-    """The policy of a profile by its name; may read a file."""
+    policy: Callable[[SandboxRecord], Policy]
+    """The policy of a sandbox; may read a file."""
     abilities: Callable[[str], Abilities]
     """What the runtime of this name can do."""
     reserve: Callable[[], int | None] = lambda: None

@@ -9,6 +9,7 @@ Paths are checked for form here; whether they exist is found out when a sandbox 
 
 from __future__ import annotations
 
+from sandbox_gateway.model import Idle
 from sandbox_gateway.profiles.file import Problem, ProfileError
 from sandbox_gateway.profiles.loading import Profiles, load_profiles
 from sandbox_gateway.profiles.profile import (
@@ -16,7 +17,7 @@ from sandbox_gateway.profiles.profile import (
     DEFAULT_PROFILE,
     HOME,
     WORKSPACE,
-    Idle,
+    Choices,
     Pool,
     Profile,
     Settings,
@@ -28,6 +29,7 @@ __all__ = [
     "DEFAULT_PROFILE",
     "HOME",
     "WORKSPACE",
+    "Choices",
     "Idle",
     "Pool",
     "Problem",

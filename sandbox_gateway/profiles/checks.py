@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
@@ -25,6 +26,8 @@ _SYSTEM = frozenset(
 )
 """These cannot be a destination themselves; a folder in them can."""
 
+_LESS = "{!r} is less than what the profile itself has; give as much or more, or lower the profile's own"
+
 _Report = Callable[..., None]
 
 
@@ -46,6 +49,7 @@ def semantic_problems(
     _check_variables(table, report)
     _check_times(table, base, report)
     _check_starts(table, base, report)
+    _check_choices(table, base, memory, report)
     workspace = WorkspaceMode(table.get("workspace", base.workspace))
     taken: set[str] = set()
     for index, item in enumerate(table.get("mounts", ())):
@@ -123,6 +127,35 @@ def _check_starts(table: Mapping[str, Any], base: Profile, report: _Report) -> N
     for key in ("created", "ready"):
         if pool.get(key):
             report(("pool", key), "needs a template, which this profile's kernels do not start from; leave it out")
+
+
+def _check_choices(table: Mapping[str, Any], base: Profile, memory: int, report: _Report) -> None:
+    choices: Mapping[str, Any] = table.get("choices", {})
+    for key in ("cpu", "memory", "disk", "processes"):
+        if key in choices:
+            own = _bound(table[key], memory) if key in table else _bound(getattr(base.limits, key) or "none", memory)
+            if _bound(choices[key], memory) < own:
+                report(("choices", key), _LESS.format(choices[key]), choices[key])
+    for index, image in enumerate(choices.get("image", ())):
+        _, _, path = image.partition(":")
+        if path and (fault := _path_fault(path)):
+            report(("choices", "image", index), f"{image!r} {fault}; give a normal absolute path", image)
+    bounds = choices.get("idle", {})
+    for tier, value in bounds.items() if isinstance(bounds, Mapping) else ():
+        own_time = duration(table["idle"][tier]) if tier in table.get("idle", {}) else getattr(base.idle, tier)
+        most = duration(value)
+        if most == 0:
+            text = f'{value!r} is no time; give a duration such as "10m", or "never"'
+            report(("choices", "idle", tier), text, value)
+        elif most is not None and (own_time is None or most < own_time):
+            report(("choices", "idle", tier), _LESS.format(value), value)
+
+
+def _bound(value: str | int | float, memory: int) -> float:
+    if isinstance(value, int | float):
+        return value
+    found = size(value, memory)
+    return math.inf if found is None else found
 
 
 def _mount_faults(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,10 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from sandbox_gateway.errors import SandboxGatewayError
-from sandbox_gateway.model import Limits, Mount, OnOwnerExit, WorkspaceMode
+from sandbox_gateway.model import Idle, Limits, Mount, OnOwnerExit, WorkspaceMode
 from sandbox_gateway.profiles.checks import MIN_DISK, MIN_MEMORY, plain, semantic_problems
 from sandbox_gateway.profiles.file import Problem, ProfileError, read
-from sandbox_gateway.profiles.profile import BUILT_IN, Profile, Settings, is_ipykernel
+from sandbox_gateway.profiles.profile import BUILT_IN, Choices, Profile, Settings, is_ipykernel
 from sandbox_gateway.profiles.values import duration, machine_memory, size
 
 DEFAULT_MEMORY = "50%"
@@ -148,6 +149,8 @@ def _apply(base: Profile, table: Mapping[str, Any], memory: int, source: str) ->
                 changes[key] = replace(base.idle, **_converted(value, cpu=float))
             case "pool":
                 changes[key] = replace(base.pool, **_converted(value, created=int, ready=int))
+            case "choices":
+                changes[key] = _choices(value, memory)
             case "environment":
                 changes[key] = MappingProxyType({**base.environment, **value})
             case "client_environment" | "argv":
@@ -161,7 +164,28 @@ def _apply(base: Profile, table: Mapping[str, Any], memory: int, source: str) ->
     if "argv" in table and not is_ipykernel(table["argv"]):
         changes["template"] = False
     required = frozenset(name for name, value in limits.items() if value is not None)
-    return replace(base, limits=replace(base.limits, **limits), required_limits=required, **changes)
+    loaded = replace(base, limits=replace(base.limits, **limits), required_limits=required, **changes)
+    bounds = table.get("choices", {}).get("idle")
+    if isinstance(bounds, Mapping):
+        # What is not bounded there is bounded by the profile's own time.
+        return replace(loaded, choices=replace(loaded.choices, idle=replace(loaded.idle, **_converted(bounds))))
+    return loaded
+
+
+def _choices(table: Mapping[str, Any], memory: int) -> Choices:
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        match key:
+            case "image":
+                found[key] = tuple(dict.fromkeys(value))
+            case "idle":
+                found[key] = value if isinstance(value, bool) else Idle()
+            case "memory" | "disk":
+                most = size(value, memory)
+                found[key] = math.inf if most is None else most
+            case _:
+                found[key] = math.inf if value == "none" else value
+    return Choices(**found)
 
 
 def _converted(table: Mapping[str, Any], **others: Callable[[Any], Any]) -> dict[str, Any]:

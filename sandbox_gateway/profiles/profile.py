@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
-from sandbox_gateway.model import Limits, Mount, OnOwnerExit, WorkspaceMode
+from sandbox_gateway.model import Idle, Limits, Mount, OnOwnerExit, WorkspaceMode
 
 HOME = "/home/jovyan"
 """The kernel's home inside."""
@@ -16,8 +17,6 @@ WORKSPACE = f"{HOME}/work"
 """Where the notebook's folder is seen inside."""
 DEFAULT_GRACE = 30.0
 """Seconds."""
-DEFAULT_IDLE_CPU = 0.02
-"""Cores. An idle ipykernel in gVisor uses about a tenth of it."""
 DEFAULT_POOL_AGE = 3600.0
 """Seconds."""
 DEFAULT_SNAPSHOT_BUDGET = 20 * 1024**3
@@ -25,17 +24,6 @@ DEFAULT_SNAPSHOT_BUDGET = 20 * 1024**3
 DEFAULT_PROFILE = "python3-gvisor"
 RESERVED_VARIABLES = frozenset({"SANDBOX_ID", "JPY_PARENT_PID"})
 """Never taken from a profile or a client: ours, and one that makes ipykernel exit."""
-
-
-@dataclass(frozen=True, slots=True)
-class Idle:
-    """Seconds without activity until each tier; None means never (DESIGN 4.11)."""
-
-    pause: float | None = None
-    suspend: float | None = None
-    expire: float | None = None
-    cpu: float = DEFAULT_IDLE_CPU
-    """Processor use, in cores, from which on a kernel without a running request is not idle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +36,34 @@ class Pool:
     """Fully restored kernels, which hold their memory."""
     max_age: float | None = DEFAULT_POOL_AGE
     """Seconds after which one of them is replaced; None means never."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """The most that who starts a sandbox may choose for it. None, or an empty list: what the profile itself has."""
+
+    cpu: float | None = None
+    """Cores; infinite: any number, or no limit."""
+    memory: float | None = None
+    """Bytes; infinite as above."""
+    disk: float | None = None
+    """Bytes; infinite as above."""
+    processes: float | None = None
+    """Infinite as above."""
+    image: tuple[str, ...] = ()
+    """Other images than the profile's own."""
+    idle: Idle | bool | None = None
+    """The longest times (None in them: any, and never); True: any times; False: none can be chosen."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form: ``"none"`` where there is no bound."""
+        data = {item.name: getattr(self, item.name) for item in fields(self)}
+        shown = {key: "none" if value == math.inf else value for key, value in data.items()}
+        return {
+            **shown,
+            "image": list(self.image),
+            "idle": asdict(self.idle) if isinstance(self.idle, Idle) else self.idle,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +118,10 @@ class Profile:
     preload: tuple[str, ...] = ()
     """Modules that the ready kernel has imported."""
     pool: Pool = field(default_factory=Pool)
+    choices: Choices = field(default_factory=Choices)
+    """What a caller may choose; see :mod:`sandbox_gateway.choices`."""
+    chosen: frozenset[str] = frozenset()
+    """Names of what a caller has chosen in this one; empty in a loaded profile."""
     argv: tuple[str, ...] | None = None
     """The kernel's command inside, where a first word ``python`` or ``python3`` is the image's interpreter;
     None means the kernelspec's own (ipykernel)."""
@@ -142,6 +162,8 @@ class Profile:
             "idle": {item.name: getattr(self.idle, item.name) for item in fields(Idle)},
             "preload": list(self.preload),
             "pool": {item.name: getattr(self.pool, item.name) for item in fields(Pool)},
+            "choices": self.choices.as_dict(),
+            "chosen": sorted(self.chosen),
             "argv": None if self.argv is None else list(self.argv),
         }
 

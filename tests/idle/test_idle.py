@@ -18,7 +18,7 @@ from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.events import Event, EventKind, EventLog
 from sandbox_gateway.host.pressure import MemoryPressure
 from sandbox_gateway.idle import Abilities, IdleDriver, Policies, Reading, World
-from sandbox_gateway.model import Activity, SandboxRecord, State
+from sandbox_gateway.model import Activity, Idle, SandboxRecord, State
 from sandbox_gateway.policy import INTERRUPT_PATIENCE, Policy
 from sandbox_gateway.runtimes.base import Stats
 from sandbox_gateway.store import Store
@@ -111,7 +111,7 @@ class Scene:
                 self.live,
                 store,
                 self.events,
-                lambda name: self.policies.get(name, Policy()),
+                lambda record: self.policies.get(record.profile, Policy()),
                 lambda _runtime: self.abilities,
                 clock=self.clock,
                 monotonic=self.clock,
@@ -421,14 +421,29 @@ class Places:
     profiles: Path
 
 
+def of(profile: str, idle: Idle | None = None) -> SandboxRecord:
+    """A sandbox of a profile."""
+    return SandboxRecord("a", State.RUNNING, profile, "fake", T0, T0, "boot", idle=idle)
+
+
+def test_idle_times_that_were_chosen_for_a_sandbox_count_more_than_its_profiles(tmp_path: Path) -> None:
+    places = Places(tmp_path, tmp_path / "run", tmp_path / "profiles.toml")
+    places.profiles.write_text('[profiles.x]\nidle = { pause = "10m" }\nmax_busy = "1h"\n')
+    policies = Policies(places)
+    chosen = Idle(suspend=30.0, cpu=0.1)
+    assert policies.of(of("x", chosen)) == Policy(suspend=30.0, cpu=0.1, max_busy=3600.0)
+    assert policies.of(of("gone", chosen)) == Policy(suspend=30.0, cpu=0.1)
+
+
 def test_policies_follow_the_profile_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     places = Places(tmp_path, tmp_path / "run", tmp_path / "profiles.toml")
     policies = Policies(places)
-    assert policies.of("python3-gvisor") == Policy() and policies.of("gone") == Policy() and policies.reserve() is None
+    assert policies.of(of("python3-gvisor")) == Policy() and policies.of(of("gone")) == Policy()
+    assert policies.reserve() is None
     places.profiles.write_text('[profiles.x]\nidle = { pause = "10m" }\n[settings]\nmemory_reserve = "1GiB"\n')
-    assert policies.of("x") == Policy(pause=600.0) and policies.reserve() == 2**30
+    assert policies.of(of("x")) == Policy(pause=600.0) and policies.reserve() == 2**30
     places.profiles.write_text("[profiles.x\n")
-    assert policies.of("x") == Policy(pause=600.0), "a file that is being edited changes nothing"
-    assert policies.of("x") == Policy(pause=600.0) and caplog.text.count("cannot be read") == 1
+    assert policies.of(of("x")) == Policy(pause=600.0), "a file that is being edited changes nothing"
+    assert policies.of(of("x")) == Policy(pause=600.0) and caplog.text.count("cannot be read") == 1
     places.profiles.unlink()
-    assert policies.of("x") == Policy()
+    assert policies.of(of("x")) == Policy()
