@@ -28,6 +28,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+
+def _jupyter_server_extension_points() -> list[dict[str, str]]:
+    """Where jupyter_server finds the gateway; called when it looks for its extensions."""
+    return [{"module": "sandbox_gateway.server"}]
+
+
 __all__ = [
     "ClearOutput",
     "DisplayData",

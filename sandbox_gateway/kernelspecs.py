@@ -25,7 +25,7 @@ from sandbox_gateway.profiles import Profile
 PROVISIONER = "sandbox"
 """The entry point's name in ``jupyter_client.kernel_provisioners``."""
 LOGOS = ("logo-svg.svg", "logo-32x32.png", "logo-64x64.png")
-_LOGO_DIRECTORY = Path(__file__).with_name("logos")
+LOGO_DIRECTORY = Path(__file__).with_name("logos")
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +226,7 @@ def _same(directory: Path, spec: Mapping[str, Any]) -> bool:
     try:
         if json.loads((directory / "kernel.json").read_bytes()) != spec:
             return False
-        return all((directory / logo).read_bytes() == (_LOGO_DIRECTORY / logo).read_bytes() for logo in LOGOS)
+        return all((directory / logo).read_bytes() == (LOGO_DIRECTORY / logo).read_bytes() for logo in LOGOS)
     except (OSError, ValueError):
         return False
 
@@ -234,7 +234,7 @@ def _same(directory: Path, spec: Mapping[str, Any]) -> bool:
 def _write(directory: Path, spec: Mapping[str, Any]) -> None:
     (directory / "kernel.json").write_text(json.dumps(spec, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     for logo in LOGOS:
-        shutil.copyfile(_LOGO_DIRECTORY / logo, directory / logo)
+        shutil.copyfile(LOGO_DIRECTORY / logo, directory / logo)
     for file in directory.iterdir():
         file.chmod(0o644)
     directory.chmod(0o755)

@@ -1,0 +1,76 @@
+"""How the gateway gets into a Jupyter server: its managers before the server makes them, its routes after.
+
+A server whose kernels are on another gateway (``--gateway-url``), or that was configured to have managers of its own,
+is left as it is, and says so in its log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final
+
+from jupyter_server.gateway.gateway_client import GatewayClient
+from jupyter_server.serverapp import ServerApp
+from jupyter_server.services.kernels.connection.channels import ZMQChannelsWebsocketConnection
+from jupyter_server.services.kernels.handlers import _kernel_id_regex
+from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
+from jupyter_server.services.sessions.sessionmanager import SessionManager
+from jupyter_server.utils import url_path_join
+
+from sandbox_gateway.server.kernel_handlers import kernel_handlers
+from sandbox_gateway.server.kernels import SandboxMappingKernelManager
+from sandbox_gateway.server.rest import rest_handlers
+from sandbox_gateway.server.sessions import SandboxSessionManager
+from sandbox_gateway.server.websocket import SandboxWebSocketConnection, SandboxWebSocketHandler
+
+MAX_MESSAGE: Final = 256 << 20
+"""Bytes of one WebSocket message from a client at most; tornado's own 10 MiB end the connection of an upload."""
+
+
+def link(serverapp: ServerApp) -> None:
+    """Have the server make our managers; called while it initialises, before it makes any."""
+    gateway = GatewayClient.instance(parent=serverapp)
+    if gateway.gateway_enabled:
+        serverapp.log.info("sandbox_gateway: kernels are on %s", gateway.url)
+        return
+    ours = {
+        "kernel_manager_class": (AsyncMappingKernelManager, SandboxMappingKernelManager),
+        "kernel_websocket_connection_class": (ZMQChannelsWebsocketConnection, SandboxWebSocketConnection),
+        "session_manager_class": (SessionManager, SandboxSessionManager),
+    }
+    for name, stock_and_mine in ours.items():
+        if serverapp.trait_has_value(name) and getattr(serverapp, name) not in stock_and_mine:
+            serverapp.log.warning("sandbox_gateway: ServerApp.%s is set; sandboxes run as other kernels do", name)
+            return
+    for name, (_, mine) in ours.items():
+        setattr(serverapp, name, mine)
+    serverapp.tornado_settings.setdefault("websocket_max_message_size", MAX_MESSAGE)
+
+
+def load(serverapp: ServerApp) -> None:
+    """Add our routes, and take over what an earlier server left."""
+    manager = serverapp.kernel_manager
+    if not isinstance(manager, SandboxMappingKernelManager):
+        return
+    serverapp.web_app.settings["sandbox_gateway"] = manager.gateway
+    add_routes(serverapp, rest_handlers())
+    channels = rf"/api/kernels/{_kernel_id_regex}/channels"
+    add_routes(serverapp, [(channels, SandboxWebSocketHandler), *kernel_handlers(manager.gateway.settings.headless)])
+    _begin(serverapp, manager)
+
+
+def add_routes(serverapp: ServerApp, handlers: list[Any]) -> None:
+    """Serve ``handlers`` below the server's base URL, before its own."""
+    base = serverapp.web_app.settings["base_url"]
+    routes = [(url_path_join(base, pattern), *rest) for pattern, *rest in handlers]
+    serverapp.web_app.add_handlers(".*$", routes)
+
+
+def _begin(serverapp: ServerApp, manager: SandboxMappingKernelManager) -> None:
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        # Before anybody is served: who asks first finds every kernel that there is.
+        serverapp.io_loop.run_sync(manager.gateway.start)
+    else:
+        serverapp._sandbox_gateway_start = loop.create_task(manager.gateway.start())  # type: ignore[attr-defined]

@@ -1,0 +1,235 @@
+"""One kernel of the gateway: its sandbox, its seat and its sessions under one id, through restarts and deaths."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from sandbox_gateway import request as requests
+from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.images.service import Progress
+from sandbox_gateway.kernelspecs import kernel_argv
+from sandbox_gateway.live import LiveSandbox
+from sandbox_gateway.model import Death, DeathKind, KernelSpec
+from sandbox_gateway.profiles import Profile, load_profiles
+from sandbox_gateway.request import CreateRequest
+from sandbox_gateway.seat import Seat
+from sandbox_gateway.server.hub import Hub
+
+if TYPE_CHECKING:
+    from sandbox_gateway.server.gateway import Gateway, Wanted
+
+log = logging.getLogger(__name__)
+
+RESTARTS: Final = 5
+"""Times that a kernel which ends by itself is started again within :data:`WINDOW`."""
+WINDOW: Final = 60.0
+"""Seconds."""
+LAST_WORDS: Final = 0.3
+"""Seconds for what a kernel printed before its end to arrive."""
+_ON_PURPOSE = frozenset({DeathKind.STOPPED, DeathKind.EXPIRED, DeathKind.OWNER_GONE})
+
+
+class ServedKernel:
+    """Made by :class:`~sandbox_gateway.server.gateway.Gateway`; use it on its loop."""
+
+    def __init__(self, gateway: Gateway, kernel_id: str, owner: str, directory: Path | None) -> None:
+        self.id = kernel_id
+        self.owner = owner
+        self.muted = False
+        """Whether its end is wanted, and no news."""
+        self._gateway = gateway
+        self._directory = directory
+        self._live: LiveSandbox | None = None
+        self._seat: Seat | None = None
+        self._hub: Hub | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._restarts: deque[float] = deque(maxlen=RESTARTS)
+        self._order = asyncio.Lock()
+
+    @property
+    def live(self) -> LiveSandbox:
+        """Its sandbox, which may have ended."""
+        assert self._live is not None
+        return self._live
+
+    @property
+    def seat(self) -> Seat:
+        """Its place in this process."""
+        assert self._seat is not None
+        return self._seat
+
+    @property
+    def hub(self) -> Hub:
+        """Its WebSocket sessions."""
+        assert self._hub is not None
+        return self._hub
+
+    @property
+    def alive(self) -> bool:
+        """Whether the kernel lives; one that is paused or suspended does."""
+        return self.live.left or self.live.poll() is None
+
+    @property
+    def reason(self) -> str:
+        """Why it is dead; empty while it is not."""
+        if self.alive:
+            return ""
+        if self.live.death is not None:
+            return self.live.death.describe()
+        return self.live.kernel.exit.describe() if self.live.kernel.exit is not None else "the kernel ended"
+
+    # Beginnings
+
+    async def launch(self, profile: Profile, wanted: Wanted, progress: Callable[[Progress], None] | None) -> None:
+        """Start it; on any failure nothing is left."""
+        spec = KernelSpec(kernel_argv(profile), interrupt_mode=profile.interrupt_mode)
+        request = CreateRequest(
+            self.id,
+            profile,
+            spec,
+            secrets.token_hex(32).encode(),
+            self._directory,
+            {**wanted.offered, **wanted.environment},
+            wanted.name,
+            self._gateway.settings.private,
+            self.owner,
+        )
+        lifecycle = self._gateway.lifecycle
+        lock = await lifecycle.claim(self.id)
+        seat = Seat(lock, request.key, missing_file_hint=requests.missing_file_hint(request))
+        try:
+            hub = self._gateway.new_hub(seat)
+            live = await lifecycle.create(request, seat, progress)
+        except BaseException:
+            seat.release()
+            raise
+        self.adopted(live, seat, hub)
+
+    def adopted(self, live: LiveSandbox, seat: Seat, hub: Hub) -> None:
+        """Be the kernel of ``live`` from now on."""
+        self._live, self._seat, self._hub = live, seat, hub
+        self._watch()
+
+    async def ours(self) -> LiveSandbox:
+        """The sandbox, asked back where another process has it; raises what its record says when it has ended."""
+        async with self._order:
+            if self.live.left:
+                from sandbox_gateway.keeper import take_over
+
+                live: LiveSandbox = await take_over(self._gateway.lifecycle, self.id)
+                self._gateway.taken_back(self, live)
+        if self.live.death is not None:
+            raise self.live.record.over()
+        return self.live
+
+    # The kernel inside
+
+    async def restart(self) -> None:
+        """Start the kernel anew; raises ``expired`` for one whose time was over."""
+        live = self.live
+        if live.death is None:
+            live = await self.ours()
+        async with self._order:
+            self._unwatch()
+            try:
+                self.hub.publish_status("restarting")
+                if live.death is None:
+                    await live.reboot(live.launch.kernel)
+                else:
+                    await self._make_again(live)
+            finally:
+                self._watch()
+
+    async def _make_again(self, dead: LiveSandbox) -> None:
+        """A new sandbox under the same id, for the sessions that are here."""
+        death = dead.death
+        assert death is not None
+        if death.kind is DeathKind.EXPIRED:
+            raise dead.record.over()
+        await dead.ended.wait()
+        launch = dead.launch
+        profiles = await asyncio.to_thread(load_profiles, self._gateway.paths)
+        profile = replace(profiles.get(dead.record.profile), limits=launch.spec.limits, required_limits=frozenset())
+        environment = launch.kernel.environment
+        request = CreateRequest(
+            self.id,
+            replace(profile, client_environment=(*profile.client_environment, *environment)),
+            KernelSpec(kernel_argv(profile), interrupt_mode=profile.interrupt_mode),
+            self.seat.key,
+            self._directory,
+            environment,
+            dead.record.name,
+            self._gateway.settings.private,
+            self.owner,
+        )
+        self._live = await self._gateway.lifecycle.create(request, self.seat)
+        text = f"[sandbox] A new sandbox was made ({death.describe()}); variables and earlier files are lost\n"
+        self.seat.channels.notice(text)
+
+    def _watch(self) -> None:
+        self._unwatch()
+        if not self.muted:
+            self._watching = asyncio.create_task(self._wait(self.live))
+
+    def _unwatch(self) -> None:
+        watching, self._watching = self._watching, None
+        if watching is not None and watching is not asyncio.current_task():
+            watching.cancel()
+
+    async def _wait(self, live: LiveSandbox) -> None:
+        """See to what ends: a kernel process is started again in its sandbox, a dead sandbox is left to its owner."""
+        if await live.wait_kernel() is None or self.muted or live.left:
+            return
+        if live.death is not None:
+            await live.ended.wait()
+            if live.death.kind in _ON_PURPOSE and not self.muted:
+                self._gateway.gone(self)
+            return
+        await asyncio.sleep(LAST_WORDS)
+        now = time.monotonic()
+        often = len(self._restarts) == RESTARTS and now - self._restarts[0] < WINDOW
+        if not self._gateway.settings.autorestart or often:
+            if often:
+                self.seat.channels.notice(f"[sandbox] The kernel ended {RESTARTS} times in a minute and stays so\n")
+            self.hub.publish_status("dead")
+            return
+        self._restarts.append(now)
+        async with self._order:
+            self.hub.publish_status("restarting")
+            try:
+                await live.reboot(live.launch.kernel)
+            except SandboxGatewayError as error:
+                log.warning("kernel %s could not be started again: %s", self.id, error)
+                self.hub.publish_status("dead")
+                return
+        self._watch()
+
+    # The end
+
+    async def shutdown(self, reason: str) -> None:
+        """End it for good."""
+        self.muted = True
+        self._unwatch()
+        live = self.live
+        if live.left:
+            await self._gateway.lifecycle.stop(self.id)
+        else:
+            await live.destroy(Death(DeathKind.STOPPED, reason))
+
+    def close(self, *, remove: bool) -> None:
+        """Give everything of this process up."""
+        self.muted = True
+        self._unwatch()
+        seat = self._seat
+        if seat is not None:
+            with contextlib.suppress(OSError):
+                seat.release(remove=remove)

@@ -1,0 +1,79 @@
+"""``/api/kernels`` of the gateway: as Jupyter defines it, with ``env`` as gateways take it, and errors that say why.
+
+``POST /api/kernels`` takes ``{"name": ..., "env": {...}, "kernel_id": ...}``; the body may be missing. Other handlers
+of ``/api/kernels`` are jupyter_server's own.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from jupyter_client.jsonutil import json_default
+from jupyter_client.kernelspec import NoSuchKernel
+from jupyter_client.multikernelmanager import DuplicateKernelError
+from jupyter_core.utils import ensure_async
+from jupyter_server.auth.decorator import authorized
+from jupyter_server.services.kernels.handlers import KernelsAPIHandler
+from jupyter_server.utils import url_escape, url_path_join
+from tornado import web
+
+_TEXTS = ("name", "path", "kernel_id")
+
+
+class GatewayKernelsHandler(KernelsAPIHandler):
+    """The kernels of who asks, and a new one."""
+
+    @web.authenticated
+    @authorized
+    async def get(self) -> None:
+        """List them."""
+        kernels = await ensure_async(self.kernel_manager.list_kernels())
+        self.finish(json.dumps(kernels, default=json_default))
+
+    @web.authenticated
+    @authorized
+    async def post(self) -> None:
+        """Start one."""
+        body = self._body()
+        manager = self.kernel_manager
+        name = body.get("name") or manager.default_kernel_name
+        try:
+            kernel_id = await manager.start_kernel(
+                kernel_name=name,
+                path=body.get("path"),
+                kernel_id=body.get("kernel_id"),
+                chosen_env=body.get("env") or {},
+            )
+        except NoSuchKernel as error:
+            raise web.HTTPError(404, f"there is no kernelspec {name!r}", reason="No such kernelspec") from error
+        except DuplicateKernelError as error:
+            raise web.HTTPError(409, str(error), reason="The kernel exists already") from error
+        model = await ensure_async(manager.kernel_model(kernel_id))
+        self.set_header("Location", url_path_join(self.base_url, "api", "kernels", url_escape(kernel_id)))
+        self.set_status(201)
+        self.finish(json.dumps(model, default=json_default))
+
+    def _body(self) -> dict[str, Any]:
+        try:
+            body = self.get_json_body()
+        except RecursionError:
+            raise web.HTTPError(400, "the body is nested too deep") from None
+        if body is None:
+            return {}
+        if not isinstance(body, dict):
+            raise web.HTTPError(400, "the body is no JSON object")
+        for key in _TEXTS:
+            if body.get(key) is not None and not isinstance(body[key], str):
+                raise web.HTTPError(400, f"{key} is no text")
+        environment = body.get("env")
+        if environment is not None and not (
+            isinstance(environment, dict) and all(isinstance(value, str) for value in environment.values())
+        ):
+            raise web.HTTPError(400, "env is no object of texts")
+        return {key: value for key, value in body.items() if value is not None}
+
+
+def kernel_handlers(headless: bool) -> list[tuple[str, type]]:
+    """What takes the place of jupyter_server's own: everywhere ``/api/kernels``."""
+    return [(r"/api/kernels", GatewayKernelsHandler)]

@@ -1,0 +1,40 @@
+"""Fixtures of the gateway's tests: a real gateway with real sandboxes, shared by a module's tests."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from acceptance import Product, product
+from served import Served
+
+__all__ = ["product"]
+
+
+@pytest.fixture(scope="module")
+def _gateway(product: Product, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    served = Served(tmp_path_factory.mktemp("gateway") / "gateway.log")
+    asyncio.run(served.start())
+    try:
+        yield served
+    finally:
+        if served.process is not None and served.process.poll() is None:
+            asyncio.run(served.clear())
+        served.stop()
+
+
+@pytest.fixture
+async def gateway(_gateway: Served) -> AsyncIterator[Served]:
+    """A running gateway; what a test makes there is ended after it."""
+    if _gateway.process is None or _gateway.process.poll() is not None:
+        await _gateway.start()
+    yield _gateway
+    if _gateway.process is not None and _gateway.process.poll() is None:
+        await _gateway.clear()
