@@ -16,6 +16,7 @@ import concurrent.futures
 import contextlib
 import logging
 import os
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ class Background:
     def __init__(self) -> None:
         self._callbacks: list[_Callback] = []
         self._ready = threading.Event()
-        self._loop = asyncio.new_event_loop()
+        self._loop = _new_loop()
         self._loop.set_default_executor(_Executor(thread_name_prefix="sandbox-gateway"))
         self._thread = threading.Thread(target=self._turn, name="sandbox-gateway", daemon=True)
         self._thread.start()
@@ -135,6 +136,13 @@ class Background:
             self._loop.close()
 
 
+def _new_loop() -> asyncio.AbstractEventLoop:
+    if sys.platform == "win32":
+        # What an application gets there by default cannot watch the bridge's sockets.
+        return asyncio.SelectorEventLoop()
+    return asyncio.new_event_loop()
+
+
 @dataclass(eq=False, slots=True)
 class _Callback:
     run: Callable[[], Awaitable[None]]
@@ -198,4 +206,5 @@ def _forget() -> None:
 # and hooks run in reverse order. Plain atexit, which comes later, is the fallback should it ever go away.
 _register: Callable[[Callable[[], None]], Any] = getattr(threading, "_register_atexit", atexit.register)
 _register(_at_exit)
-os.register_at_fork(after_in_child=_forget)
+if hasattr(os, "register_at_fork"):  # not on Windows, where no process forks
+    os.register_at_fork(after_in_child=_forget)

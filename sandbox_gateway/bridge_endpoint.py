@@ -11,10 +11,10 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Final
 
 from sandbox_gateway import mailbox, messages, zmtp
+from sandbox_gateway.bridge_listener import Listener
 from sandbox_gateway.bridge_peer import Peer, matches
 from sandbox_gateway.bridge_queue import Message
 from sandbox_gateway.channels import Deliver
@@ -32,26 +32,10 @@ HEARTBEAT: Final = 5
 _SOCKET_TYPES = {int(Channel.IOPUB): b"XPUB", HEARTBEAT: b"REP"}
 
 
-def inode(path: Path) -> tuple[int, int] | None:
-    """What stands under this name now."""
-    try:
-        found = os.stat(path, follow_symlinks=False)
-    except FileNotFoundError:
-        return None
-    return found.st_dev, found.st_ino
-
-
-def unlink_own(path: Path, own: tuple[int, int]) -> None:
-    """Remove a file unless another owner has put its own under this name meanwhile."""
-    with contextlib.suppress(OSError):
-        if inode(path) == own:
-            os.unlink(path)
-
-
 class Endpoint:
     """One listening socket and its clients."""
 
-    def __init__(self, path: Path, number: int, key: bytes, on_request: OnRequest, queue_limit: int) -> None:
+    def __init__(self, listener: Listener, number: int, key: bytes, on_request: OnRequest, queue_limit: int) -> None:
         self.number = number
         self.key = key
         self.queue_limit = queue_limit
@@ -59,7 +43,7 @@ class Endpoint:
         self.peers: set[Peer] = set()
         self.loop = asyncio.get_running_loop()
         self.on_listener: Callable[[Deliver], None] | None = None
-        self._path = path
+        self._listener = listener
         self._on_request = on_request
         self._routes: dict[bytes, Peer] = {}
         self._mailbox = Mailbox()
@@ -67,39 +51,28 @@ class Endpoint:
         self._departed: dict[bytes, None] = {}
         self._expiry: asyncio.TimerHandle | None = None
         self._listening: socket.socket | None = None
-        self._inode: tuple[int, int] | None = None
+        self._held = False
         self._cut_off = False
 
     def listen(self) -> None:
         if self._listening is not None:
-            if inode(self._path) == self._inode:
+            if self._listener.stands:
                 return
             self._stop_listening()
-        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        fresh = f"{self._path}~"
-        try:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(fresh)
-            listening.bind(fresh)
-            os.chmod(fresh, 0o600)
-            listening.listen(128)
-            found = os.stat(fresh)
-            # In one step over what a killed owner may have left under this name.
-            os.rename(fresh, self._path)
-        except OSError:
-            listening.close()
-            with contextlib.suppress(OSError):
-                os.unlink(fresh)
-            raise
-        self._listening = listening
-        self._inode = (found.st_dev, found.st_ino)
-        self.loop.add_reader(listening.fileno(), self._accept)
+        self._listening = self._listener.open()
+        self.loop.add_reader(self._listening.fileno(), self._accept)
+
+    def hold(self, held: bool) -> None:
+        """Read nothing more from the clients, or go on: they wait as for a kernel that does not read."""
+        if held is not self._held:
+            self._held = held
+            for peer in self.peers:
+                peer.hold(held)
 
     def close(self) -> None:
         if self._listening is not None:
             self._stop_listening()
-            if self._inode is not None:
-                unlink_own(self._path, self._inode)
+            self._listener.remove()
         if self._expiry is not None:
             self._expiry.cancel()
             self._expiry = None
@@ -215,14 +188,18 @@ class Endpoint:
             return
         except OSError as error:
             # No descriptors left: the client waits in the queue until there are some. Not in a busy loop.
-            log.error("cannot accept a client on %s: %s", self._path, error)
+            log.error("cannot accept a client on %s: %s", self._listener, error)
             self.loop.remove_reader(self._listening.fileno())
             self.loop.call_later(1.0, self._accept_again)
             return
         connected.setblocking(False)
+        if connected.family == socket.AF_INET:
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         peer = Peer(self, connected)
         self.peers.add(peer)
         peer.start()
+        if self._held:
+            peer.hold(True)
 
     def _accept_again(self) -> None:
         if self._listening is not None:

@@ -108,6 +108,15 @@ class Peer:
             self._scheduled = True
             self._loop.call_soon(self._flush)
 
+    def hold(self, held: bool) -> None:
+        """Read nothing more from it, or go on."""
+        if self._closed:
+            return
+        if held:
+            self._loop.remove_reader(self._fd)
+        else:
+            self._loop.add_reader(self._fd, self._readable)
+
     def drop(self, reason: str, *, cut_off: bool = False) -> None:
         """End the connection at once."""
         if self._closed:
@@ -138,7 +147,7 @@ class Peer:
                 if not self._writing:
                     break
             try:
-                sent = self._socket.sendmsg(self._writing[:_MAX_BUFFERS])
+                sent = _send(self._socket, self._writing)
             except (BlockingIOError, InterruptedError):
                 if not self._blocked:
                     self._blocked = True
@@ -220,5 +229,19 @@ class Peer:
             raise zmtp.ZmtpError("the client refused us")
 
 
+def _send(connected: socket.socket, buffers: list[memoryview]) -> int:
+    """Write what the socket takes of the first buffers; returns how many bytes that were."""
+    if _GATHERS:
+        return connected.sendmsg(buffers[:_MAX_BUFFERS])
+    joined = bytearray()
+    for buffer in buffers[:_MAX_BUFFERS]:
+        if len(joined) + len(buffer) > _READ_SIZE:
+            break
+        joined += buffer
+    return connected.send(joined or buffers[0])
+
+
+_GATHERS = hasattr(socket.socket, "sendmsg")
+"""Not on Windows."""
 _SLOW = "this client reads more slowly than the kernel prints"
 _EVERYTHING = [b""]
