@@ -77,6 +77,9 @@ ERRORS: Mapping[str, ErrorRow] = MappingProxyType(
         "method_not_allowed": ErrorRow(405, "Method not allowed here", "The answer's Allow header names what is."),
         "too_large": ErrorRow(413, "Request too large", "Send less."),
         "media_type": ErrorRow(415, "Not JSON", "Send JSON, with `Content-Type: application/json`."),
+        "gateway_unreachable": ErrorRow(
+            502, "The gateway cannot be reached", "Check its address, and that it runs: GET /api/status answers then."
+        ),
         "timeout": ErrorRow(504, "Timed out", "The machine may be busy: try again."),
     }
 )
