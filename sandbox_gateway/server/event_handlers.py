@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any, Final
 
+from jupyter_core.utils import ensure_async
 from jupyter_events import EventLogger
 from jupyter_server.auth.decorator import authorized
 from jupyter_server.services.events.handlers import EventHandler, SubscribeWebsocket
@@ -85,7 +86,7 @@ class OwnEventsHandler(EventHandler):
             raise web.HTTPError(403, "events of this schema are the server's own")
         if not isinstance(payload, dict):
             raise web.HTTPError(400, "the body is no JSON object")
-        await super().post()
+        await ensure_async(super().post())
 
 
 def event_handlers() -> list[tuple[str, type[web.RequestHandler]]]:

@@ -78,6 +78,12 @@ class About:
     state: str = ""
 
 
+OnEvent = Callable[[Event, About], object]
+"""Takes each event of a sandbox, in order."""
+OnOperation = Callable[[str, str, str, "SandboxGatewayError | None"], object]
+"""Takes an operation's id, its kind, its phase and why it failed."""
+
+
 class EventBridge:
     """Takes what the lifecycle notes to the event bus. Use it on the server's loop; :meth:`close` ends it."""
 
@@ -87,6 +93,10 @@ class EventBridge:
         self._about: OrderedDict[str, About] = OrderedDict()
         self._waiting: list[Event] = []
         self._telling: asyncio.Task[None] | None = None
+        self.on_event: list[OnEvent] = []
+        """Called with each event, before the bus; must not block."""
+        self.on_operation: list[OnOperation] = []
+        """Called with each :meth:`operation`; must not block."""
         for path in sorted(SCHEMAS.glob("*.yaml")):
             if schema_id(path) not in event_logger.schemas:
                 event_logger.register_event_schema(path)
@@ -138,6 +148,8 @@ class EventBridge:
         data |= {key: value for key, value in more.items() if value not in ("", None)}
         if error is not None:
             data["error"] = {"code": error.code, "message": error.message[:1000], "hint": error.hint[:1000]}
+        for listener in self.on_operation:
+            _call(listener, operation_id, kind, phase, error)
         self._emit(OPERATION, data)
 
     # From the lifecycle
@@ -153,6 +165,8 @@ class EventBridge:
                 batch, self._waiting = self._waiting, []
                 for event in batch:
                     about = await self._look_up(event)
+                    for listener in self.on_event:
+                        _call(listener, event, about)
                     data = {
                         "id": event.id,
                         "time": event.time,
@@ -194,6 +208,13 @@ class EventBridge:
             self._logger.emit(schema_id=schema, data=data)
         except Exception:
             log.exception("an event was not told (%s)", schema)
+
+
+def _call(listener: Callable[..., object], *values: object) -> None:
+    try:
+        listener(*values)
+    except Exception:
+        log.exception("a listener to events failed; the others go on")
 
 
 def schema_id(path: Path) -> str:
