@@ -272,6 +272,7 @@ class KernelChannels:
         # Only an uncaught exception counts; text that merely mentions the name is none.
         if b'"error"' in bytes(header):
             hint, self._missing_file_hint = self._missing_file_hint, ""
+            self.number = 0
             self.notice(hint)
 
     def _answered(self, outgoing: Outgoing) -> None:
