@@ -87,6 +87,9 @@ jupyter sandbox serve --SandboxGateway.default_profile=analysis
         """What the command line did not say, as a gateway wants it."""
         self.open_browser = False
         self.config.SandboxGateway.headless = True
+        # tornado takes no time-out that is longer than the interval.
+        if "websocket_ping_timeout" not in self.config.ServerApp:
+            self.websocket_ping_timeout = self.websocket_ping_interval
         self.config.SandboxGateway.setdefault("on_stop", "keep")
         self.config.MappingKernelManager.setdefault(
             "default_kernel_name", self.config.SandboxGateway.get("default_profile", DEFAULT_PROFILE)

@@ -57,7 +57,7 @@ class SandboxGateway(LoggingConfigurable):
         "disk (bytes, or as '4GiB').",
     )
 
-    queue_limit = Integer(64 << 20, config=True, help="Bytes of output that wait for one WebSocket client at most.")
+    queue_limit = Integer(256 << 20, config=True, help="Bytes of output that wait for one WebSocket client at most.")
 
     replay_limit = Integer(8 << 20, config=True, help="Bytes of output that are kept for clients who come later.")
 

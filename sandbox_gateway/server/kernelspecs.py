@@ -47,11 +47,17 @@ class ProfileKernelSpecManager(KernelSpecManager):
         profile = offers.get(name)
         if profile is None:
             raise NoSuchKernel(kernel_name)
-        return KernelSpec(resource_dir=str(LOGO_DIRECTORY), **kernel_json(profile))
+        return KernelSpec(resource_dir=str(LOGO_DIRECTORY), **_public(profile))
 
     def get_all_specs(self) -> dict[str, Any]:
         """Every offer, as ``/api/kernelspecs`` lists it."""
         return {
-            name: {"resource_dir": str(LOGO_DIRECTORY), "spec": kernel_json(profile)}
+            name: {"resource_dir": str(LOGO_DIRECTORY), "spec": _public(profile)}
             for name, profile in self._offers().items()
         }
+
+
+def _public(profile: Profile) -> dict[str, Any]:
+    """A kernelspec for people who may not know where things are on this machine: the command is said in general."""
+    command = profile.argv or ("python3", "-m", "ipykernel_launcher", "-f", "{connection_file}")
+    return {**kernel_json(profile), "argv": list(command)}
