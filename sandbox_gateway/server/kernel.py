@@ -117,6 +117,9 @@ class ServedKernel:
     def adopted(self, live: LiveSandbox, seat: Seat, hub: Hub) -> None:
         """Be the kernel of ``live`` from now on."""
         self._live, self._seat, self._hub = live, seat, hub
+        if live.record.parent is not None:
+            # It was ready before it was anybody's, and says nothing at its start.
+            hub.ready()
         self._watch()
 
     async def ours(self) -> LiveSandbox:
