@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from typing import Any, Final, NoReturn
 
-from jupyter_server.serverapp import ServerApp, aliases
+from jupyter_server.serverapp import ServerApp, aliases, flags
 from jupyter_server.services.contents.manager import AsyncContentsManager
 from tornado import web
 from traitlets import Dict, default
 
 import sandbox_gateway
 from sandbox_gateway.profiles import DEFAULT_PROFILE
+from sandbox_gateway.server.authorizer import GatewayAuthorizer
 from sandbox_gateway.server.config import SandboxGateway
 from sandbox_gateway.server.kernelspecs import ProfileKernelSpecManager
 
 MODULE: Final = "sandbox_gateway.server"
+USERS: Final = "sandbox_gateway.server.identity.TokenFileIdentityProvider"
 NOT_SERVED: Final = "this server has kernels only"
 
 
@@ -54,6 +56,15 @@ jupyter sandbox serve --port 8888
 JUPYTER_TOKEN=... jupyter sandbox serve --ip 0.0.0.0 --certfile cert.pem --keyfile key.pem
 jupyter sandbox serve --SandboxGateway.default_profile=analysis
 """
+    flags = Dict(
+        {
+            **flags,
+            "users": (
+                {"ServerApp": {"identity_provider_class": USERS}},
+                "Several users with tokens of their own: `jupyter sandbox token add NAME` makes them.",
+            ),
+        }
+    )
     aliases = Dict({**aliases, "default-profile": "SandboxGateway.default_profile"})
     classes = [*ServerApp.classes, SandboxGateway]  # noqa: RUF012
     default_services = (  # type: ignore[assignment]
@@ -88,6 +99,8 @@ jupyter sandbox serve --SandboxGateway.default_profile=analysis
         self.open_browser = False
         self.config.SandboxGateway.headless = True
         # tornado takes no time-out that is longer than the interval.
+        if "authorizer_class" not in self.config.ServerApp:
+            self.authorizer_class = GatewayAuthorizer
         if "websocket_ping_timeout" not in self.config.ServerApp:
             self.websocket_ping_timeout = self.websocket_ping_interval
         self.config.SandboxGateway.setdefault("on_stop", "keep")

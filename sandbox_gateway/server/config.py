@@ -63,6 +63,10 @@ class SandboxGateway(LoggingConfigurable):
 
     session_timeout = Integer(600, config=True, help="Seconds that a client which lost its connection is waited for.")
 
+    log_json = Bool(
+        False, help="Write the server's log as JSON lines, with the sandbox's id where it is known.", config=True
+    )
+
     @validate("workspaces")
     def _absolute(self, proposal: Any) -> str:
         value = str(proposal["value"])

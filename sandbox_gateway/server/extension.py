@@ -17,8 +17,12 @@ from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelMana
 from jupyter_server.services.sessions.sessionmanager import SessionManager
 from jupyter_server.utils import url_path_join
 
+from sandbox_gateway.server import logs
+from sandbox_gateway.server.event_handlers import event_handlers
+from sandbox_gateway.server.events import EventBridge
 from sandbox_gateway.server.kernel_handlers import kernel_handlers
 from sandbox_gateway.server.kernels import SandboxMappingKernelManager
+from sandbox_gateway.server.metrics import Metrics, MetricsHandler
 from sandbox_gateway.server.rest import rest_handlers
 from sandbox_gateway.server.sessions import SandboxSessionManager
 from sandbox_gateway.server.websocket import SandboxWebSocketConnection, SandboxWebSocketHandler
@@ -52,10 +56,17 @@ def load(serverapp: ServerApp) -> None:
     manager = serverapp.kernel_manager
     if not isinstance(manager, SandboxMappingKernelManager):
         return
-    serverapp.web_app.settings["sandbox_gateway"] = manager.gateway
-    add_routes(serverapp, rest_handlers())
+    gateway = manager.gateway
+    bridge = EventBridge(gateway, serverapp.event_logger)
+    serverapp.web_app.settings |= {
+        "sandbox_gateway": gateway,
+        "sandbox_events": bridge,
+        "sandbox_metrics": Metrics(gateway, bridge),
+    }
+    logs.install(serverapp.log, serverapp.identity_provider, as_json=manager.config_of_gateway.log_json)
+    add_routes(serverapp, [*rest_handlers(), *event_handlers(), (r"/metrics", MetricsHandler)])
     channels = rf"/api/kernels/{_kernel_id_regex}/channels"
-    add_routes(serverapp, [(channels, SandboxWebSocketHandler), *kernel_handlers(manager.gateway.settings.headless)])
+    add_routes(serverapp, [(channels, SandboxWebSocketHandler), *kernel_handlers()])
     _begin(serverapp, manager)
 
 

@@ -74,6 +74,6 @@ class GatewayKernelsHandler(KernelsAPIHandler):
         return {key: value for key, value in body.items() if value is not None}
 
 
-def kernel_handlers(headless: bool) -> list[tuple[str, type]]:
-    """What takes the place of jupyter_server's own: everywhere ``/api/kernels``."""
+def kernel_handlers() -> list[tuple[str, type[web.RequestHandler]]]:
+    """What takes the place of jupyter_server's own."""
     return [(r"/api/kernels", GatewayKernelsHandler)]

@@ -46,10 +46,15 @@ class SandboxMappingKernelManager(AsyncMappingKernelManager):
     """Takes the place of jupyter_server's own."""
 
     gateway = Instance(Gateway)
+    config_of_gateway = Instance(SandboxGateway)
+
+    @default("config_of_gateway")
+    def _default_config_of_gateway(self) -> SandboxGateway:
+        return SandboxGateway(parent=self.parent)
 
     @default("gateway")
     def _default_gateway(self) -> Gateway:
-        config = SandboxGateway(parent=self.parent)
+        config = self.config_of_gateway
         return Gateway(discover(), config.settings(), quota_of=config.quota_of)
 
     def __init__(self, **options: Any) -> None:
