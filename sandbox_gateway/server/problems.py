@@ -1,0 +1,37 @@
+"""Errors as problem details (RFC 9457), with this project's ``code``, ``message`` and ``hint``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from sandbox_gateway.errors import ERRORS, SandboxGatewayError
+
+MEDIA_TYPE: Final = "application/problem+json"
+_TYPE: Final = "urn:sandbox-gateway:error:"
+_CODES: Mapping[int, str] = {
+    401: "unauthenticated",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "too_large",
+    415: "media_type",
+}
+"""What an HTTP status means that comes from below us: from tornado or jupyter_server."""
+
+
+def problem(error: SandboxGatewayError, status: int | None = None) -> dict[str, Any]:
+    """The body that tells of ``error``; ``status`` where the answer has another one than the error's."""
+    return {
+        "type": _TYPE + error.code,
+        "title": ERRORS[error.code].title,
+        "status": error.status if status is None else status,
+        "detail": error.message,
+        **error.as_dict(),
+    }
+
+
+def of_http(status: int, message: str) -> SandboxGatewayError:
+    """The error that an HTTP status from below us is."""
+    code = _CODES.get(status, "internal" if status >= 500 else "invalid_request")
+    return SandboxGatewayError(code, message or ERRORS[code].title)

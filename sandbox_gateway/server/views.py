@@ -1,0 +1,105 @@
+"""What the REST routes show of things, as JSON, under the names of ``jupyter sandbox ps --json`` where it has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from sandbox_gateway.choices import TIERS, choice_schema
+from sandbox_gateway.cli.actions import NOT_ISOLATED
+from sandbox_gateway.cli.output import timestamp
+from sandbox_gateway.events import Event
+from sandbox_gateway.lifecycle import ForkOutcome
+from sandbox_gateway.model import Idle, Limits, SandboxRecord
+from sandbox_gateway.profiles import Profile
+from sandbox_gateway.server.callers import Caller
+from sandbox_gateway.snapshots import Snapshot
+
+
+def sandbox(
+    record: SandboxRecord,
+    limits: Limits | None = None,
+    kernel: Mapping[str, Any] | None = None,
+    memory: int | None = None,
+) -> dict[str, Any]:
+    """A sandbox; ``kernel`` is Jupyter's model of its kernel, ``memory`` the bytes in use."""
+    return {
+        "id": record.id,
+        "state": str(record.state),
+        "profile": record.profile,
+        "owner": record.owner,
+        "name": record.name,
+        "runtime": record.runtime,
+        "isolated": record.runtime not in NOT_ISOLATED,
+        "created": timestamp(record.created),
+        "since": timestamp(record.changed),
+        "memory": memory,
+        "limits": None if limits is None else asdict(limits),
+        "idle": None if record.idle is None else _idle(record.idle),
+        "parent": record.parent,
+        "snapshot": record.snapshot,
+        "on_owner_exit": str(record.on_owner_exit),
+        "death": None if record.death is None else {**record.death.as_dict(), "reason": record.death.describe()},
+        "notes": list(record.notes),
+        "kernel": None if kernel is None else _kernel(kernel),
+    }
+
+
+def snapshot(found: Snapshot, owner: str, published: bool, caller: Caller) -> dict[str, Any]:
+    """A snapshot; of a published one of another's its origin is not shown."""
+    manifest, own = found.manifest, caller.may_use(owner)
+    return {
+        "id": found.id,
+        "name": found.name,
+        "owner": owner,
+        "published": published,
+        "sandbox": manifest.sandbox if own else None,
+        "profile": manifest.profile,
+        "runtime": manifest.runtime,
+        "parent": manifest.parent if own else None,
+        "created": timestamp(manifest.created),
+        "size": found.size,
+    }
+
+
+def profile(found: Profile) -> dict[str, Any]:
+    """An offer, without what is the administrator's own business: mounts' places and variables' values."""
+    return {
+        "name": found.name,
+        "display_name": found.display_name or found.name,
+        "description": found.description,
+        "language": found.language,
+        "runtime": found.runtime,
+        "isolated": found.runtime not in NOT_ISOLATED,
+        "image": found.image,
+        "workspace": str(found.workspace),
+        "limits": asdict(found.limits),
+        "idle": _idle(found.idle),
+        "network": "none",
+        "client_environment": list(found.client_environment),
+        "choices": choice_schema(found),
+    }
+
+
+def children(outcomes: list[ForkOutcome]) -> dict[str, Any]:
+    """What became of a fork."""
+    return {
+        "children": [
+            {"id": outcome.id, "error": None if outcome.error is None else outcome.error.as_dict()}
+            for outcome in outcomes
+        ]
+    }
+
+
+def event(found: Event) -> dict[str, Any]:
+    """What happened."""
+    return {**found.as_dict(), "time": timestamp(found.time)}
+
+
+def _idle(idle: Idle) -> dict[str, Any]:
+    return {tier: getattr(idle, tier) for tier in TIERS}
+
+
+def _kernel(model: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: model.get(key) for key in ("execution_state", "last_activity", "connections")}
