@@ -171,13 +171,15 @@ class TokenFile:
             return TokenList(), None
         except OSError as error:
             raise storage_error(error, f"{self.path} cannot be read") from error
-        with open(fd, "rb") as stream:
+        try:
             found = os.fstat(fd)
             self._private(found)
-            try:
+            with open(fd, "rb", closefd=False) as stream:
                 content = stream.read(MAX_FILE + 1)
-            except OSError as error:
-                raise storage_error(error, f"{self.path} cannot be read") from error
+        except OSError as error:
+            raise storage_error(error, f"{self.path} cannot be read") from error
+        finally:
+            os.close(fd)
         return TokenList.of(self._parse(content)), _signature(found)
 
     def add(
