@@ -13,12 +13,15 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from sandbox_gateway.cli.output import timestamp
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.owner import progress_to
 from sandbox_gateway.server.callers import Caller
+
+if TYPE_CHECKING:
+    from sandbox_gateway.server.events import EventBridge
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +32,8 @@ MAX_KEPT: Final = 5_000
 MAX_RUNNING: Final = 500
 """Operations of one caller that are under way at most."""
 MAX_MESSAGE: Final = 400
+TELL_INTERVAL: Final = 0.25
+"""Seconds between two reports of the same thing's progress to listeners."""
 
 Report = Callable[[Mapping[str, Any]], None]
 """Takes ``{"message": str, "done": bytes, "total": bytes}``, from any thread; what is not known is left out."""
@@ -92,6 +97,7 @@ class Operations:
         self._known: dict[str, Operation] = {}
         """In the order in which they began."""
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._told: dict[str, float] = {}
         self._listeners: list[Listener] = []
 
     def listen(self, listener: Listener) -> Callable[[], None]:
@@ -174,22 +180,24 @@ class Operations:
             return
         changes: dict[str, Any] = {key: _count(progress[key]) for key in ("done", "total") if key in progress}
         message = progress.get("message")
-        if isinstance(message, str):
-            changes["message"] = message[:MAX_MESSAGE]
-            if message[:MAX_MESSAGE] != operation.message:
-                changes = {"done": None, "total": None, **changes}
-        self._change(replace(operation, **changes))
+        if isinstance(message, str) and message[:MAX_MESSAGE] != operation.message:
+            # What was counted before was of something else.
+            changes = {"message": message[:MAX_MESSAGE], "done": None, "total": None, **changes}
+        operation = self._known[operation_id] = replace(operation, **changes)
+        now = time.monotonic()
+        if "message" in changes or now - self._told.get(operation_id, 0.0) >= TELL_INTERVAL:
+            self._told[operation_id] = now
+            self._tell(operation)
 
     def _end(
         self, operation_id: str, *, result: Mapping[str, Any] | None = None, error: SandboxGatewayError | None = None
     ) -> None:
         del self._tasks[operation_id]
+        self._told.pop(operation_id, None)
         state = OperationState.SUCCEEDED if error is None else OperationState.FAILED
         operation = self._known[operation_id]
-        self._change(replace(operation, state=state, result=result, error=error, ended=self._clock()))
-
-    def _change(self, operation: Operation) -> None:
-        self._known[operation.id] = operation
+        operation = replace(operation, state=state, result=result, error=error, ended=self._clock())
+        self._known[operation_id] = operation
         self._tell(operation)
 
     def _tell(self, operation: Operation) -> None:
@@ -216,7 +224,38 @@ _SETTING: Final = "sandbox_gateway_operations"
 
 
 def operations_of(settings: dict[str, Any]) -> Operations:
-    """The operations of a web application, made on first use."""
-    found: Operations = settings.setdefault(_SETTING, None) or Operations()
-    settings[_SETTING] = found
+    """The operations of a web application, made on first use; its event bridge hears of them."""
+    found: Operations | None = settings.get(_SETTING)
+    if found is None:
+        found = settings[_SETTING] = Operations()
+        bridge: EventBridge | None = settings.get("sandbox_events")
+        if bridge is not None:
+            found.listen(_Telling(bridge))
     return found
+
+
+class _Telling:
+    """Tells the event bridge of operations in its terms."""
+
+    def __init__(self, bridge: EventBridge) -> None:
+        self._bridge = bridge
+        self._started: set[str] = set()
+
+    def __call__(self, operation: Operation) -> None:
+        if operation.state is not OperationState.RUNNING:
+            phase = str(operation.state)
+            self._started.discard(operation.id)
+        else:
+            phase = "progress" if operation.id in self._started else "started"
+            self._started.add(operation.id)
+        self._bridge.operation(
+            operation.id,
+            operation.kind,
+            phase,
+            operation.owner,
+            sandbox=operation.sandbox or "",
+            text=operation.message,
+            done=operation.done,
+            total=operation.total,
+            error=operation.error,
+        )
