@@ -1,8 +1,9 @@
 """Kernelspecs of profiles: written where Jupyter looks for them, and taken away again.
 
-A kernelspec of ours is known by its provisioner stanza, ``metadata.kernel_provisioner.provisioner_name ==
-"sandbox"``; nothing else is ever overwritten or removed. Which profile it starts is in the stanza's ``config``, so
-that a changed profile needs a new installation only when a name, description, language or image changed.
+A kernelspec of ours is known by its provisioner stanza, ``metadata.kernel_provisioner.provisioner_name`` being
+``sandbox``, or ``sandbox-remote`` for a profile of a gateway (:mod:`sandbox_gateway.remote.kernelspecs`); nothing else
+is ever overwritten or removed. Which profile it starts is in the stanza's ``config``, so that a changed profile needs a
+new installation only when a name, description, language or image changed.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from sandbox_gateway.profiles import Profile
 
 PROVISIONER = "sandbox"
 """The entry point's name in ``jupyter_client.kernel_provisioners``."""
+REMOTE_PROVISIONER = "sandbox-remote"
+"""The same for kernels on a gateway."""
 LOGOS = ("logo-svg.svg", "logo-32x32.png", "logo-64x64.png")
 LOGO_DIRECTORY = Path(__file__).with_name("logos")
 
@@ -39,6 +42,8 @@ class Installed:
     display_name: str
     path: Path
     """Its directory."""
+    gateway: str = ""
+    """The address of the gateway whose profile it is; empty: this machine's."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -47,6 +52,7 @@ class Installed:
             "profile": self.profile,
             "display_name": self.display_name,
             "path": str(self.path),
+            "gateway": self.gateway or None,
         }
 
 
@@ -172,8 +178,12 @@ def install(profile: Profile, directory: Path) -> Change:
 
     Raises ``invalid_request`` when another kernelspec has the name, ``data_directory`` when it cannot be written.
     """
-    target = directory / profile.name
-    spec = kernel_json(profile)
+    return put(profile.name, kernel_json(profile), directory)
+
+
+def put(name: str, spec: Mapping[str, Any], directory: Path) -> Change:
+    """As :func:`install`, for any kernelspec of ours."""
+    target = directory / name
     there = os.path.lexists(target)
     if there and _ours(target) is None:
         raise SandboxGatewayError(
@@ -182,7 +192,7 @@ def install(profile: Profile, directory: Path) -> Change:
             "Give the profile another name, or remove that kernelspec with `jupyter kernelspec remove`.",
         )
     if there and _same(target, spec):
-        return Change(profile.name, target, "unchanged")
+        return Change(name, target, "unchanged")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         # Built aside and renamed: Jupyter never sees half a kernelspec. The dot makes it no valid kernel's name.
@@ -195,7 +205,7 @@ def install(profile: Profile, directory: Path) -> Change:
             fresh.rename(target)
     except OSError as error:
         raise _unwritable(directory, error) from error
-    return Change(profile.name, target, "updated" if there else "installed")
+    return Change(name, target, "updated" if there else "installed")
 
 
 def uninstall(spec: Installed) -> Change:
@@ -214,10 +224,12 @@ def _ours(directory: Path) -> Installed | None:
     try:
         spec = json.loads((directory / "kernel.json").read_bytes())
         stanza = spec["metadata"]["kernel_provisioner"]
-        if stanza["provisioner_name"] != PROVISIONER:
+        if stanza["provisioner_name"] not in (PROVISIONER, REMOTE_PROVISIONER):
             return None
-        profile = stanza.get("config", {}).get("profile", directory.name)
-        return Installed(directory.name, str(profile), str(spec.get("display_name", directory.name)), directory)
+        config = stanza.get("config", {})
+        profile, shown = config.get("profile", directory.name), spec.get("display_name", directory.name)
+        gateway = config.get("gateway", "") if stanza["provisioner_name"] == REMOTE_PROVISIONER else ""
+        return Installed(directory.name, str(profile), str(shown), directory, str(gateway))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sandbox_gateway.cli import template_commands
+from sandbox_gateway.cli import remote_commands, template_commands
 from sandbox_gateway.cli.arguments import Commands, command
+from sandbox_gateway.cli.failures import Usage
 from sandbox_gateway.cli.output import write_json, write_line, write_table
 from sandbox_gateway.errors import SandboxGatewayError
 
@@ -32,6 +34,7 @@ def add(commands: Commands) -> None:
     install.add_argument(
         "--no-templates", action="store_true", help="do not build templates now: the first kernels then start cold"
     )
+    _add_gateway(install)
     _add_places(install, "default: this environment when it is a venv or conda's, else the user's")
     uninstall = command(
         commands,
@@ -41,7 +44,16 @@ def add(commands: Commands) -> None:
         "Without names: all of them. Kernelspecs of others are never touched, nor are profiles.",
     )
     uninstall.add_argument("profiles", nargs="*", metavar="PROFILE", help="a kernelspec's name")
+    uninstall.add_argument("--gateway", metavar="URL", default="", help="only those of this gateway")
     _add_places(uninstall, "default: everywhere Jupyter looks")
+
+
+def _add_gateway(install: argparse.ArgumentParser) -> None:
+    group = install.add_argument_group("a gateway's profiles, for applications on this machine")
+    group.add_argument("--gateway", metavar="URL", default="", help="for example https://gateway.example.org:8888")
+    group.add_argument("--token-file", type=Path, metavar="FILE", help="where its token is; - for standard input")
+    group.add_argument("--token", action="store_true", help="ask for its token")
+    group.add_argument("--ca-file", type=Path, metavar="FILE", help="certificates (PEM) to check it with")
 
 
 def _add_places(parser: argparse.ArgumentParser, default: str) -> None:
@@ -69,6 +81,10 @@ def _install(options: argparse.Namespace) -> int | None:
     from sandbox_gateway.host.paths import discover
     from sandbox_gateway.profiles import load_profiles
 
+    if options.gateway:
+        return remote_commands.install(options, _place(options) or kernelspecs.default_directory())
+    if options.token or options.token_file is not None or options.ca_file is not None:
+        raise Usage("jupyter sandbox install", "--token, --token-file and --ca-file belong to --gateway")
     paths = discover()
     profiles = load_profiles(paths)
     if options.list:
@@ -88,6 +104,8 @@ def _list(options: argparse.Namespace, profiles: Profiles) -> int | None:
     directories = kernelspecs.search_directories() if place is None else (place,)
     found: dict[str, list[Installed]] = {}
     for spec in kernelspecs.find(directories):
+        if spec.gateway:
+            continue
         found.setdefault(spec.profile, []).append(spec)
     if options.json:
         write_json(
@@ -119,6 +137,11 @@ def _uninstall(options: argparse.Namespace) -> int | None:
     place = _place(options)
     directories = kernelspecs.search_directories() if place is None else (place,)
     installed = list(kernelspecs.find(directories))
+    if options.gateway:
+        from sandbox_gateway.remote.address import parse
+
+        url = parse(options.gateway).url
+        installed = [spec for spec in installed if spec.gateway == url]
     names = {spec.name for spec in installed}
     unknown = [name for name in options.profiles if name not in names]
     if unknown:
@@ -127,8 +150,21 @@ def _uninstall(options: argparse.Namespace) -> int | None:
             "unknown_profile", f"no kernelspec of ours is called {', '.join(map(repr, unknown))}", have
         )
     chosen = [spec for spec in installed if not options.profiles or spec.name in options.profiles]
-    _report([kernelspecs.uninstall(spec) for spec in chosen], options.json)
+    changes = [kernelspecs.uninstall(spec) for spec in chosen]
+    _forget_gateways({spec.gateway for spec in chosen if spec.gateway}, directories)
+    _report(changes, options.json)
     return None
+
+
+def _forget_gateways(urls: set[str], directories: Sequence[Path]) -> None:
+    """Forget the tokens of gateways that no kernelspec names any more."""
+    from sandbox_gateway import kernelspecs
+
+    everywhere = dict.fromkeys((*directories, *kernelspecs.search_directories()))
+    for url in urls - {spec.gateway for spec in kernelspecs.find(everywhere)}:
+        from sandbox_gateway.remote import credentials
+
+        credentials.forget(url)
 
 
 def _report(changes: list[Change], as_json: bool) -> None:

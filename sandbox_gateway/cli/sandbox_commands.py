@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from sandbox_gateway.cli import remote_commands
 from sandbox_gateway.cli.arguments import Commands, command
 from sandbox_gateway.cli.each import AN_ID, chosen, each
 from sandbox_gateway.cli.failures import Usage
@@ -28,6 +29,7 @@ def add(commands: Commands) -> None:
     """Add them to the parser."""
     ps = command(commands, "ps", _ps, "list the sandboxes")
     ps.add_argument("-a", "--all", action="store_true", help="those that have ended too, with the reason")
+    remote_commands.add_option(ps)
     logs = command(commands, "logs", _logs, "show what a kernel wrote to its raw stdout and stderr")
     logs.add_argument("id", metavar="ID", help=AN_ID)
     logs.add_argument("-f", "--follow", action="store_true", help="go on until the sandbox ends")
@@ -36,6 +38,7 @@ def add(commands: Commands) -> None:
     )
     stop.add_argument("ids", nargs="*", metavar="ID", help=AN_ID)
     stop.add_argument("--all", action="store_true", help="all that have not ended")
+    remote_commands.add_option(stop)
     rm = command(commands, "rm", _rm, "end sandboxes and forget them and their logs")
     rm.add_argument("ids", nargs="*", metavar="ID", help=AN_ID)
     rm.add_argument("--all", action="store_true", help="all sandboxes, running ones included")
@@ -43,6 +46,9 @@ def add(commands: Commands) -> None:
 
 
 def _ps(options: argparse.Namespace) -> None:
+    if options.gateway:
+        remote_commands.ps(options)
+        return
     from sandbox_gateway.cli import actions
     from sandbox_gateway.host.paths import discover
 
@@ -132,6 +138,8 @@ def _write_log(text: str) -> None:
 
 
 def _stop(options: argparse.Namespace) -> int:
+    if options.gateway:
+        return remote_commands.change(options)
     from sandbox_gateway.cli import actions
     from sandbox_gateway.host.paths import discover
     from sandbox_gateway.model import LIVE, State

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from sandbox_gateway.cli import remote_commands
 from sandbox_gateway.cli.arguments import Commands, command
 from sandbox_gateway.cli.each import AN_ID, Meter, OnProgress, chosen, each
 from sandbox_gateway.cli.failures import Usage, fail
@@ -57,6 +58,8 @@ def add(commands: Commands) -> None:
         added.add_argument("--all", action="store_true", help=which)
     pause.add_argument("ids", nargs="*", metavar="ID", help=AN_ID)
     pause.add_argument("--all", action="store_true", help="all that run")
+    for added in (suspend, resume, pause):
+        remote_commands.add_option(added)
     fork = command(
         commands,
         "fork",
@@ -68,6 +71,7 @@ def add(commands: Commands) -> None:
     fork.add_argument("id", metavar="ID", help=f"{AN_ID}; or the id or name of a snapshot")
     fork.add_argument("-n", type=int, default=1, metavar="N", dest="count", help="how many (default: 1)")
     fork.add_argument("--name", default="", help="a label for people, as `ps` shows it")
+    remote_commands.add_option(fork)
     connect = command(
         commands,
         "connect",
@@ -79,6 +83,8 @@ def add(commands: Commands) -> None:
 
 
 def _change(options: argparse.Namespace) -> int:
+    if options.gateway:
+        return remote_commands.change(options)
     from sandbox_gateway.cli import actions
     from sandbox_gateway.host.paths import discover
 
@@ -111,6 +117,10 @@ def _fork(options: argparse.Namespace) -> int:
 
     if not 1 <= options.count <= MOST_CHILDREN:
         raise Usage("jupyter sandbox fork", f"-n takes a number from 1 to {MOST_CHILDREN}")
+    if options.gateway:
+        if options.name:
+            raise Usage("jupyter sandbox fork", "--name cannot be given with --gateway")
+        return remote_commands.fork(options)
     paths = discover()
     outcomes: list[tuple[str, SandboxGatewayError | None]] = _with_meter(
         "forking", options.id, lambda told: actions.fork(paths, options.id, options.count, options.name, told)

@@ -178,17 +178,18 @@ class GatewayClient:
             raise SandboxGatewayError("unsupported", text, "Is it the address of a `jupyter sandbox serve`?") from error
         return tuple(RemoteProfile.from_dict(item) for item in _items(answer, "profiles"))
 
-    async def sandboxes(self) -> tuple[RemoteSandbox, ...]:
-        """The caller's sandboxes, those that have ended included where the gateway lists them."""
+    async def sandboxes(self, *, everything: bool = False) -> tuple[RemoteSandbox, ...]:
+        """The caller's sandboxes, the oldest first; with ``everything`` those that have ended too."""
         found: list[RemoteSandbox] = []
-        query: dict[str, str] = {}
+        wanted = {"state": "all"} if everything else {}
+        query: dict[str, str] = dict(wanted)
         while True:
             answer = await self._call("GET", "/api/sandboxes", query=query)
             found += [RemoteSandbox.from_dict(item) for item in _items(answer, "sandboxes")]
             following = answer.get("next") if isinstance(answer, Mapping) else None
-            if not isinstance(following, str) or not following or following == query.get("after"):
+            if not isinstance(following, str) or not following or following == query.get("cursor"):
                 return tuple(found)
-            query = {"after": following}
+            query = {**wanted, "cursor": following}
 
     async def find(self, prefix: str) -> RemoteSandbox:
         """The sandbox with this id or unambiguous beginning of it. Raises ``unknown_sandbox`` or ``ambiguous_id``."""
@@ -250,11 +251,11 @@ class GatewayClient:
 
     async def pause(self, sandbox_id: str) -> RemoteSandbox:
         """Freeze it, memory kept."""
-        return await self._do(sandbox_id, "pause")
+        return self._sandbox(await self._outcome("POST", _path(sandbox_id, "pause"), {}, wait=None))
 
     async def restart(self, sandbox_id: str) -> RemoteSandbox:
         """Start its kernel anew; of one that has ended, a new one under its id."""
-        return await self._do(sandbox_id, "restart")
+        return self._sandbox(await self._outcome("POST", _path(sandbox_id, "restart"), {}, wait=None))
 
     async def interrupt(self, sandbox_id: str) -> None:
         """Interrupt what runs."""
@@ -274,7 +275,7 @@ class GatewayClient:
     async def delete(self, sandbox_id: str, timeout: float = LONG) -> None:
         """End it, files and snapshot included; one that has ended is no error."""
         try:
-            await self._outcome("DELETE", _path(sandbox_id), None, timeout)
+            await self._outcome("DELETE", _path(sandbox_id), None, timeout, wait=None)
         except SandboxGatewayError as error:
             if error.status not in {HTTPStatus.NOT_FOUND, HTTPStatus.GONE}:
                 raise
@@ -283,28 +284,36 @@ class GatewayClient:
         return await self._long("POST", _path(sandbox_id, operation), {})
 
     async def _long(self, method: str, path: str, body: Mapping[str, Any]) -> RemoteSandbox:
-        answer = await self._outcome(method, path, body)
-        if isinstance(answer, Mapping) and isinstance(answer.get("sandbox"), Mapping):
-            answer = answer["sandbox"]
-        return self._sandbox(answer)
+        return self._sandbox(await self._outcome(method, path, body))
 
-    async def _outcome(self, method: str, path: str, body: Mapping[str, Any] | None, timeout: float = LONG) -> Any:
-        """What a long operation ends with. Raises its error, or ``timeout``."""
+    async def _outcome(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None,
+        timeout: float = LONG,
+        *,
+        wait: int | None = WAIT,
+    ) -> Any:
+        """What something that takes long ends with; ``wait``: seconds after which its address is to be answered, None
+        where it has none. Raises its error, or ``timeout``."""
         try:
             async with asyncio.timeout(timeout):
-                response = await self._send(method, path, body, {"wait": str(WAIT)}, WAIT + QUICK)
+                query, patience = (None, timeout) if wait is None else ({"wait": str(wait)}, wait + QUICK)
+                response = await self._send(method, path, body, query, patience)
                 answer = _read(response)
-                while isinstance(answer, Mapping) and _operation(response.code, answer):
-                    answer = await self._operation(str(answer["id"]))
-                    if answer.get("state") not in _GOING_ON:
-                        error = answer.get("error")
-                        if isinstance(error, Mapping):
-                            raise SandboxGatewayError.from_dict(error)
-                        return answer.get("result")
-                return answer
+                if response.code != HTTPStatus.ACCEPTED:
+                    return answer
+                while isinstance(answer, Mapping) and answer.get("state") in _GOING_ON:
+                    answer = await self._operation(_text(answer, "id"))
         except TimeoutError as error:
             text = f"{self.address.place} has not done it within {timeout:.0f} s"
             raise SandboxGatewayError("timeout", text) from error
+        found = answer if isinstance(answer, Mapping) else {}
+        failed = found.get("error")
+        if isinstance(failed, Mapping):
+            raise SandboxGatewayError.from_dict(failed)
+        return found.get("result")
 
     async def _operation(self, operation: str) -> Mapping[str, Any]:
         await asyncio.sleep(_PATIENCE)
@@ -365,9 +374,7 @@ class GatewayClient:
         said = _text(problem, "message") or _text(problem, "detail") or HTTPStatus(error.code).phrase
         if error.code in {401, 403}:
             text = (
-                f"{self.address.place} does not take the token"
-                if self.token
-                else f"{self.address.place} wants a token"
+                f"{self.address.place} does not take the token" if self.token else f"{self.address.place} wants a token"
             )
             hint = f"`jupyter sandbox install --gateway {self.address.url} --token-file FILE` keeps another one."
             return SandboxGatewayError("unauthenticated", f"{text} ({error.code} {said})", hint)
@@ -387,10 +394,6 @@ class GatewayClient:
 
 def _path(sandbox_id: str, *more: str) -> str:
     return "/".join(("/api/sandboxes", segment(sandbox_id), *more))
-
-
-def _operation(status: int, answer: Mapping[str, Any]) -> bool:
-    return status == HTTPStatus.ACCEPTED and isinstance(answer.get("id"), str)
 
 
 def _read(response: HTTPResponse) -> Any:

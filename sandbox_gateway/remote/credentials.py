@@ -1,4 +1,7 @@
-"""Tokens of gateways: kept in one private file by address, never in a kernelspec, an argument or a log."""
+"""Tokens of gateways: kept in one private file by address, never in a kernelspec, an argument or a log.
+
+Beside each token stands the file of certificates that the gateway is to be checked with, if it has its own.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,12 @@ import logging
 import os
 import secrets
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from sandbox_gateway.errors import storage_error
-from sandbox_gateway.remote.address import Address
+from sandbox_gateway.remote.address import Address, parse
 
 log = logging.getLogger(__name__)
 
@@ -35,24 +39,31 @@ def token(address: Address, environment: Mapping[str, str] | None = None) -> str
     to know.
     """
     env = os.environ if environment is None else environment
-    return _read().get(address.url) or env.get(VARIABLE, "").strip()
+    return _read().get(address.url, {}).get("token") or env.get(VARIABLE, "").strip()
+
+
+def known(url: str) -> Address:
+    """The gateway at ``url``, with the certificates that are kept for it. Raises ``invalid_request``."""
+    address = parse(url)
+    return replace(address, ca_file=_read().get(address.url, {}).get("ca_file", ""))
 
 
 def keep(address: Address, secret: str) -> Path:
-    """Keep a gateway's token; returns the file. Raises ``data_directory``."""
-    return _write({**_read(), address.url: secret})
+    """Keep a gateway's token and file of certificates; returns our file. Raises ``data_directory``."""
+    entry = {"token": secret} | ({"ca_file": address.ca_file} if address.ca_file else {})
+    return _write({**_read(), address.url: entry})
 
 
-def forget(address: Address) -> bool:
-    """Forget a gateway's token; returns whether there was one. Raises ``data_directory``."""
-    known = _read()
-    if known.pop(address.url, None) is None:
+def forget(url: str) -> bool:
+    """Forget what is kept for a gateway; returns whether that was anything. Raises ``data_directory``."""
+    entries = _read()
+    if entries.pop(url, None) is None:
         return False
-    _write(known)
+    _write(entries)
     return True
 
 
-def _read() -> dict[str, str]:
+def _read() -> dict[str, dict[str, str]]:
     path = file()
     try:
         if os.name == "posix" and path.stat().st_mode & 0o077:
@@ -64,18 +75,21 @@ def _read() -> dict[str, str]:
     except (OSError, ValueError) as error:
         log.warning("%s cannot be read: %s", path, error)
         return {}
-    if not isinstance(found, dict):
-        return {}
-    return {url: secret for url, secret in found.items() if isinstance(secret, str)}
+    entries = found.items() if isinstance(found, dict) else ()
+    return {
+        url: {name: value for name, value in entry.items() if isinstance(value, str)}
+        for url, entry in entries
+        if isinstance(entry, dict)
+    }
 
 
-def _write(known: Mapping[str, str]) -> Path:
+def _write(entries: Mapping[str, Mapping[str, str]]) -> Path:
     path = file()
     fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as stream:
-            json.dump(dict(known), stream, indent=1)
+            json.dump(entries, stream, indent=1)
         os.replace(fresh, path)
     except OSError as error:
         with contextlib.suppress(OSError):
