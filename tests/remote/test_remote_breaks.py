@@ -1,0 +1,169 @@
+"""What breaks between a laptop and its gateway loses nothing and runs nothing twice."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jupyter_client.manager import KernelManager
+from remote_harness import Remote
+from test_remote_life import run, until
+
+pytestmark = pytest.mark.timeout(240)
+Start = Callable[..., tuple[KernelManager, Any]]
+COUNTING = "import time\nfor n in range(300):\n    print(n, flush=True)\n    time.sleep(0.01)"
+NUMBERS = [str(n) for n in range(300)]
+
+
+def test_a_break_in_the_middle_of_a_cell_loses_and_doubles_nothing(remote: Remote, start: Start) -> None:
+    _, client = start()
+    timers = [threading.Timer(0.5 + number * 0.8, remote.proxy.cut) for number in range(3)]
+    for timer in timers:
+        timer.start()
+    reply, told = run(client, COUNTING)
+    assert reply["status"] == "ok" and told.split() == NUMBERS
+    for timer in timers:
+        timer.join()
+
+
+def test_what_the_gateway_sends_twice_comes_once(remote: Remote, start: Start) -> None:
+    if remote.fake is None:
+        pytest.skip("the real gateway does not do that on demand")
+    _, client = start()
+    remote.fake.confirming = False
+    timer = threading.Timer(1.5, remote.proxy.cut)
+    timer.start()
+    _, told = run(client, COUNTING)
+    timer.join()
+    assert told.split() == NUMBERS
+    assert run(client, "print('next')")[1] == "next\n"
+
+
+def test_a_request_that_a_dead_network_swallowed_is_run_once_it_is_back(remote: Remote, start: Start) -> None:
+    _, client = start()
+    run(client, "ran = []")
+    remote.proxy.swallow()
+    first, second = client.execute("ran.append(1)"), client.execute("ran.append(2)")
+    time.sleep(0.5)
+    remote.proxy.cut()
+    remote.proxy.swallow(False)
+    for msg_id in (first, second):
+        while client.get_shell_msg(timeout=30)["parent_header"].get("msg_id") != msg_id:
+            pass
+    assert run(client, "print(ran)")[1] == "[1, 2]\n"
+
+
+def test_requests_while_the_gateway_is_out_of_reach_wait_for_it(remote: Remote, start: Start) -> None:
+    manager, client = start()
+    run(client, "ran = []")
+    remote.proxy.refuse()
+    time.sleep(0.3)
+    timer = threading.Timer(2, remote.proxy.refuse, (False,))
+    timer.start()
+    assert run(client, "ran.append(1); print(ran)")[1] == "[1]\n"
+    timer.join()
+    assert manager.is_alive()
+
+
+def test_nothing_runs_twice_or_never_whenever_it_breaks(remote: Remote, start: Start) -> None:
+    """Breaks at random moments around many requests; the seed is printed."""
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    _, client = start()
+    run(client, "ran = []")
+    stop = threading.Event()
+
+    def vandal() -> None:
+        while not stop.wait(chance.uniform(0.02, 0.4)):
+            remote.proxy.swallow()
+            stop.wait(chance.uniform(0, 0.02))
+            remote.proxy.cut()
+            remote.proxy.swallow(False)
+
+    breaking = threading.Thread(target=vandal)
+    breaking.start()
+    try:
+        for number in range(40):
+            reply, told = run(client, f"ran.append({number}); print('told', {number})")
+            assert reply["status"] == "ok" and told == f"told {number}\n"
+    finally:
+        stop.set()
+        breaking.join()
+        remote.proxy.swallow(False)
+    assert json.loads(run(client, "print(ran)")[1]) == list(range(40))
+
+
+def test_a_gateway_that_stays_away_is_given_up_with_its_reason_and_can_come_back(
+    remote: Remote, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sandbox_gateway.remote.provisioner import RemoteSandboxProvisioner
+
+    monkeypatch.setattr(RemoteSandboxProvisioner, "patience", 1.0)
+    manager, client = start()
+    # A connection that breaks at once does not count as one.
+    remote.proxy.refuse()
+    reply, told = run(client, "print('never')")
+    assert reply["ename"] == "RemoteKernelUnreachable" and "cannot be reached" in reply["evalue"] and not told
+    until(lambda: not manager.is_alive())
+    remote.proxy.refuse(False)
+    manager.restart_kernel()
+    client.wait_for_ready(timeout=90)
+    assert run(client, "print('again')")[1] == "again\n"
+
+
+def test_a_request_lost_on_the_way_to_a_suspended_kernel_wakes_it_later(remote: Remote, start: Start) -> None:
+    if remote.real is None:
+        pytest.skip("the fake gateway's kernels do not wake")
+    _, client = start()
+    run(client, "ran = []")
+    (sandbox,) = remote.sandboxes
+    remote.ask("POST", f"/api/sandboxes/{sandbox['id']}/suspend?wait=60", {})
+    remote.proxy.swallow()
+    msg_id = client.execute("ran.append(1)")
+    time.sleep(0.3)
+    remote.proxy.cut()
+    remote.proxy.swallow(False)
+    while client.get_shell_msg(timeout=60)["parent_header"].get("msg_id") != msg_id:
+        pass
+    assert run(client, "print(ran)")[1] == "[1]\n"
+
+
+def test_a_gateway_that_is_killed_and_started_again_goes_on_with_the_cell(remote: Remote, start: Start) -> None:
+    if remote.real is None:
+        pytest.skip("the fake gateway dies with its kernels")
+    manager, client = start()
+    server = remote.real
+
+    def crash() -> None:
+        assert server.process is not None
+        server.process.kill()
+        server.process.wait()
+        asyncio.run(server.start())
+
+    timer = threading.Timer(1.0, crash)
+    timer.start()
+    reply, told = run(client, COUNTING)
+    timer.join()
+    assert reply["status"] == "ok" and told.split() == NUMBERS
+    assert manager.is_alive()
+
+
+def test_a_gateway_that_does_not_take_the_token_says_so(remote: Remote, kernel_name: str, tmp_path: Path) -> None:
+    from sandbox_gateway.errors import SandboxGatewayError
+    from sandbox_gateway.remote import credentials
+    from sandbox_gateway.remote.address import parse
+
+    credentials.keep(parse(remote.url), "wrong")
+    manager = KernelManager(kernel_name=kernel_name)
+    with pytest.raises(SandboxGatewayError) as caught:
+        manager.start_kernel()
+    assert caught.value.code == "unauthenticated" and "wrong" not in str(caught.value)
+    manager.context.destroy(linger=0)
