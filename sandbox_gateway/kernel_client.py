@@ -97,6 +97,9 @@ class KernelClient:
             raise why
         if len(self._queued) >= MAX_QUEUED:
             raise SandboxGatewayError("invalid_request", f"{MAX_QUEUED} cells wait for this kernel already")
+        if self._watching.done() and not self._watching.cancelled():
+            # Somebody else has restarted the kernel; the end of this one has to be seen too.
+            self._watching = self._task(self._watch())
         self._queued.append(execution)
         self._pump()
 

@@ -20,14 +20,30 @@ _CODES: Mapping[int, str] = {
 """What an HTTP status means that comes from below us: from tornado or jupyter_server."""
 
 
+_HINTS: Mapping[str, str] = {
+    "unknown_sandbox": "`GET /api/sandboxes` lists them.",
+    "unknown_snapshot": "`GET /api/snapshots` lists them.",
+    "unknown_profile": "`GET /api/profiles` lists them.",
+    "illegal_transition": "`GET /api/sandboxes/{id}` tells its state.",
+    "expired": "Make another one; `?state=expired` lists those that are over.",
+    "kernel_died": "`POST /api/sandboxes/{id}/restart` starts it again; its `/logs` may say why.",
+    "kernel_failed": "The sandbox's `/logs` may say why.",
+    "snapshot_damaged": "It cannot be used any more; remove it.",
+    "over_quota": "Delete or suspend some of your sandboxes.",
+}
+"""What to do next, for who has no command line here; only where an error has no better advice of its own."""
+
+
 def problem(error: SandboxGatewayError, status: int | None = None) -> dict[str, Any]:
     """The body that tells of ``error``; ``status`` where the answer has another one than the error's."""
+    hint = error.hint if error.hint and error.hint != ERRORS[error.code].hint else _HINTS.get(error.code, error.hint)
     return {
         "type": _TYPE + error.code,
         "title": ERRORS[error.code].title,
         "status": error.status if status is None else status,
         "detail": error.message,
         **error.as_dict(),
+        "hint": hint,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from sandbox_gateway.server import openapi
 from sandbox_gateway.server.api_handler import RestHandler
 from sandbox_gateway.server.execute_handler import ExecuteHandler, InputHandler
 from sandbox_gateway.server.other_handlers import (
@@ -67,6 +68,7 @@ ROOTS = ("sandboxes", "snapshots", "profiles", "operations")
 
 def rest_handlers() -> list[tuple[str, type]]:
     """Patterns, without the server's base URL, and handlers, in the order in which they count."""
+    openapi.description()  # read now, and not while the first caller waits
     routes: list[tuple[str, type]] = [(_pattern(handler.path), handler) for handler in HANDLERS]
     return [*routes, (rf"/api/(?:{'|'.join(ROOTS)})(?:/.*)?", NowhereHandler)]
 
