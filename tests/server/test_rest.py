@@ -28,7 +28,8 @@ async def rest(tmp_path: Path) -> AsyncIterator[Rest]:
 
 
 async def test_create_answers_201_with_the_sandbox_and_its_address(rest: Rest) -> None:
-    answer = await rest.ask("POST", "/api/sandboxes", {"profile": PROFILE.name, "env": {"TZ": "UTC"}, "name": "a.ipynb"})
+    body = {"profile": PROFILE.name, "env": {"TZ": "UTC"}, "name": "a.ipynb"}
+    answer = await rest.ask("POST", "/api/sandboxes", body)
     assert answer.status == 201
     made = answer.json
     assert made["state"] == "running" and made["owner"] == "ann" and made["profile"] == PROFILE.name
