@@ -266,13 +266,15 @@ class Hub:
             self._moved()
 
     def _deliver(self, channel: int, parts: Sequence[Buffer]) -> None:
+        if channel not in ws_protocol.NAMES:
+            return
         number = self._channels.number
         if number:
             self._numbered(channel, number)
         at: int | None = 1
         if len(parts) < 7 or parts[1] != messages.DELIMITER:
             at = messages.delimiter_index(parts)
-        if at is None or channel not in ws_protocol.NAMES:
+        if at is None:
             self._malformed += 1
             return
         if channel == _IOPUB:

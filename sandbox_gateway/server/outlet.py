@@ -304,10 +304,14 @@ class Outlet:
             if confirmed >= queued:
                 self._confirmed[channel] = number - 1
             self._queued[channel] = number
-        self._queue.put(entry, parts)
+        queue = self._queue
+        if queue.pending + entry.size > queue.limit and queue.entries and self._writer is not None:
+            # Before anything is left out: its client may well be fast enough.
+            self._flush()
+        queue.put(entry, parts)
         if not self._scheduled and self._writer is not None:
             self._scheduled = True
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self._flush_soon)
 
     def replay(self, entry: Entry) -> None:
         """Queue a message that is older than what it has."""
@@ -317,10 +321,13 @@ class Outlet:
     def _schedule(self) -> None:
         if not self._scheduled and self._writer is not None:
             self._scheduled = True
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self._flush_soon)
+
+    def _flush_soon(self) -> None:
+        self._scheduled = False
+        self._flush()
 
     def _flush(self) -> None:
-        self._scheduled = False
         writer, queue = self._writer, self._queue
         if writer is None:
             return

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import shutil
 import struct
 import tempfile
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from jupyter_server.auth import AllowAllAuthorizer
 from jupyter_server.auth.identity import IdentityProvider, User
+from jupyter_server.services.kernels.connection.base import serialize_binary_message
 from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 from tornado.web import Application
@@ -112,7 +114,7 @@ class FakeKernelManager(Configurable):
 
 
 class FakeMultiKernelManager(Configurable):
-    allowed_message_types: list[str] = []
+    allowed_message_types: ClassVar[list[str]] = []
     kernel_info_timeout = 60.0
 
     def __init__(self) -> None:
@@ -162,25 +164,31 @@ class Client:
             return True
         return False
 
-    async def ask(self, msg_type: str = "execute_request", channel: str = "shell", **content: Any) -> str:
+    async def ask(self, msg_type: str = "execute_request", channel: str = "shell", **content: Any) -> None:
+        await self.send(msg_type, channel, **content)
+
+    async def send(
+        self, msg_type: str, channel: str = "shell", *, buffers: Sequence[bytes] = (), **content: Any
+    ) -> None:
         header = {"msg_id": "m-1", "msg_type": msg_type, "username": "u", "session": "s", "date": "", "version": "5.3"}
-        if not self.v1:
-            message = {"header": header, "parent_header": {}, "metadata": {}, "content": content, "channel": channel}
-            await self.connection.write_message(json.dumps(message))
+        message = {"header": header, "parent_header": {}, "metadata": {}, "content": content}
+        if self.v1:
+            parts = [json.dumps(part, ensure_ascii=False).encode() for part in message.values()]
+            await self.connection.write_message(v1(channel, [*parts, *buffers]), binary=True)
+        elif buffers:
+            data = serialize_binary_message({**message, "channel": channel, "buffers": buffers})
+            await self.connection.write_message(data, binary=True)
         else:
-            parts = [json.dumps(part).encode() for part in (header, {}, {}, content)]
-            await self.connection.write_message(v1(channel, parts), binary=True)
-        return "m-1"
+            await self.connection.write_message(json.dumps({**message, "channel": channel}, ensure_ascii=False))
 
     def close(self) -> None:
         self.connection.close()
 
     def cut(self) -> None:
         """The network breaks."""
-        assert self.connection.protocol is not None
-        stream = self.connection.protocol.stream
-        assert stream is not None
-        stream.close()
+        stream = self.connection.protocol.stream if self.connection.protocol is not None else None
+        if stream is not None:
+            stream.close()
 
 
 def v1(channel: str, parts: Sequence[bytes]) -> bytes:
@@ -198,13 +206,13 @@ def parse(data: str | bytes, *, v1: bool) -> dict[str, Any]:
     if v1:
         count = int.from_bytes(data[:8], "little")
         offsets = struct.unpack(f"<{count}Q", data[8 : 8 * (count + 1)])
-        pieces = [data[a:b] for a, b in zip(offsets, offsets[1:], strict=False)]
+        pieces = [data[a:b] for a, b in itertools.pairwise(offsets)]
         names = ("header", "parent_header", "metadata", "content")
         found = {name: json.loads(piece) for name, piece in zip(names, pieces[1:5], strict=True)}
         return {**found, "channel": pieces[0].decode(), "buffers": pieces[5:]}
     count = int.from_bytes(data[:4], "big")
     offsets = (*struct.unpack(f"!{count}I", data[4 : 4 * (count + 1)]), len(data))
-    pieces = [data[a:b] for a, b in zip(offsets, offsets[1:], strict=False)]
+    pieces = [data[a:b] for a, b in itertools.pairwise(offsets)]
     return {**json.loads(pieces[0]), "buffers": pieces[1:]}
 
 
@@ -230,7 +238,7 @@ class Gateway:
             websocket_max_message_size=256 << 20,
             **tornado,
         )
-        self.server = HTTPServer(app)
+        self.server = HTTPServer(app, max_buffer_size=512 << 20)  # jupyter_server's default
         sockets = bind_sockets(0, "127.0.0.1")
         self.server.add_sockets(sockets)
         self.port = sockets[0].getsockname()[1]
@@ -260,6 +268,8 @@ class Gateway:
         await SandboxWebSocketConnection.close_all()
         self.server.stop()
         await self.server.close_all_connections()
+        for client in self.clients:
+            client.cut()
         self.kernel.hub.close(True)
 
 
