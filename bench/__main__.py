@@ -14,10 +14,11 @@ from bench.density import density
 from bench.kernels import BenchError, start
 from bench.measures import FULL, QUICK, bursts, idle, machine, starts, throughput
 from bench.report import table, write
+from bench.serving import served
 from bench.sleeping import forks, naps, states
 from sandbox_gateway.background import background_loop
 
-MEASURES = (starts, bursts, throughput, naps, forks, states, idle)
+MEASURES = (starts, bursts, throughput, served, naps, forks, states, idle)
 ON_REQUEST = (density,)
 """Measures that are taken only where ``--only`` names them."""
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "bench"

@@ -36,6 +36,8 @@ class Plan:
     large: int = 3
     states: tuple[int, ...] = (1 << 30) // 10, 1 << 30, 4 << 30
     bursts: tuple[int, ...] = 1, 4, 16
+    together: tuple[int, ...] = 1, 10, 50
+    """Kernels that print at once through one server."""
     dense_idle: int = 200
     dense_suspended: int = 1000
 
@@ -55,6 +57,7 @@ QUICK = Plan(
     large=1,
     states=((1 << 30) // 10,),
     bursts=(1, 4),
+    together=(1, 4),
     dense_idle=40,
     dense_suspended=100,
 )

@@ -36,5 +36,6 @@ async def gateway(_gateway: Served) -> AsyncIterator[Served]:
     if _gateway.process is None or _gateway.process.poll() is not None:
         await _gateway.start()
     yield _gateway
+    await _gateway.hang_up()
     if _gateway.process is not None and _gateway.process.poll() is None:
         await _gateway.clear()

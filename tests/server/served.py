@@ -52,6 +52,7 @@ class Served:
         self._options = options
         self._environment = dict(environment)
         self.process: subprocess.Popen[bytes] | None = None
+        self.sockets: list[Socket] = []
 
     @property
     def url(self) -> str:
@@ -146,7 +147,9 @@ class Served:
         connected = await websocket_connect(
             request, max_message_size=LARGE, subprotocols=[protocol] if protocol else None
         )
-        return Socket(connected, session, v1=connected.selected_subprotocol == V1)
+        opened = Socket(connected, session, v1=connected.selected_subprotocol == V1)
+        self.sockets.append(opened)
+        return opened
 
     def kill(self) -> None:
         """kill -9."""
@@ -164,6 +167,16 @@ class Served:
         except subprocess.TimeoutExpired:
             self.kill()
             raise
+
+    async def hang_up(self) -> None:
+        """Close every WebSocket that a test has left open."""
+        sockets, self.sockets = self.sockets, []
+        for opened in sockets:
+            opened.close()
+        for opened in sockets:
+            async with asyncio.timeout(10):
+                while not opened.ended:
+                    await opened.next()
 
     async def clear(self) -> None:
         """End every sandbox."""
@@ -208,7 +221,7 @@ class Socket:
         self.connected = connected
         self.session = session
         self.v1 = v1
-        self.seen: list[dict[str, Any]] = []
+        self.ended = False
 
     def send(
         self,
@@ -261,11 +274,8 @@ class Socket:
         """The next message; None when the connection has ended."""
         async with asyncio.timeout(timeout):
             raw = await self.connected.read_message()
-        if raw is None:
-            return None
-        message = decode(raw)
-        self.seen.append(message)
-        return message
+        self.ended = raw is None
+        return None if raw is None else decode(raw)
 
     async def messages(self) -> AsyncIterator[dict[str, Any]]:
         """Everything, until the connection ends."""
