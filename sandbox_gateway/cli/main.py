@@ -23,9 +23,11 @@ from sandbox_gateway.cli import (
     kernelspec_commands,
     prune_command,
     sandbox_commands,
+    serve_command,
     snapshot_commands,
     state_commands,
     template_commands,
+    token_commands,
 )
 from sandbox_gateway.cli.failures import DEBUG, Usage, explained, fail, fail_usage
 
@@ -48,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(given: list[str]) -> int:
+    if given[:1] == ["serve"]:
+        return serve_command.serve(given[1:])
     as_json = "--json" in given
     try:
         options = parser().parse_args(given)
@@ -89,7 +93,15 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"sandbox_gateway {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
     about_sandboxes = (sandbox_commands, state_commands, event_commands, snapshot_commands, prune_command)
-    for part in (host_commands, kernelspec_commands, image_commands, template_commands, *about_sandboxes):
+    for part in (
+        host_commands,
+        serve_command,
+        kernelspec_commands,
+        image_commands,
+        template_commands,
+        *about_sandboxes,
+        token_commands,
+    ):
         part.add(commands)
     return top
 
