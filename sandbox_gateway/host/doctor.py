@@ -23,6 +23,8 @@ from sandbox_gateway.host.namespaces import why_no_user_namespace
 from sandbox_gateway.host.paths import RUNTIME_PATH_LIMIT, Paths, discover
 from sandbox_gateway.host.runsc_sources import PIN
 from sandbox_gateway.host.setup import find_runsc, installed, verify
+from sandbox_gateway.images.editable import editable_installs
+from sandbox_gateway.images.interpreter import probe
 from sandbox_gateway.runtimes.base import RuntimeReport
 
 Status = Literal["ok", "warn", "fail", "skip"]
@@ -72,8 +74,15 @@ class Diagnosis:
         return {"ok": self.ok, "checks": [check.as_dict() for check in self.checks]}
 
 
-async def diagnose(paths: Paths | None = None, environment: Mapping[str, str] | None = None) -> Diagnosis:
-    """Look at this machine, user and installation. Runs runsc once, in a sandbox that is thrown away."""
+async def diagnose(
+    paths: Paths | None = None,
+    environment: Mapping[str, str] | None = None,
+    images: Iterable[tuple[str, bool]] = (("host", False),),
+) -> Diagnosis:
+    """Look at this machine, user and installation. Runs runsc once, in a sandbox that is thrown away.
+
+    ``images``: what the profiles name, each with whether it takes editable installs in.
+    """
     env = os.environ if environment is None else environment
     paths = discover(env) if paths is None else paths
     mounts = _read("/proc/self/mountinfo")
@@ -90,7 +99,7 @@ async def diagnose(paths: Paths | None = None, environment: Mapping[str, str] | 
         checks += check_runtime(await _probe(paths, env))
     checks += [
         check_ipykernel(),
-        check_editable(editable_installs()),
+        check_editable(editable_left_out(images)),
         check_kernelspecs(_kernelspec_folders()),
         check_kvm(Path("/dev/kvm")),
         check_gpu(_read("/proc/driver/nvidia/version")),
@@ -243,7 +252,7 @@ def check_ipykernel(version: Callable[[str], str] = importlib.metadata.version) 
 def check_editable(names: Iterable[str]) -> Check:
     """Editable installs, whose code lives outside of the environment and is not taken into the image."""
     # The agent comes in a layer of its own: our own development checkout is not missing inside.
-    found = sorted(name for name in names if name.replace("-", "_") != "sandbox_gateway")
+    found = sorted(name for name in names if name.replace("-", "_").split(" ")[0] != "sandbox_gateway")
     if not found:
         return Check("editable installs", "ok", "none that a kernel would miss")
     return Check(
@@ -303,13 +312,18 @@ def is_network_filesystem(kind: str) -> bool:
     return kind in NETWORK_FILESYSTEMS or (kind.startswith("fuse") and kind not in _LOCAL_FUSE)
 
 
-def editable_installs() -> list[str]:
-    """Names of the distributions of this environment that are installed as links to a source tree (PEP 610)."""
-    names = set()
-    for distribution in importlib.metadata.distributions():
-        text = distribution.read_text("direct_url.json") or ""
-        if re.search(r'"editable"\s*:\s*true', text):
-            names.add(str(distribution.metadata["Name"]))
+def editable_left_out(images: Iterable[tuple[str, bool]]) -> list[str]:
+    """Names of the editable installs of these images' environments that are not taken into them."""
+    names: dict[str, None] = {}
+    for source, taken_in in dict.fromkeys(images):
+        kind, _, path = source.partition(":")
+        if kind != "host" or taken_in:
+            continue
+        try:
+            found = editable_installs(probe(path or None))
+        except SandboxGatewayError:
+            continue  # told when the image is built
+        names.update(dict.fromkeys(f"{install.name} in {path}" if path else install.name for install in found))
     return sorted(names)
 
 
