@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host import cgroups
+from sandbox_gateway.host.filesystems import filesystem_of, is_network_filesystem
 from sandbox_gateway.host.namespaces import why_no_user_namespace
 from sandbox_gateway.host.paths import RUNTIME_PATH_LIMIT, Paths, discover
 from sandbox_gateway.host.runsc_sources import PIN
@@ -34,12 +35,6 @@ KERNEL_MINIMUM = (4, 15)
 """gVisor's own minimum is 4.14.77."""
 SPACE_NEEDED = 2 << 30
 """Bytes: a runsc, a base layer and an environment layer of ordinary size, with room for one more generation."""
-NETWORK_FILESYSTEMS = frozenset(
-    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "lustre", "gpfs", "beegfs", "glusterfs", "ocfs2"}
-)
-"""Filesystem types on which locks, FIFOs or sockets do not hold; every ``fuse.*`` but the local ones counts too."""
-_LOCAL_FUSE = frozenset({"fuse.fuse-overlayfs", "fuseblk", "fuse.ext2", "fuse.ntfs-3g", "fuse.bindfs"})
-_OCTAL = re.compile(r"\\([0-7]{3})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,28 +283,6 @@ def check_gpu(driver: str) -> Check:
     if not match:
         return Check("gpu", "skip", "no NVIDIA driver")
     return Check("gpu", "skip", f"NVIDIA driver {match[1]}; sandboxes do not use GPUs yet")
-
-
-def filesystem_of(path: Path, mountinfo: str) -> str:
-    """Type of the filesystem that holds ``path`` (or will), by ``/proc/self/mountinfo``'s text; empty if unknown."""
-    target = os.path.realpath(path)
-    best, kind = -1, ""
-    for line in mountinfo.splitlines():
-        left, separator, right = line.partition(" - ")
-        fields = left.split()
-        if not separator or len(fields) < 5:
-            continue
-        point = _OCTAL.sub(lambda match: chr(int(match[1], 8)), fields[4])
-        inside = target == point or target.startswith(point.rstrip("/") + "/")
-        # A later line of the same mount point covers the earlier one.
-        if inside and len(point) >= best:
-            best, kind = len(point), right.split()[0]
-    return kind
-
-
-def is_network_filesystem(kind: str) -> bool:
-    """Whether a filesystem of this type is, or may be, on another machine."""
-    return kind in NETWORK_FILESYSTEMS or (kind.startswith("fuse") and kind not in _LOCAL_FUSE)
 
 
 def editable_left_out(images: Iterable[tuple[str, bool]]) -> list[str]:
