@@ -25,7 +25,7 @@ USER = 61308
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-NEEDED = ("sandbox_gateway", "ipykernel", "nbclient", "pytest", "pytest-asyncio", "pytest-timeout")
+NEEDED = ("sandbox_gateway", "ipykernel", "nbclient", "hypothesis", "pytest", "pytest-asyncio", "pytest-timeout")
 
 CHOSEN = " or ".join(
     (
@@ -117,7 +117,7 @@ def furnish(user: User, base: str) -> str:
     for path in (packages, *packages.rglob("*")):
         os.chown(path, USER, USER)
     tried = user.run(
-        user.python, "-c", "import pytest, pytest_asyncio, ipykernel, nbclient, sandbox_gateway.provisioner"
+        user.python, "-c", "import hypothesis, pytest, pytest_asyncio, ipykernel, nbclient, sandbox_gateway.provisioner"
     )
     return "" if tried.returncode == 0 else f"{base}: {tried.stderr.strip()[-300:]}"
 
