@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from acceptance import FILES_KERNEL, KERNEL, Client, Product, kernel, until
+from acceptance import FILES_KERNEL, KERNEL, START, Client, Product, kernel, profile_kernelspec, until
+from jupyter_client import KernelManager
 from leaks import marked
 from suspending import COUNTING, Running, lines, state, tell
 
@@ -90,6 +91,28 @@ def test_a_pause_stops_the_clock_of_a_cell_and_a_resume_goes_on(product: Product
     tell(product, client.id, "resume")
     assert cell.finish()["status"] == "ok"
     assert cell.stdout == lines(40)
+
+
+def test_a_kernel_that_is_still_booting_can_be_suspended(product: Product) -> None:
+    profiles = product.home / "profiles.toml"
+    before = profiles.read_text()
+    profiles.write_text(before + "\n[profiles.booted]\ntemplate = false\n")
+    try:
+        with profile_kernelspec(product, "booted") as name:
+            manager = KernelManager(kernel_name=name)
+            manager.start_kernel()  # returns when the process is there; it has said nothing yet
+            client = Client(manager, manager.client())
+            try:
+                tell(product, client.id, "suspend")
+                assert state(product, client.id) == "suspended" and processes_of(product, client) == 0
+                client.client.start_channels()
+                client.client.wait_for_ready(timeout=START)
+                assert client.run("print(6 * 7)").stdout == "42\n"
+            finally:
+                client.client.stop_channels()
+                manager.shutdown_kernel(now=True)
+    finally:
+        profiles.write_text(before)
 
 
 def test_a_suspended_kernel_can_be_interrupted(product: Product, client: Client) -> None:
