@@ -63,7 +63,9 @@ ERRORS: Mapping[str, ErrorRow] = MappingProxyType(
         "snapshot_failed": ErrorRow(500, "Snapshot could not be made", "The kernel runs on; try again."),
         "restore_failed": ErrorRow(500, "Restore failed", "The snapshot is kept; try again."),
         "workspace_changed": ErrorRow(
-            409, "A file that the kernel has open was changed", "Put the file back as it was, or restart the kernel."
+            409,
+            "A file that the kernel has open was changed",
+            "Put the file back as it was, or shut the kernel down and start a new one.",
         ),
         "identity_failed": ErrorRow(500, "A clone could not be given its identity", "Try again; see the logs."),
         "template_failed": ErrorRow(500, "Template could not be built", "`jupyter sandbox template build` says why."),

@@ -142,7 +142,10 @@ def kernel_argv(profile: Profile) -> tuple[str, ...]:
     if profile.argv is not None:
         return profile.argv
     kind, _, path = profile.image.partition(":")
-    interpreter = "python3" if kind == "directory" else path or sys.executable
+    if kind == "directory" or os.path.isdir(path):  # a root filesystem, or the folder of an environment
+        interpreter = "python3"
+    else:
+        interpreter = path or sys.executable
     # As ipykernel's own kernelspec: with frozen modules the debugger misses breakpoints, and says so in each console.
     return (interpreter, "-Xfrozen_modules=off", "-m", "ipykernel_launcher", "-f", "{connection_file}")
 

@@ -431,7 +431,9 @@ class Sandbox:
     async def _fork(self, count: int) -> list[Sandbox]:
         saved, owner = self._live.record.snapshot, self._lifecycle
         if self.state is State.SUSPENDED and saved is not None:
-            return await self._children(owner, owner.spawn(saved, count))
+            children = await self._children(owner, owner.spawn(saved, count))
+            owner.events.note(self.id, EventKind.FORKED, children=[child.id for child in children])
+            return children
         return await self._children(owner, owner.fork(self.id, count))
 
     @classmethod

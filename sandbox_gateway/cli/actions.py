@@ -240,12 +240,19 @@ async def remove(paths: Paths, sandbox_id: str) -> str:
     return "removed"
 
 
-async def snapshot(paths: Paths, sandbox_id: str, name: str) -> Snapshot:
+async def snapshot(paths: Paths, sandbox_id: str, name: str, on_progress: OnProgress) -> Snapshot:
     """Save one sandbox under ``name``, whoever owns it; it runs on."""
     from sandbox_gateway.keeper import drive
     from sandbox_gateway.snapshots import SnapshotStore
 
-    answer = await drive(paths, sandbox_id, "save", {"kind": "saved", "name": name})
+    if resolve(paths, sandbox_id).state is State.SUSPENDED:
+        short = sandbox_id[:8]
+        raise SandboxGatewayError(
+            "illegal_transition",
+            f"sandbox {sandbox_id} is suspended",
+            f"`jupyter sandbox resume {short}` wakes it; `jupyter sandbox fork {short}` makes others of it as it is.",
+        )
+    answer = await drive(paths, sandbox_id, "save", {"kind": "saved", "name": name}, on_progress)
     return await asyncio.to_thread(SnapshotStore(paths).find, str(answer["snapshot"]))
 
 

@@ -54,10 +54,11 @@ def _doctor(options: argparse.Namespace) -> int:
     from sandbox_gateway.host.paths import discover
 
     paths = discover()
+    check, images = _profiles(paths)
     with ProgressLine() as progress:
         progress.update("looking at this machine")
-        found = asyncio.run(diagnose(paths))
-    diagnosis = Diagnosis((*found.checks, _profiles(paths)))
+        found = asyncio.run(diagnose(paths, images=images))
+    diagnosis = Diagnosis((*found.checks, check))
     if options.json:
         write_json(diagnosis.as_dict())
         return 0 if diagnosis.ok else 1
@@ -78,19 +79,22 @@ def _doctor(options: argparse.Namespace) -> int:
     return 0
 
 
-def _profiles(paths: Paths) -> Check:
+def _profiles(paths: Paths) -> tuple[Check, list[tuple[str, bool]]]:
+    """What is to be said of the profiles, and their images with whether editable installs are taken in."""
     from sandbox_gateway.host.doctor import Check
     from sandbox_gateway.profiles import load_profiles
 
     try:
         profiles = load_profiles(paths)
     except SandboxGatewayError as error:
-        return Check("profiles", "fail", error.message, error.hint)
+        return Check("profiles", "fail", error.message, error.hint), [("host", False)]
+    images = [(profile.image, profile.editable) for profile in profiles.values()]
     unsafe = [profile.name for profile in profiles.values() if profile.runtime == "fake"]
     if unsafe:
-        return Check("profiles", "warn", f"not isolated: {', '.join(unsafe)}", 'Use runtime = "gvisor" but for tests.')
+        hint = 'Use runtime = "gvisor" but for tests.'
+        return Check("profiles", "warn", f"not isolated: {', '.join(unsafe)}", hint), images
     source = f", with {profiles.file}" if profiles.file.exists() else ""
-    return Check("profiles", "ok", f"{', '.join(profiles)}{source}")
+    return Check("profiles", "ok", f"{', '.join(profiles)}{source}"), images
 
 
 def _setup(options: argparse.Namespace) -> None:

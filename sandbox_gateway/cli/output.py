@@ -95,7 +95,7 @@ def timestamp(then: float) -> str:
 
 
 class ProgressLine:
-    """Progress on stderr: a moving line on a terminal, else plain lines once a second has gone by.
+    """Progress on stderr: a moving line on a terminal, else plain lines, one a second at most and none in the first.
 
     Use as a context manager; :meth:`update` may be called from any thread.
     """
@@ -103,7 +103,7 @@ class ProgressLine:
     def __init__(self, stream: IO[str] | None = None) -> None:
         self._stream = sys.stderr if stream is None else stream
         self._terminal = self._stream.isatty()
-        self._begun = time.monotonic()
+        self._next = time.monotonic() + PATIENCE
         self._lock = threading.Lock()
         self._shown = ""
         self._waiting = ""
@@ -119,10 +119,8 @@ class ProgressLine:
                 self._shown = line
             elif text != self._shown:
                 self._waiting = text
-                if time.monotonic() - self._begun >= PATIENCE:
-                    self._flush()
-                elif self._timer is None:
-                    self._timer = threading.Timer(PATIENCE, self._due)
+                if self._timer is None:
+                    self._timer = threading.Timer(max(0.0, self._next - time.monotonic()), self._due)
                     self._timer.daemon = True
                     self._timer.start()
 
@@ -141,12 +139,11 @@ class ProgressLine:
 
     def _due(self) -> None:
         with self._lock:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._waiting:
-            self._shown, self._waiting = self._waiting, ""
-            self._write(self._shown + "\n")
+            self._timer = None
+            if self._waiting:
+                self._shown, self._waiting = self._waiting, ""
+                self._next = time.monotonic() + PATIENCE
+                self._write(self._shown + "\n")
 
     def _write(self, text: str) -> None:
         try:

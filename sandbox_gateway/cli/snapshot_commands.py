@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from typing import TYPE_CHECKING, Any
 
 from sandbox_gateway.cli.arguments import Commands, command
+from sandbox_gateway.cli.each import Meter
 from sandbox_gateway.cli.failures import Usage, fail
 from sandbox_gateway.cli.output import ProgressLine, age, size, timestamp, write_json, write_line, write_table
 from sandbox_gateway.errors import SandboxGatewayError
@@ -54,9 +56,11 @@ def _create(options: argparse.Namespace) -> None:
         raise Usage("jupyter sandbox snapshot create", "a name cannot be empty")
     checked_name(options.name)
     record = actions.resolve(paths, options.id)
-    with ProgressLine() as progress:
-        progress.update(f"saving {record.id}")
-        made = asyncio.run(actions.snapshot(paths, record.id, options.name))
+    with ProgressLine() as line:
+        meter = Meter(line, "saving")
+        meter.begin(record.id)
+        told = functools.partial(meter.update, record.id)
+        made = asyncio.run(actions.snapshot(paths, record.id, options.name, told))
     if options.json:
         write_json(summary(made.manifest.public_dict()))
     else:

@@ -19,10 +19,13 @@ from typing import Any, Literal
 
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host import cgroups
+from sandbox_gateway.host.filesystems import filesystem_of, is_network_filesystem
 from sandbox_gateway.host.namespaces import why_no_user_namespace
 from sandbox_gateway.host.paths import RUNTIME_PATH_LIMIT, Paths, discover
 from sandbox_gateway.host.runsc_sources import PIN
 from sandbox_gateway.host.setup import find_runsc, installed, verify
+from sandbox_gateway.images.editable import editable_installs
+from sandbox_gateway.images.interpreter import probe
 from sandbox_gateway.runtimes.base import RuntimeReport
 
 Status = Literal["ok", "warn", "fail", "skip"]
@@ -32,12 +35,6 @@ KERNEL_MINIMUM = (4, 15)
 """gVisor's own minimum is 4.14.77."""
 SPACE_NEEDED = 2 << 30
 """Bytes: a runsc, a base layer and an environment layer of ordinary size, with room for one more generation."""
-NETWORK_FILESYSTEMS = frozenset(
-    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "lustre", "gpfs", "beegfs", "glusterfs", "ocfs2"}
-)
-"""Filesystem types on which locks, FIFOs or sockets do not hold; every ``fuse.*`` but the local ones counts too."""
-_LOCAL_FUSE = frozenset({"fuse.fuse-overlayfs", "fuseblk", "fuse.ext2", "fuse.ntfs-3g", "fuse.bindfs"})
-_OCTAL = re.compile(r"\\([0-7]{3})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +69,15 @@ class Diagnosis:
         return {"ok": self.ok, "checks": [check.as_dict() for check in self.checks]}
 
 
-async def diagnose(paths: Paths | None = None, environment: Mapping[str, str] | None = None) -> Diagnosis:
-    """Look at this machine, user and installation. Runs runsc once, in a sandbox that is thrown away."""
+async def diagnose(
+    paths: Paths | None = None,
+    environment: Mapping[str, str] | None = None,
+    images: Iterable[tuple[str, bool]] = (("host", False),),
+) -> Diagnosis:
+    """Look at this machine, user and installation. Runs runsc once, in a sandbox that is thrown away.
+
+    ``images``: what the profiles name, each with whether it takes editable installs in.
+    """
     env = os.environ if environment is None else environment
     paths = discover(env) if paths is None else paths
     mounts = _read("/proc/self/mountinfo")
@@ -90,7 +94,7 @@ async def diagnose(paths: Paths | None = None, environment: Mapping[str, str] | 
         checks += check_runtime(await _probe(paths, env))
     checks += [
         check_ipykernel(),
-        check_editable(editable_installs()),
+        check_editable(editable_left_out(images)),
         check_kernelspecs(_kernelspec_folders()),
         check_kvm(Path("/dev/kvm")),
         check_gpu(_read("/proc/driver/nvidia/version")),
@@ -243,7 +247,7 @@ def check_ipykernel(version: Callable[[str], str] = importlib.metadata.version) 
 def check_editable(names: Iterable[str]) -> Check:
     """Editable installs, whose code lives outside of the environment and is not taken into the image."""
     # The agent comes in a layer of its own: our own development checkout is not missing inside.
-    found = sorted(name for name in names if name.replace("-", "_") != "sandbox_gateway")
+    found = sorted(name for name in names if name.replace("-", "_").split(" ")[0] != "sandbox_gateway")
     if not found:
         return Check("editable installs", "ok", "none that a kernel would miss")
     return Check(
@@ -281,35 +285,18 @@ def check_gpu(driver: str) -> Check:
     return Check("gpu", "skip", f"NVIDIA driver {match[1]}; sandboxes do not use GPUs yet")
 
 
-def filesystem_of(path: Path, mountinfo: str) -> str:
-    """Type of the filesystem that holds ``path`` (or will), by ``/proc/self/mountinfo``'s text; empty if unknown."""
-    target = os.path.realpath(path)
-    best, kind = -1, ""
-    for line in mountinfo.splitlines():
-        left, separator, right = line.partition(" - ")
-        fields = left.split()
-        if not separator or len(fields) < 5:
+def editable_left_out(images: Iterable[tuple[str, bool]]) -> list[str]:
+    """Names of the editable installs of these images' environments that are not taken into them."""
+    names: dict[str, None] = {}
+    for source, taken_in in dict.fromkeys(images):
+        kind, _, path = source.partition(":")
+        if kind != "host" or taken_in:
             continue
-        point = _OCTAL.sub(lambda match: chr(int(match[1], 8)), fields[4])
-        inside = target == point or target.startswith(point.rstrip("/") + "/")
-        # A later line of the same mount point covers the earlier one.
-        if inside and len(point) >= best:
-            best, kind = len(point), right.split()[0]
-    return kind
-
-
-def is_network_filesystem(kind: str) -> bool:
-    """Whether a filesystem of this type is, or may be, on another machine."""
-    return kind in NETWORK_FILESYSTEMS or (kind.startswith("fuse") and kind not in _LOCAL_FUSE)
-
-
-def editable_installs() -> list[str]:
-    """Names of the distributions of this environment that are installed as links to a source tree (PEP 610)."""
-    names = set()
-    for distribution in importlib.metadata.distributions():
-        text = distribution.read_text("direct_url.json") or ""
-        if re.search(r'"editable"\s*:\s*true', text):
-            names.add(str(distribution.metadata["Name"]))
+        try:
+            found = editable_installs(probe(path or None))
+        except SandboxGatewayError:
+            continue  # told when the image is built
+        names.update(dict.fromkeys(f"{install.name} in {path}" if path else install.name for install in found))
     return sorted(names)
 
 

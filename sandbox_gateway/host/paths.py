@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.host import filesystems
 
 RUNTIME_PATH_LIMIT = 52
 """Longest runtime directory that still leaves room for ``/<36-character id>/<socket name>`` in 107 bytes."""
@@ -72,6 +73,7 @@ class Paths:
     def ensure(self) -> Paths:
         """Create the directories, private to this user; raise ``data_directory`` with a reason when that fails."""
         for path in (self.home, self.runtime):
+            _local(path)
             _private(path)
         return self
 
@@ -107,6 +109,14 @@ def _own(directory: str) -> bool:
     except OSError:
         return False
     return found.st_uid == os.geteuid() and not found.st_mode & 0o022 and os.access(directory, os.W_OK)
+
+
+def _local(path: Path) -> None:
+    kind = filesystems.own_filesystem_of(str(path), filesystems.MOUNTS)
+    if filesystems.is_network_filesystem(kind):
+        raise SandboxGatewayError(
+            "data_directory", f"{path} is on a network filesystem ({kind}): locks and sockets do not hold there"
+        )
 
 
 def _private(path: Path) -> None:

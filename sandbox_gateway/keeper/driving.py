@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Mapping
 from typing import Any, Final, Protocol
 
 from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.events import Event, EventKind
 from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.keeper.start import SILENCE, OnProgress, ask_keeper
 from sandbox_gateway.model import State
@@ -130,13 +132,26 @@ async def fork(
     with Store(paths.database) as store:
         record = store.get(source)
     if record.state is State.SUSPENDED and record.snapshot is not None:
-        return await spawn(paths, record.snapshot, count, name, on_progress)
+        children = await spawn(paths, record.snapshot, count, name, on_progress)
+        return await asyncio.to_thread(_forked, paths, record.id, children)
     saved = str((await drive(paths, source, "save", {"kind": "fork"}, on_progress))["snapshot"])
     try:
-        return await spawn(paths, saved, count, name, on_progress)
+        children = await spawn(paths, saved, count, name, on_progress)
+        return await asyncio.to_thread(_forked, paths, record.id, children)
     finally:
         with contextlib.suppress(SandboxGatewayError):  # what is left of it is collected later
             await asyncio.to_thread(SnapshotStore(paths).remove, saved)
+
+
+def _forked(paths: Paths, source: str, children: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same children, written down among the events of their parent, of which their owner knows nothing."""
+    from sandbox_gateway.store import Store
+
+    made = [child["id"] for child in children if child["error"] is None]
+    if made:
+        with contextlib.suppress(SandboxGatewayError), Store(paths.database) as store:
+            store.add_events([Event(source, EventKind.FORKED, data={"children": made}, time=time.time())])
+    return children
 
 
 async def spawn(

@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.keeper.start import keeper_directory, keeper_socket
-from sandbox_gateway.model import OnOwnerExit, State
+from sandbox_gateway.model import Death, DeathKind, OnOwnerExit, State
 from sandbox_gateway.owner import OwnerLock, OwnerServer, holder
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,8 @@ log = logging.getLogger(__name__)
 LINGER: Final = 2.0
 """Seconds that a keeper stays without a sandbox: a command may be about to ask for the next."""
 LET_GO: Final = 300.0
-"""Seconds after which a suspended sandbox without clients is let go: it needs no process, and is adopted on demand."""
+"""Seconds after which a suspended sandbox without clients is let go: it needs no process, and is adopted on demand.
+Also those after which a sandbox whose kernel has ended goes, though nobody has taken its last output."""
 _LOOK = 0.5
 
 
@@ -56,6 +57,7 @@ class Keeper:
         self._server = OwnerServer(paths, self._answer, socket_path=keeper_socket(paths))
         self._told = asyncio.Event()
         self._asleep: dict[str, float] = {}
+        self._over: dict[str, float] = {}
 
     def end(self) -> None:
         """End in order."""
@@ -89,6 +91,7 @@ class Keeper:
         alone_since = loop.time()
         while not self._told.is_set():
             await self._let_go(keeps)
+            await self._end_the_dead(keeps)
             if keeps.live or self._server.busy:
                 alone_since = loop.time()
             elif loop.time() - alone_since >= LINGER:
@@ -113,6 +116,24 @@ class Keeper:
                 log.info("letting go of sandbox %s, which is suspended", sandbox_id)
                 with contextlib.suppress(SandboxGatewayError):  # somebody was quicker
                     await keeps.hand_over(sandbox_id)
+
+    async def _end_the_dead(self, keeps: Keeps) -> None:
+        """End what has no kernel any more: there is no application here that would start it again, or end it."""
+        now = asyncio.get_running_loop().time()
+        over = {sandbox_id: one for sandbox_id, one in keeps.live.items() if one.kernel.exit is not None}
+        self._over = {sandbox_id: self._over.get(sandbox_id, now) for sandbox_id in over}
+        for sandbox_id, since in tuple(self._over.items()):
+            sandbox = over[sandbox_id]
+            # Its clients, those to come included, are given what it said last.
+            if now - since < (_LOOK if sandbox.seat.channels.settled else LET_GO):
+                continue
+            gone = sandbox.kernel.exit
+            log.info("ending sandbox %s: %s", sandbox_id, gone.describe())
+            death = Death(DeathKind.EXITED, gone.describe(), gone.code, gone.signal, gone.stderr_tail)
+            try:
+                await sandbox.destroy(death)
+            except SandboxGatewayError as error:
+                log.warning("sandbox %s could not be ended: %s", sandbox_id, error)
 
     async def _answer(self, op: str, sandbox_id: str, params: Mapping[str, Any]) -> Mapping[str, Any]:
         assert self._made is not None

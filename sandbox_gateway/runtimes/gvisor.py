@@ -102,7 +102,7 @@ class GvisorRuntime:
         runsc = self._runsc(None if image is None else await self._binary_for(spec, image))
         tree = self.tree
         grouped = tree.usable
-        flags = gvisor_bundle.flags(spec)
+        flags = gvisor_bundle.flags(spec, rootless=self._rootless)
         if self._rootless or not grouped:
             flags.append("--ignore-cgroups")
         data: dict[str, Any] = {

@@ -49,12 +49,16 @@ DEFAULT_SHM = 64 << 20
 OPEN_FILES = 1 << 16
 
 
-def flags(spec: SandboxSpec) -> list[str]:
-    """The global flags of ``runsc create`` and ``start`` that depend on the specification."""
+def flags(spec: SandboxSpec, *, rootless: bool = False) -> list[str]:
+    """The global flags of ``runsc create`` and ``start`` that depend on the specification.
+
+    ``rootless``: runsc runs in a user namespace in which only one uid is mapped.
+    """
     size = f",size={spec.limits.disk}" if spec.limits.disk is not None else ""
     scope = "root" if _has_writable_mount(spec) else "all"
     # Without files of the host the sentry needs no system calls to open any: a stricter filter, and a faster one.
-    direct = [] if _has_host_files(spec) else ["--directfs=false"]
+    # It then runs as nobody, a uid that an ordinary user's namespace does not have.
+    direct = [] if rootless or _has_host_files(spec) else ["--directfs=false"]
     return [*HARDENING, *direct, f"--overlay2={scope}:memory{size}"]
 
 

@@ -128,7 +128,10 @@ async def _trial(paths: Paths, binary: Path) -> None:
         config = gvisor_bundle.config(spec, (f"/bin/{binary.name}", "--version"), empty_root=str(root))
         (directory / "bundle" / "config.json").write_text(json.dumps(config))
         command = runsc.Runsc(binary, directory / "state").argv(
-            [*gvisor_bundle.flags(spec), "--ignore-cgroups"], "run", f"--bundle={directory / 'bundle'}", directory.name
+            [*gvisor_bundle.flags(spec, rootless=os.geteuid() != 0), "--ignore-cgroups"],
+            "run",
+            f"--bundle={directory / 'bundle'}",
+            directory.name,
         )
         outcome = await runsc.run(wrap_user_namespace(command) if os.geteuid() else command, timeout=_TRIAL_TIMEOUT)
         if outcome.code != 0 or "runsc" not in outcome.output:

@@ -75,9 +75,13 @@ def test_the_pictures_are_pictures_of_their_size(run: Run, prefix: Path) -> None
     assert ElementTree.parse(directory / "logo-svg.svg").getroot().tag.endswith("svg")
 
 
-def test_the_command_follows_the_image_and_the_profiles_own(run: Run, paths: Paths, prefix: Path) -> None:
+def test_the_command_follows_the_image_and_the_profiles_own(
+    run: Run, paths: Paths, prefix: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "environment/bin").mkdir(parents=True)
     paths.profiles.write_text(
         '[profiles.other]\nimage = "host:/opt/conda/bin/python"\n'
+        f'[profiles.folder]\nimage = "host:{tmp_path}/environment"\n'
         '[profiles.tree]\nimage = "directory:/srv/root"\n'
         '[profiles.bash]\nlanguage = "bash"\ninterrupt_mode = "message"\n'
         'argv = ["python3", "-m", "bash_kernel", "-f", "{connection_file}"]\n'
@@ -85,6 +89,7 @@ def test_the_command_follows_the_image_and_the_profiles_own(run: Run, paths: Pat
     run("install", "--prefix", prefix)
     tail = ["-Xfrozen_modules=off", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     assert guard.unwrap(spec(prefix, "other")["argv"]) == ("/opt/conda/bin/python", *tail)
+    assert guard.unwrap(spec(prefix, "folder")["argv"]) == ("python3", *tail), "the image says which that is"
     assert guard.unwrap(spec(prefix, "tree")["argv"]) == ("python3", *tail)
     bash = spec(prefix, "bash")
     assert guard.unwrap(bash["argv"]) == ("python3", "-m", "bash_kernel", "-f", "{connection_file}")

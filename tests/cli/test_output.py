@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+import time
 
 import pytest
 
@@ -75,9 +76,22 @@ def test_what_takes_longer_says_what_it_does_once_elsewhere(monkeypatch: pytest.
     with ProgressLine(stream) as progress:
         progress.update("building a layer", "1 %")
         assert shown.wait(10)
+        shown.clear()
         progress.update("building a layer", "2 %")
         progress.update("next")
+        assert shown.wait(10)
     assert stream.getvalue() == "building a layer\nnext\n"
+
+
+def test_many_steps_in_a_moment_are_one_line_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several sandboxes that are worked on at once take turns on the line."""
+    monkeypatch.setattr(output, "PATIENCE", 0.2)
+    stream = io.StringIO()
+    begun = time.monotonic()
+    with ProgressLine(stream) as progress:
+        while time.monotonic() - begun < 0.7:
+            progress.update(f"step at {time.monotonic()}")
+    assert 1 <= len(stream.getvalue().splitlines()) <= 4
 
 
 def test_a_closed_stderr_does_not_stop_the_work() -> None:

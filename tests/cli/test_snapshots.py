@@ -11,6 +11,7 @@ from cli_harness import Run, record
 from snapshot_helpers import KEY, LAYER, SECRET, make, make_layer
 
 from sandbox_gateway.cli import actions
+from sandbox_gateway.cli.actions import OnProgress
 from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.model import State
 from sandbox_gateway.runtimes.base import Capability, RuntimeReport
@@ -139,7 +140,7 @@ def test_create_saves_a_sandbox_under_a_name(
 ) -> None:
     asked: list[tuple[str, str]] = []
 
-    async def snapshot(where: Paths, sandbox_id: str, name: str) -> Snapshot:
+    async def snapshot(where: Paths, sandbox_id: str, name: str, on_progress: OnProgress) -> Snapshot:
         asked.append((sandbox_id, name))
         return await make(snapshots, name=name)
 
@@ -160,3 +161,9 @@ def test_create_refuses_a_wrong_name_before_anything_is_saved(run: Run, store: S
         done = run("snapshot", "create", "a-kernel", "--name", name, "--json")
         assert done.status == 1 and done.error["code"] == "invalid_request"
     assert run("snapshot", "create", "nothing", "--name", "x", "--json").error["code"] == "unknown_sandbox"
+
+
+def test_create_of_a_suspended_sandbox_says_what_can_be_done(run: Run, store: Store) -> None:
+    store.put(record("a-kernel", State.SUSPENDED))
+    error = run("snapshot", "create", "a-kernel", "--name", "x", "--json").error
+    assert error["code"] == "illegal_transition" and "resume a-kernel" in error["hint"] and "fork" in error["hint"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sqlite3
@@ -13,6 +14,10 @@ import pytest
 from acceptance import until
 from faulty import Faults, Subject
 from model import Request
+
+from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.link.host import Link
+from sandbox_gateway.suspension import Suspension
 
 
 def suspended_in_a_cell(subject: Subject) -> Request:
@@ -43,6 +48,33 @@ def test_a_resume_whose_runsc_fails_leaves_the_snapshot(subject: Subject, faults
     assert subject.sleeps(), "nothing of the failed resume is left"
     assert subject.manager.is_alive(), "a suspended kernel stays a kernel"
     faults.clear()
+    goes_on(subject, cell)
+
+
+@pytest.mark.parametrize("deaf", [1, 2])
+def test_a_restored_kernel_that_does_not_answer_is_tried_once_more_and_then_given_up(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, deaf: int
+) -> None:
+    """In an epoch of its own each; what the given-up ones said reaches nobody."""
+    cell = suspended_in_a_cell(subject)
+    snapshot, heard, heartbeat = subject.snapshot(), [], Suspension.heartbeat
+
+    async def heart(self: Suspension, link: Link) -> None:
+        heard.append(link)
+        if len(heard) <= deaf:
+            await asyncio.sleep(0.3)  # it prints meanwhile
+            raise SandboxGatewayError("restore_failed", "nobody answers")
+        await heartbeat(self, link)
+
+    monkeypatch.setattr(Suspension, "heartbeat", heart)
+    if deaf == 1:
+        subject.ask("resume", subject.id)
+        assert len(heard) == 2 and subject.state == "running"
+        subject.works(cell)
+        return
+    assert "nobody answers" in subject.refused("resume", subject.id)
+    assert len(heard) == 2 and subject.state == "suspended" and subject.sleeps()
+    assert subject.snapshot() == snapshot
     goes_on(subject, cell)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from faulty import Faults, Subject
 
+from sandbox_gateway import attachment
 from sandbox_gateway.runtimes import gvisor_snapshots
 
 
@@ -68,6 +69,19 @@ def test_a_suspend_whose_runsc_fails_leaves_the_kernel_running(
     assert subject.state == "suspended" and subject.sleeps()
     subject.ask("resume", subject.id)
     subject.works()
+
+
+def test_a_kernel_that_does_not_fall_silent_in_time_is_suspended_all_the_same(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it was saying at that moment is neither lost nor said twice."""
+    monkeypatch.setattr(attachment, "QUIESCE", 0.0)
+    cell = subject.long_cell()
+    for _ in range(3):
+        subject.ask("suspend", subject.id)
+        assert subject.state == "suspended" and subject.sleeps()
+        subject.ask("resume", subject.id)
+    subject.works(cell)
 
 
 def test_a_suspend_onto_a_full_disk_leaves_the_kernel_running(subject: Subject, small_disk: Path) -> None:

@@ -1,6 +1,6 @@
 """Many kernels come and go, some of them killed by whatever can be killed, at any moment: nothing is left.
 
-``SANDBOX_TEST_CHURN`` is the number of kernels (default 30), ``SANDBOX_TEST_CHURN_SEED`` repeats a run.
+``SANDBOX_TEST_CHURN`` is the number of kernels (default 100), ``SANDBOX_TEST_CHURN_SEED`` repeats a run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from leaks import marked
 from sandbox_gateway.host import processes
 from sandbox_gateway.host.paths import discover
 
-COUNT = int(os.environ.get("SANDBOX_TEST_CHURN", "30"))
+COUNT = int(os.environ.get("SANDBOX_TEST_CHURN", "100"))
 AT_A_TIME = 4
 PATIENCE = 90.0
 """Seconds within which a worker has to be done with one kernel, whatever happens to it."""

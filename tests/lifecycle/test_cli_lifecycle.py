@@ -490,6 +490,24 @@ def test_commands_at_once_all_end_well(product: Product, left: list[str]) -> Non
         assert value(kernel_client, "x") == "41"
 
 
+@pytest.mark.parametrize("how", ["shutdown", "crash"])
+def test_a_kernel_that_ends_under_the_keeper_takes_its_sandbox_with_it(
+    product: Product, client: Client, left: list[str], how: str
+) -> None:
+    """``exit`` in a console, or a crash: nobody there would start it again, and nothing hangs on it."""
+    (child,) = left[:] = json.loads(run(product, "fork", client.id, "--json"))
+    with connected(product, child) as kernel_client:
+        if how == "shutdown":
+            kernel_client.shutdown()
+        else:
+            kernel_client.execute("import os; os.abort()")
+        until(lambda: row(product, child)["state"] == "terminated")
+    death = row(product, child)["death"]
+    assert death["kind"] == "exited"
+    assert death["exit_code"] == 0 if how == "shutdown" else "SIGABRT" in death["reason"]
+    no_keeper(product)
+
+
 def test_a_keeper_leaves_no_file(product: Product, client: Client, left: list[str]) -> None:
     run_directory = Path(product.home, "run")
     before = {path.name for path in run_directory.iterdir()}

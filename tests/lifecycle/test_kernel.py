@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import sys
 import threading
 from pathlib import Path
 
@@ -229,3 +230,18 @@ def test_the_tokens_of_jupyter_servers_never_show_in_a_workspace_that_contains_t
 def test_what_a_dying_kernel_wrote_reaches_no_terminal_as_control_characters(client: Client) -> None:
     result = client.run("import os; os.write(2, b'\\x1b[2J[sandbox] all is well\\n'); os._exit(4)")
     assert "exited with code 4" in result.stderr and "\x1b[2J" not in result.stderr.partition("exited")[2]
+
+
+def test_an_image_may_be_named_by_the_folder_of_an_environment(product: Product) -> None:
+    profiles = product.home / "profiles.toml"
+    before = profiles.read_text()
+    profiles.write_text(f'{before}\n[profiles.by-folder]\nimage = "host:{sys.prefix}"\ntemplate = false\n')
+    try:
+        done = product.command("install", "--prefix", str(product.prefix), "--no-templates", "by-folder")
+        assert done.returncode == 0, done.stderr
+        with kernel("by-folder") as client:
+            result = client.run("import os, sys; print(sys.prefix, 'SANDBOX_ID' in os.environ)")
+        assert result.stdout == f"{sys.prefix} True\n"
+    finally:
+        product.command("uninstall", "--prefix", str(product.prefix), "by-folder")
+        profiles.write_text(before)

@@ -25,7 +25,16 @@ USER = 61308
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-NEEDED = ("sandbox_gateway", "ipykernel", "nbclient", "pytest", "pytest-asyncio", "pytest-timeout")
+NEEDED = (
+    "sandbox_gateway",
+    "ipykernel",
+    "nbclient",
+    "hypothesis",
+    "psutil",
+    "pytest",
+    "pytest-asyncio",
+    "pytest-timeout",
+)
 
 CHOSEN = " or ".join(
     (
@@ -117,7 +126,7 @@ def furnish(user: User, base: str) -> str:
     for path in (packages, *packages.rglob("*")):
         os.chown(path, USER, USER)
     tried = user.run(
-        user.python, "-c", "import pytest, pytest_asyncio, ipykernel, nbclient, sandbox_gateway.provisioner"
+        user.python, "-c", "import hypothesis, pytest, pytest_asyncio, ipykernel, nbclient, sandbox_gateway.provisioner"
     )
     return "" if tried.returncode == 0 else f"{base}: {tried.stderr.strip()[-300:]}"
 
@@ -151,11 +160,22 @@ def user(runsc_binary: Path) -> Iterator[User]:
 def test_the_life_of_kernels_as_an_ordinary_user(user: User) -> None:
     """Start, interrupt, restart, workspace, out of memory (held by looking), stop, rm, kill -9: as for root."""
     chosen = [] if os.environ.get("SANDBOX_TEST_USER_ALL") else ["-k", CHOSEN]
+    files = [REPOSITORY / "tests" / "lifecycle" / name for name in ("test_kernel.py", "test_ownership.py")]
+    run_tests(user, files, chosen)
+
+
+def test_attacks_meet_the_same_walls_as_an_ordinary_user(user: User) -> None:
+    """No capability, no way to PID 1 or its link: in a user namespace as for root."""
+    run_tests(user, [REPOSITORY / "tests" / "isolation" / "test_privileges.py"], ["-k", "not test_a_signal"])
+
+
+def run_tests(user: User, files: list[Path], chosen: list[str]) -> None:
+    """Run tests of ours as ``user``; none may fail, and none of those that were chosen may be skipped."""
     outcome = user.run(
         user.python,
         "-m",
         "pytest",
-        *(REPOSITORY / "tests" / "lifecycle" / name for name in ("test_kernel.py", "test_ownership.py")),
+        *files,
         "-q",
         "-rs",
         "--timeout=100",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from pathlib import Path
 
 import pytest
-from acceptance import FILES_KERNEL, KERNEL, Client, Product, kernel, until
+from acceptance import FILES_KERNEL, KERNEL, START, Client, Product, kernel, profile_kernelspec, until
+from jupyter_client import KernelManager
 from leaks import marked
 from suspending import COUNTING, Running, lines, state, tell
 
@@ -89,6 +91,28 @@ def test_a_pause_stops_the_clock_of_a_cell_and_a_resume_goes_on(product: Product
     tell(product, client.id, "resume")
     assert cell.finish()["status"] == "ok"
     assert cell.stdout == lines(40)
+
+
+def test_a_kernel_that_is_still_booting_can_be_suspended(product: Product) -> None:
+    profiles = product.home / "profiles.toml"
+    before = profiles.read_text()
+    profiles.write_text(before + "\n[profiles.booted]\ntemplate = false\n")
+    try:
+        with profile_kernelspec(product, "booted") as name:
+            manager = KernelManager(kernel_name=name)
+            manager.start_kernel()  # returns when the process is there; it has said nothing yet
+            client = Client(manager, manager.client())
+            try:
+                tell(product, client.id, "suspend")
+                assert state(product, client.id) == "suspended" and processes_of(product, client) == 0
+                client.client.start_channels()
+                client.client.wait_for_ready(timeout=START)
+                assert client.run("print(6 * 7)").stdout == "42\n"
+            finally:
+                client.client.stop_channels()
+                manager.shutdown_kernel(now=True)
+    finally:
+        profiles.write_text(before)
 
 
 def test_a_suspended_kernel_can_be_interrupted(product: Product, client: Client) -> None:
@@ -177,6 +201,44 @@ def test_the_clock_is_right_after_a_resume(product: Product, client: Client) -> 
     said = client.run("print(time.time(), time.time() - before)").stdout.split()
     assert abs(float(said[0]) - time.time()) < 5.0
     assert float(said[1]) > 1.5
+
+
+@pytest.mark.parametrize(("op", "asleep"), [("suspend", "suspended"), ("pause", "paused")])
+def test_time_goes_on_while_it_sleeps_and_what_is_due_comes_at_once(
+    product: Product, client: Client, op: str, asleep: str
+) -> None:
+    """``sleep``, timers of threads, of the system and of an event loop count the time of the world."""
+    client.run(
+        "import asyncio, signal, threading, time\n"
+        "fired, begun, ticks = {}, time.time(), time.monotonic()\n"
+        "def note(name): fired[name] = time.time() - begun\n"
+        "threading.Timer(2.0, note, ['thread']).start()\n"
+        "signal.signal(signal.SIGALRM, lambda *_: note('alarm')); _ = signal.setitimer(signal.ITIMER_REAL, 2.0)\n"
+        "async def later():\n"
+        "    await asyncio.sleep(2.0); note('loop')\n"
+        "task = asyncio.get_event_loop().create_task(later())"
+    )
+    cell = Running(client, "print('sleeping', flush=True); time.sleep(2.0); note('sleep')")
+    while "sleeping" not in cell.stdout:
+        assert cell.take()
+    tell(product, client.id, op)
+    assert state(product, client.id) == asleep
+    slept = time.time()
+    until(lambda: time.time() > slept + 4.0)
+    tell(product, client.id, "resume")
+    woken = time.time()
+    assert cell.finish()["status"] == "ok"
+    client.run("await task")
+    told = json.loads(
+        client.run(
+            "import json; print(json.dumps([fired, begun, time.monotonic() - ticks, time.time() - begun]))"
+        ).stdout
+    )
+    fired, begun, monotonic, elapsed = told
+    assert fired.keys() == {"thread", "alarm", "sleep", "loop"}
+    for name, seconds in fired.items():
+        assert slept + 4.0 - begun - 0.1 < seconds < woken - begun + 3.0, (name, seconds)
+    assert abs(monotonic - elapsed) < 0.5, "the monotonic clock goes on as well"
 
 
 def test_a_file_that_the_kernel_has_open_must_not_have_changed(product: Product, tmp_path: Path) -> None:

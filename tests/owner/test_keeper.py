@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ from sandbox_gateway.keeper import (
 )
 from sandbox_gateway.keeper.process import Keeper
 from sandbox_gateway.keeper.start import keeper_socket
-from sandbox_gateway.model import OnOwnerExit, State
+from sandbox_gateway.kernel_exit import KernelExit
+from sandbox_gateway.model import Death, DeathKind, OnOwnerExit, State
 from sandbox_gateway.owner import OwnerLock, OwnerServer, ask, holder, report_progress
 
 
@@ -48,8 +49,19 @@ class Record:
 
 
 @dataclass
+class Channels:
+    settled: bool = True
+
+
+@dataclass
 class Seat:
     connected: bool = False
+    channels: Channels = field(default_factory=Channels)
+
+
+@dataclass
+class Kernel:
+    exit: KernelExit | None = None
 
 
 class Sandbox:
@@ -61,6 +73,12 @@ class Sandbox:
         self.record = Record(policy)
         self.state = State.RUNNING
         self.seat = Seat()
+        self.kernel = Kernel()
+        self.death: Death | None = None
+
+    async def destroy(self, death: Death) -> None:
+        self.death = death
+        self.lock.release(remove=True)
 
     async def amend(self, **changes: Any) -> None:
         self.record = replace(self.record, **changes)
@@ -313,6 +331,32 @@ async def test_it_ends_when_it_has_owned_nothing_for_a_moment(paths: Paths, monk
             await running
         assert lifecycle.closed
     assert keeper_pid(paths) is None and not keeper_directory(paths).exists()
+
+
+async def test_it_ends_what_has_no_kernel_any_more_once_its_clients_have_everything(
+    paths: Paths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "_LOOK", 0.02)
+    async with keeping(paths) as (lifecycle, _):
+        for name in ("alive", "ended", "unread"):
+            await ask_keeper(paths, "adopt", name)
+        unread, ended = lifecycle.live["unread"], lifecycle.live["ended"]
+        unread.seat.channels.settled = False
+        unread.kernel.exit = KernelExit(None, 11, "tail", False)
+        ended.kernel.exit = KernelExit(0, None, "", False)
+        async with asyncio.timeout(10):
+            while ended.death is None:
+                await asyncio.sleep(0.01)
+        lifecycle.live.pop("ended")
+        assert ended.death == Death(DeathKind.EXITED, "the kernel exited with code 0", 0, None, "")
+        assert unread.death is None and lifecycle.live["alive"].death is None
+        monkeypatch.setattr(process, "LET_GO", 0.1)
+        async with asyncio.timeout(10):
+            while unread.death is None:
+                await asyncio.sleep(0.01)
+        lifecycle.live.pop("unread")
+        assert (unread.death.signal, unread.death.stderr_tail) == (11, "tail")
+        assert "SIGSEGV" in unread.death.describe()
 
 
 async def test_it_lets_go_of_what_is_suspended_and_has_no_clients(

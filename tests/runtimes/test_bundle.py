@@ -39,6 +39,12 @@ def test_hardening_is_always_on() -> None:
     for flag in ("--network=none", "--host-uds=none", "--host-fifo=none", "--net-raw=false", "--platform=systrap"):
         assert flag in flags
     assert not any("allow-flag-override" in flag for flag in flags)
+
+
+def test_files_of_the_host_are_opened_by_the_gofer_only_where_there_is_a_uid_for_it() -> None:
+    """Without direct access gVisor runs as nobody, whom an ordinary user's namespace does not have."""
+    assert "--directfs=false" in bundle.flags(spec())
+    assert "--directfs=false" not in bundle.flags(spec(), rootless=True)
     process = config(spec())["process"]
     assert process["noNewPrivileges"] is True
     assert {"type": "RLIMIT_CORE", "soft": 0, "hard": 0} in process["rlimits"]

@@ -6,6 +6,8 @@ import asyncio
 import importlib.metadata
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -181,6 +183,19 @@ def test_editable_installs_are_named_but_for_our_own() -> None:
     assert check.status == "warn"
     assert check.detail.endswith(": mylib")
     assert doctor.check_editable(["sandbox_gateway"]).status == "ok"
+
+
+def test_editable_installs_are_those_of_the_profiles_environments(tmp_path: Path) -> None:
+    """Also what no metadata tells, as `setup.py develop` leaves it; not where the profile takes them in."""
+    place = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(place)], check=True, timeout=60)
+    (tmp_path / "project").mkdir()
+    (site,) = place.glob("lib/python3*/site-packages")
+    (site / "theirs.egg-link").write_text(f"{tmp_path}/project\n.\n")
+    source = f"host:{place}/bin/python"
+    assert f"theirs in {place}/bin/python" in doctor.editable_left_out([("host", False), (source, False)])
+    assert doctor.editable_left_out([(source, True), ("directory:/srv", False), ("host:/no/such/python", False)]) == []
+    assert doctor.check_editable([f"sandbox_gateway in {place}"]).status == "ok"
 
 
 def test_kernelspecs_that_are_not_installed_are_named(tmp_path: Path) -> None:
