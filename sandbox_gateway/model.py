@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Any
 
@@ -62,6 +63,15 @@ def advance(old: State, new: State) -> State:
     if new not in TRANSITIONS[old]:
         raise SandboxGatewayError("illegal_transition", f"a sandbox that is {old} cannot become {new}")
     return new
+
+
+NOT_ISOLATED = frozenset({"fake"})
+"""Runtimes that isolate nothing; said wherever they show (DESIGN 4.12)."""
+
+
+def timestamp(then: float) -> str:
+    """``then`` (seconds since the epoch) as RFC 3339 in UTC."""
+    return datetime.fromtimestamp(then, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 class OnOwnerExit(enum.StrEnum):

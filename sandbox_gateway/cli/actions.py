@@ -8,11 +8,10 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from sandbox_gateway.cli.output import timestamp
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host.machine import boot_id
 from sandbox_gateway.host.paths import Paths
-from sandbox_gateway.model import LIVE, Death, DeathKind, SandboxRecord, State
+from sandbox_gateway.model import LIVE, NOT_ISOLATED, Death, DeathKind, SandboxRecord, State, timestamp
 
 if TYPE_CHECKING:
     from sandbox_gateway.snapshots import Snapshot
@@ -25,8 +24,6 @@ FOLLOW_INTERVAL = 0.5
 ENDED = frozenset({State.TERMINATED, State.FAILED, State.EXPIRED})
 REACHED: Mapping[str, State] = {"suspend": State.SUSPENDED, "resume": State.RUNNING, "pause": State.PAUSED}
 """What each command leaves a sandbox as."""
-NOT_ISOLATED = frozenset({"fake"})
-"""Runtimes that isolate nothing; said wherever they show (DESIGN 4.12)."""
 
 
 @dataclass(frozen=True, slots=True)

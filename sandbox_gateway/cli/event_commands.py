@@ -9,7 +9,8 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from sandbox_gateway.cli.arguments import Commands, command
-from sandbox_gateway.cli.output import clean, timestamp, write_json
+from sandbox_gateway.cli.output import clean, write_json
+from sandbox_gateway.model import timestamp
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

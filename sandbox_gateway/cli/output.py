@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
 from types import TracebackType
 from typing import IO, Any
 
@@ -87,11 +86,6 @@ def age(then: float, now: float | None = None) -> str:
         if seconds < limit:
             return f"{int(seconds // step)} {unit}"
     return f"{int(seconds // 86400)} days"
-
-
-def timestamp(then: float) -> str:
-    """``then`` (seconds since the epoch) as RFC 3339 in UTC."""
-    return datetime.fromtimestamp(then, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 class ProgressLine:

@@ -62,7 +62,7 @@ def _ps(options: argparse.Namespace) -> None:
 
 
 def _row(sandbox: Seen, short: str) -> Sequence[str]:
-    from sandbox_gateway.cli.actions import NOT_ISOLATED
+    from sandbox_gateway.model import NOT_ISOLATED
 
     record = sandbox.record
     return (

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from sandbox_gateway.cli.arguments import Commands, command
 from sandbox_gateway.cli.failures import Usage, fail
-from sandbox_gateway.cli.output import ProgressLine, age, size, timestamp, write_json, write_line, write_table
+from sandbox_gateway.cli.output import ProgressLine, age, size, write_json, write_line, write_table
 from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.model import timestamp
 
 if TYPE_CHECKING:
     from sandbox_gateway.host.paths import Paths

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from sandbox_gateway.cli.arguments import Commands, command
 from sandbox_gateway.cli.failures import Usage
-from sandbox_gateway.cli.output import age, size, timestamp, write_json, write_line, write_table
+from sandbox_gateway.cli.output import age, size, write_json, write_line, write_table
 from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.model import timestamp
 
 if TYPE_CHECKING:
     from sandbox_gateway.quotas import Quota

@@ -57,6 +57,7 @@ def load(serverapp: ServerApp) -> None:
     if not isinstance(manager, SandboxMappingKernelManager):
         return
     gateway = manager.gateway
+    assert serverapp.event_logger is not None
     bridge = EventBridge(gateway, serverapp.event_logger)
     serverapp.web_app.settings |= {
         "sandbox_gateway": gateway,

@@ -15,8 +15,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from sandbox_gateway.cli.output import timestamp
 from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.model import timestamp
 from sandbox_gateway.owner import progress_to
 from sandbox_gateway.server.callers import Caller
 

@@ -7,11 +7,9 @@ from dataclasses import asdict
 from typing import Any
 
 from sandbox_gateway.choices import TIERS, choice_schema
-from sandbox_gateway.cli.actions import NOT_ISOLATED
-from sandbox_gateway.cli.output import timestamp
 from sandbox_gateway.events import Event
 from sandbox_gateway.lifecycle import ForkOutcome
-from sandbox_gateway.model import Idle, Limits, SandboxRecord
+from sandbox_gateway.model import NOT_ISOLATED, Idle, Limits, SandboxRecord, timestamp
 from sandbox_gateway.profiles import Profile
 from sandbox_gateway.server.callers import Caller
 from sandbox_gateway.snapshots import Snapshot

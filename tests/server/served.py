@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import secrets
@@ -327,12 +328,12 @@ def decode(raw: str | bytes) -> dict[str, Any]:
     if raw[:4] != b"\0\0\0\0" and int.from_bytes(raw[:8], "little") < 4096:
         count = int.from_bytes(raw[:8], "little")
         offsets = struct.unpack(f"<{count}Q", raw[8 : 8 * (count + 1)])
-        parts = [raw[start:end] for start, end in zip(offsets, offsets[1:], strict=False)]
+        parts = [raw[start:end] for start, end in itertools.pairwise(offsets)]
         names = ("header", "parent_header", "metadata", "content")
         message = {name: json.loads(part) for name, part in zip(names, parts[1:5], strict=True)}
         message |= {"channel": parts[0].decode(), "buffers": parts[5:], "msg_type": message["header"]["msg_type"]}
         return message
     count = int.from_bytes(raw[:4], "big")
     offsets = (*struct.unpack(f"!{count}I", raw[4 : 4 * (count + 1)]), len(raw))
-    pieces = [raw[start:end] for start, end in zip(offsets, offsets[1:], strict=False)]
+    pieces = [raw[start:end] for start, end in itertools.pairwise(offsets)]
     return {**json.loads(pieces[0]), "buffers": pieces[1:]}
