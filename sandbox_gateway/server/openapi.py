@@ -128,9 +128,8 @@ def _explained(error: ValidationError, where: tuple[str, ...]) -> InvalidField:
         case "maxItems" | "maxProperties":
             text = f"has too many entries; at most {rule}"
         case "pattern":
-            # A name that is not allowed is no part of the path.
-            if isinstance(instance, str) and instance in (error.parent.instance if error.parent else ()):
-                path.append(instance)
+            if "propertyNames" in error.absolute_schema_path:
+                path.append(str(instance))  # it is the name that is wrong
             text = f"does not have the form {rule}"
         case _:
             text = "is not allowed"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 import uuid
 from collections.abc import Mapping
 from typing import Any
@@ -277,6 +278,8 @@ def _page(records: list[SandboxRecord], limit: int, cursor: str | None) -> tuple
 def _position(cursor: str) -> tuple[float, str]:
     try:
         created, _, sandbox_id = base64.urlsafe_b64decode(cursor.encode("ascii")).decode().partition(" ")
+        if not math.isfinite(float(created)):
+            raise ValueError(created)
         return float(created), sandbox_id
     except (ValueError, binascii.Error):
         raise InvalidField("cursor", "is none that a page gave", "Begin without one.") from None
