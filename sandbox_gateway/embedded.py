@@ -113,10 +113,7 @@ class SandboxedKernel:
     async def _start(self, owner: Lifecycle, seat: Seat, wanted: CreateRequest, progress: Callable[[str], None]) -> Any:
         bridge = seat.bridge()
         sandbox = self._sandbox
-        if sandbox is not None and sandbox.death is None:
-            image = await owner.image(wanted.profile, sandbox.launch.uid)
-            await sandbox.reboot(requests.kernel(wanted, image))
-        else:
+        if sandbox is None or sandbox.death is not None or not await self._rebooted(owner, sandbox, wanted):
             lost = sandbox.death if sandbox is not None else None
             if lost is not None and lost.kind is DeathKind.EXPIRED:
                 # An application that restarts dead kernels by itself would put an empty one in its place.
@@ -127,6 +124,17 @@ class SandboxedKernel:
                 seat.channels.notice(f"[sandbox] A new sandbox was made ({lost.describe()}); earlier files are lost\n")
         bridge.publish_endpoints()
         return bridge.connection_info
+
+    async def _rebooted(self, owner: Lifecycle, sandbox: LiveSandbox, wanted: CreateRequest) -> bool:
+        """Boot the kernel again in its sandbox; False when that had to be given up, and is gone."""
+        image = await owner.image(wanted.profile, sandbox.launch.uid)
+        try:
+            await sandbox.reboot(requests.kernel(wanted, image))
+        except SandboxGatewayError as error:
+            if not await sandbox.beyond_waking(error):
+                raise
+            return False
+        return True
 
     def let_go(self) -> None:
         """Close the endpoints and give the id up; the directory goes with it."""

@@ -65,7 +65,7 @@ ERRORS: Mapping[str, ErrorRow] = MappingProxyType(
         "workspace_changed": ErrorRow(
             409,
             "A file that the kernel has open was changed",
-            "Put the file back as it was, or shut the kernel down and start a new one.",
+            "Put the file back as it was, or restart the kernel: its variables and files are lost then.",
         ),
         "identity_failed": ErrorRow(500, "A clone could not be given its identity", "Try again; see the logs."),
         "template_failed": ErrorRow(500, "Template could not be built", "`jupyter sandbox template build` says why."),

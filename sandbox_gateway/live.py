@@ -50,6 +50,8 @@ STILLNESS = 0.2
 _PROMPT = 0.5
 """Seconds in which a restored kernel normally takes its identity."""
 _AWAKE = frozenset({State.RUNNING, State.RESTARTING})
+_FOR_GOOD = frozenset({"snapshot_damaged", "snapshot_unfit", "unknown_snapshot", "workspace_changed"})
+"""Why a suspended sandbox cannot be woken, however often that is tried."""
 
 
 class LiveSandbox:
@@ -601,6 +603,17 @@ class LiveSandbox:
     async def reboot(self, kernel: KernelSpec) -> None:
         """Restart in place (DESIGN, Restart): end every process of the kernel's uid, keep the files, boot again."""
         await self._shielded(self._reboot(kernel))
+
+    async def beyond_waking(self, error: SandboxGatewayError) -> bool:
+        """After a :meth:`reboot` that failed with ``error``: whether it was that it cannot be woken any more.
+
+        It is ended then, files and all: who restarts a kernel wants one that runs.
+        """
+        if self.state is not State.SUSPENDED or error.code not in _FOR_GOOD:
+            return False
+        await self.destroy(Death(DeathKind.FAILED, f"it could not be woken: {error.message}"))
+        await self.ended.wait()
+        return True
 
     async def _reboot(self, kernel: KernelSpec) -> None:
         await self._resume()

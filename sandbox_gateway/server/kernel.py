@@ -145,12 +145,19 @@ class ServedKernel:
             self._unwatch()
             try:
                 self.hub.publish_status("restarting")
-                if live.death is None:
-                    await live.reboot(live.launch.kernel)
-                else:
+                if live.death is not None or not await self._rebooted(live):
                     await self._make_again(live)
             finally:
                 self._watch()
+
+    async def _rebooted(self, live: LiveSandbox) -> bool:
+        try:
+            await live.reboot(live.launch.kernel)
+        except SandboxGatewayError as error:
+            if not await live.beyond_waking(error):
+                raise
+            return False
+        return True
 
     async def _make_again(self, dead: LiveSandbox) -> None:
         """A new sandbox under the same id, for the sessions that are here."""

@@ -113,5 +113,5 @@ def check_files(files: Iterable[WorkspaceFile]) -> None:
     raise SandboxGatewayError(
         "workspace_changed",
         f"{what} changed since it was saved: {shown}",
-        "Put the files back as they were and try again, or shut the kernel down and start a new one.",
+        "Put the files back as they were and try again, or restart the kernel: its variables and files are lost then.",
     )

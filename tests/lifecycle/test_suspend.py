@@ -261,3 +261,20 @@ def test_a_file_that_the_kernel_has_open_must_not_have_changed(product: Product,
         assert (
             client.run("print(data.readline().strip(), open('other.txt').read())").stdout == "second changed freely\n"
         )
+
+
+def test_a_restart_of_a_kernel_that_cannot_be_woken_gives_a_new_one_and_says_so(
+    product: Product, tmp_path: Path
+) -> None:
+    tmp_path.chmod(0o777)
+    (tmp_path / "data.txt").write_text("first\nsecond\n")
+    with kernel(FILES_KERNEL, cwd=str(tmp_path)) as client:
+        client.run("data = open('data.txt'); x = 1; open('/tmp/inside', 'w').write('x')")
+        before = client.id
+        tell(product, client.id, "suspend")
+        (tmp_path / "data.txt").write_text("something else altogether\n")
+        client.manager.restart_kernel(now=True)
+        client.client.wait_for_ready(timeout=60)
+        found = client.run("import os; print('x' in globals(), os.path.exists('/tmp/inside'))")
+        assert found.stdout == "False False\n"
+        assert client.id == before and state(product, before) == "running"
