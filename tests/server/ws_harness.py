@@ -139,6 +139,8 @@ class Client:
 
     def __init__(self, connection: WebSocketClientConnection, v1: bool) -> None:
         self.connection = connection
+        assert connection.protocol is not None and connection.protocol.stream is not None
+        self.stream = connection.protocol.stream
         self.v1 = v1
 
     async def read(self, timeout: float = 20.0) -> dict[str, Any] | None:
@@ -186,9 +188,7 @@ class Client:
 
     def cut(self) -> None:
         """The network breaks."""
-        stream = self.connection.protocol.stream if self.connection.protocol is not None else None
-        if stream is not None:
-            stream.close()
+        self.stream.close()
 
 
 def v1(channel: str, parts: Sequence[bytes]) -> bytes:
