@@ -13,7 +13,7 @@ from sandbox_gateway.remote.client import RemoteProfile
 
 def name_of(profile: RemoteProfile, address: Address) -> str:
     """What Jupyter calls it: the profile and where it is, in letters that a kernelspec's name may have."""
-    return re.sub(r"[^a-z0-9._-]+", "-", f"{profile.name}-at-{address.place}".lower()).strip("-")
+    return re.sub(r"[^a-z0-9._]+", "-", f"{profile.name}-at-{address.place}".lower()).strip("-")
 
 
 def variables_of(profile: RemoteProfile) -> tuple[str, ...]:

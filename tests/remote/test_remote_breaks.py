@@ -16,6 +16,8 @@ from jupyter_client.manager import KernelManager
 from remote_harness import Remote
 from test_remote_life import run, until
 
+from sandbox_gateway.remote import session
+
 pytestmark = pytest.mark.timeout(240)
 Start = Callable[..., tuple[KernelManager, Any]]
 COUNTING = "import time\nfor n in range(300):\n    print(n, flush=True)\n    time.sleep(0.01)"
@@ -72,8 +74,11 @@ def test_requests_while_the_gateway_is_out_of_reach_wait_for_it(remote: Remote, 
     assert manager.is_alive()
 
 
-def test_nothing_runs_twice_or_never_whenever_it_breaks(remote: Remote, start: Start) -> None:
+def test_nothing_runs_twice_or_never_whenever_it_breaks(
+    remote: Remote, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Breaks at random moments around many requests; the seed is printed."""
+    monkeypatch.setattr(session, "LONGEST_PAUSE", 0.3)
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")
     chance = random.Random(seed)
