@@ -192,6 +192,11 @@ class KernelChannels:
         return self._retention.size if self._retention is not None and self._held else 0
 
     @property
+    def running(self) -> bytes | None:
+        """The raw header of the request that the kernel runs, also while its output is retained; None: it is idle."""
+        return self._cache.running
+
+    @property
     def settled(self) -> bool:
         """Whether every client was handed everything received so far, in whole messages, and nothing is retained.
 

@@ -67,6 +67,9 @@ class HubSettings:
     """Sessions of one kernel; beyond that the one that is longest without a connection goes."""
     untracked: frozenset[str] = UNTRACKED
     """Message types that are no use of the kernel by themselves."""
+    hide_tracebacks: str | None = None
+    """What clients read in place of an error and its traceback; None: they read those. As jupyter_server's
+    ``allow_tracebacks``, it is about what is published, not about replies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +98,7 @@ class Hub:
     """The sessions of the kernel in ``seat``; made on the event loop on which everything runs."""
 
     def __init__(self, seat: Seat, *, settings: HubSettings | None = None) -> None:
-        self.execution_state = "starting"
-        """One of :data:`STATES`, by the statuses of requests that count as use."""
+        self._state = "starting"
         self._settings = settings or HubSettings()
         self._channels = seat.channels
         self._key = seat.key
@@ -228,6 +230,14 @@ class Hub:
     # What the kernel says
 
     @property
+    def execution_state(self) -> str:
+        """One of :data:`STATES`, by the statuses of requests that count as use."""
+        if self._channels.retained and self._state in ("starting", "idle", "busy"):
+            # Its statuses are kept for the first client, and did not come here.
+            return "idle" if self._channels.running is None else "busy"
+        return self._state
+
+    @property
     def last_activity(self) -> datetime:
         """When the kernel was last used, in UTC."""
         return datetime.fromtimestamp(self._activity, UTC)
@@ -260,8 +270,8 @@ class Hub:
 
     def ready(self) -> None:
         """The kernel has started, and waits for requests."""
-        if self.execution_state in ("starting", "restarting", "dead"):
-            self.execution_state = "idle"
+        if self._state in ("starting", "restarting", "dead"):
+            self._state = "idle"
             self._state_parent = b""
             self._moved()
 
@@ -304,7 +314,10 @@ class Hub:
                 self._belongs_to(parent)
             if kind == "status" and channel == _IOPUB:
                 self._saw_status(parts[at + 5])
-            entry = Entry(channel, parts[at + 2 :], kind, number)
+            body = parts[at + 2 :]
+            if kind == "error" and self._settings.hide_tracebacks is not None:
+                body = self._without_traceback(body)
+            entry = Entry(channel, body, kind, number)
         except Malformed as error:
             self._malformed += 1
             log.debug("a message was left out: %s", error)
@@ -315,9 +328,17 @@ class Hub:
             return None
         self._messages += 1
         self._size += entry.size
-        if self._parent_counts or self.execution_state == "busy":
+        if self._parent_counts or self._state == "busy" or kind not in self._settings.untracked:
             self._activity = time.time()
         return entry
+
+    def _without_traceback(self, body: Sequence[Buffer]) -> Sequence[Buffer]:
+        error = {
+            "ename": "ExecutionError",
+            "evalue": "Execution error",
+            "traceback": [self._settings.hide_tracebacks],
+        }
+        return [*body[:3], json.dumps(error).encode()]
 
     def _belongs_to(self, parent: bytes) -> None:
         kind = ws_protocol.json_object(parent).get("msg_type")
@@ -335,17 +356,17 @@ class Hub:
         if not isinstance(state, str) or state not in STATES:
             raise Malformed("a status that front ends do not know")
         if self._parent_counts:
-            self.execution_state = state
+            self._state = state
             self._state_parent = self._parent if len(self._parent) <= _MAX_PARENT else b""
-        elif self.execution_state in ("starting", "restarting") and state in ("busy", "idle"):
+        elif self._state in ("starting", "restarting") and state in ("busy", "idle"):
             # It answers: it has started.
-            self.execution_state = "idle"
+            self._state = "idle"
             self._state_parent = b""
 
     def _tell_state(self, outlet: Outlet) -> None:
         """What a front end that has just come shows; simple clients look for the parent of every message."""
-        if self._state_parent and self.execution_state in ("busy", "idle"):
-            content = {"execution_state": self.execution_state}
+        if self._state_parent and self._state in ("busy", "idle"):
+            content = {"execution_state": self._state}
             status = messages.build(self._key, "status", content, topic=b"status", parent=self._state_parent)
             outlet.add(Entry(_IOPUB, status[3:], "status"))
 
@@ -416,7 +437,7 @@ class Hub:
         saved = Saved(
             tuple(self._received),
             sessions,
-            self.execution_state,
+            self._state,
             self._state_parent.decode("utf-8", "replace"),
             round(self._activity),
         )
@@ -426,7 +447,7 @@ class Hub:
         """Take over what an earlier server wrote: its sessions are without a connection."""
         self._received = list(saved.received)
         if saved.state in STATES:
-            self.execution_state = saved.state
+            self._state = saved.state
             self._state_parent = saved.parent.encode()
         if saved.activity:
             self._activity = min(saved.activity, self._activity)

@@ -137,7 +137,12 @@ class SandboxWebSocketConnection(BaseKernelWebsocketConnection):
         handler.set_nodelay(True)
         self.multi_kernel_manager.notify_connect(self.kernel_id)
         self._counted = True
-        hub: Hub = self.kernel_manager.hub
+        try:
+            hub: Hub = self.kernel_manager.hub
+        except Exception:
+            self.log.exception("kernel %s has no sessions", self.kernel_id)
+            handler.close(1011, "the kernel is not there")
+            return
         writer = TornadoWriter(handler)
         session_id = handler.get_argument("session_id", None) or None
         replay = handler.get_argument("replay", "") in ("1", "true")

@@ -255,6 +255,29 @@ async def test_activity_is_use_and_whatever_comes_while_busy(kernel: FakeKernel)
     assert abs(hub.last_activity.timestamp() - time.time()) < 10
 
 
+async def test_the_state_is_known_while_output_waits_for_the_first_session(kernel: FakeKernel) -> None:
+    parent = b'{"msg_id": "m", "msg_type": "execute_request"}'
+    kernel.channels.retain()
+    kernel.publish("status", {"execution_state": "busy"}, parent=parent)
+    assert kernel.hub.execution_state == "busy"
+    kernel.publish("status", {"execution_state": "idle"}, parent=parent)
+    assert kernel.hub.execution_state == "idle"
+    writer = join(kernel.hub)
+    await turn()
+    assert [m["content"]["execution_state"] for m in writer.messages][:2] == ["busy", "idle"]
+    assert kernel.hub.execution_state == "idle"
+
+
+async def test_a_traceback_is_hidden_where_that_is_asked_for(directory: Path) -> None:
+    kernel = FakeKernel(directory, HubSettings(hide_tracebacks="ask us"))
+    writers = [join(kernel.hub, "a"), join(kernel.hub, "b", v1=False)]
+    kernel.publish("error", {"ename": "secret", "evalue": "secret", "traceback": ["secret"]}, buffers=[b"secret"])
+    await turn()
+    for writer in writers:
+        assert writer.messages[0]["content"]["traceback"] == ["ask us"] and b"secret" not in writer.frames[0]
+    kernel.hub.close(True)
+
+
 async def test_a_status_of_the_gateway_s_own_reaches_all(kernel: FakeKernel) -> None:
     a, b = join(kernel.hub, "a"), join(kernel.hub, "b", v1=False)
     kernel.hub.publish_status("restarting")
