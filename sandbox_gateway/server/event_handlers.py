@@ -34,6 +34,10 @@ class OwnEventsSocket(SubscribeWebsocket):
     caller: Caller
     _waiting = 0
 
+    async def prepare(self, **options: Any) -> Any:
+        """Authenticate; a stranger gets 403, as a login page is no use of a WebSocket."""
+        return await super().prepare(_redirect_to_login=False)
+
     def open(self, *args: Any, **options: Any) -> None:
         """Begin to listen; called when the WebSocket is up, after authentication and authorisation."""
         self.caller = caller_of(self.current_user)
@@ -78,14 +82,19 @@ class OwnEventsHandler(EventHandler):
     @authorized
     async def post(self) -> None:
         """Emit an event."""
-        payload = self.get_json_body()
-        schema = payload.get("schema_id") if isinstance(payload, dict) else None
         if not caller_of(self.current_user).admin:
             raise web.HTTPError(403, "only administrators put events on the bus")
+        try:
+            payload = self.get_json_body()
+        except (UnicodeDecodeError, RecursionError):
+            payload = None
+        if not isinstance(payload, dict) or not isinstance(payload.get("data"), dict):
+            raise web.HTTPError(400, "the body is no JSON object with schema_id, version and data")
+        schema = payload.get("schema_id")
+        if not isinstance(schema, str):
+            raise web.HTTPError(400, "schema_id is no text")
         if schema in OURS or schema == KERNEL_ACTIONS:
             raise web.HTTPError(403, "events of this schema are the server's own")
-        if not isinstance(payload, dict):
-            raise web.HTTPError(400, "the body is no JSON object")
         await ensure_async(super().post())
 
 

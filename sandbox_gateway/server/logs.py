@@ -167,7 +167,7 @@ def _on_terminal(handler: logging.Handler) -> bool:
 def warn_of_arguments(log: logging.Logger, arguments: Sequence[str] | None = None) -> None:
     """Say so when a secret is on the command line, where each user of the machine can read it."""
     given = sys.argv[1:] if arguments is None else arguments
-    if any(re.match(r"--[\w.]*(?:\.token|password)(?:=.|$)", each) for each in given):
+    if any(re.match(r"--[\w.]*(?:\.token|\.password)(?:=.|$)", each) for each in given):
         log.warning(
             "a token on the command line can be read by every user of this machine (`ps`): set JUPYTER_TOKEN or"
             " JUPYTER_TOKEN_FILE instead, or give each user a token of his own (`jupyter sandbox token add`)"

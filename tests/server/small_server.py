@@ -43,6 +43,7 @@ class Server:
     def __init__(self, app: ServerApp, users: TokenFile) -> None:
         self.app = app
         self.users = users
+        self.connected: list[WebSocketClientConnection] = []
         self.url = f"http://127.0.0.1:{app.port}"
 
     def user(self, name: str, now: float = 1e9, **rights: Any) -> tuple[Token, str]:
@@ -76,7 +77,9 @@ class Server:
         request = HTTPRequest(
             self.url.replace("http", "ws") + "/api/events/subscribe", headers={"Authorization": f"token {token}"}
         )
-        return await websocket_connect(request)
+        connected = await websocket_connect(request)
+        self.connected.append(connected)
+        return connected
 
     async def log_in(self, secret: str) -> dict[str, str]:
         """As a browser: the headers of its next requests."""
@@ -139,7 +142,13 @@ async def small_server(
         app.initialize([], find_extensions=False)
         app.web_app.add_handlers(".*$", [*event_handlers(), *more])
         try:
-            yield Server(app, file)
+            server = Server(app, file)
+            yield server
+            for connected in server.connected:
+                stream = connected.protocol.stream if connected.protocol is not None else None
+                connected.close()
+                if stream is not None:
+                    stream.close()  # a client that reads nothing does not hear the answer to its goodbye
         finally:
             await app._cleanup()
             if log is not None:
