@@ -152,6 +152,18 @@ class KernelClient:
         self._left.clear()
         self._current = self._any = None
 
+    def _cut_off_some(self, executions: Sequence[Execution], why: SandboxGatewayError) -> None:
+        for running in self._all():
+            if running.execution in executions:
+                running.finish(why)
+        for execution in [one for one in self._queued if one in executions]:
+            self._queued.remove(execution)
+            execution.end(why)
+        self._left = {key: known for key, known in self._left.items() if not known.over}
+        self._any = None if self._any is not None and self._any.over else self._any
+        self._current = None if self._current is not None and self._current.over else self._current
+        self._pump()
+
     def restarting(self) -> None:
         """The kernel is ended for a new one: :meth:`restarted` has to follow, whatever becomes of that."""
         self._watching.cancel()
@@ -307,8 +319,13 @@ class KernelClient:
             self.has_seat = False  # it was released by who handed over
             self.leave(left(self.live.id))
             return
-        await asyncio.sleep(LAST_WORDS)
         why = self._dead() or SandboxGatewayError("kernel_died", "the kernel died")
+        ended = [*(running.execution for running in self._all()), *self._queued]
+        await asyncio.sleep(LAST_WORDS)
+        if self._dead() is None:
+            # Somebody else has restarted it meanwhile; what was sent since then is the new one's.
+            self._cut_off_some(ended, why)
+            return
         self.cut_off(why)
         if self.live.death is not None:
             await self.live.ended.wait()
