@@ -28,6 +28,8 @@ SILENCE: Final = 30.0
 """Seconds without any sign of the gateway after which a connection is given up."""
 JUMP: Final = 20.0
 """Seconds that the clock on the wall may run ahead between two looks before the machine is taken to have slept."""
+HANDSHAKE: Final = 20.0
+"""Seconds that the gateway may take to accept a connection."""
 CLOSING: Final = 1.0
 """Seconds that a gateway may take to close its side."""
 
@@ -159,7 +161,7 @@ async def connect(
     made = Connection(on_message)
     try:
         connected = await websocket_connect(
-            client.request(client.address.websocket(path, query)),
+            client.request(client.address.websocket(path, query), request_timeout=HANDSHAKE),
             on_message_callback=made.received,
             max_message_size=MAX_MESSAGE,
             subprotocols=[SUBPROTOCOL],

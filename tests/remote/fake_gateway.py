@@ -97,7 +97,8 @@ class Kernel:
                 parent = json.loads(body[1]).get("msg_id", "")
                 sessions = [self.routes[parent]] if parent in self.routes else []
             for session in sessions:
-                self.send(self.peers[session], frame)
+                if session in self.peers:
+                    self.send(self.peers[session], frame)
 
     async def _watch(self) -> None:
         while await self.manager.is_alive():
@@ -172,6 +173,8 @@ class FakeGateway:
         self.port = 0
         self.confirming = True
         """Whether clients' pongs count; else everything comes again after a reconnect."""
+        self.forgetting = False
+        """Whether a session is forgotten with its connection."""
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._turn, daemon=True)
 
@@ -324,7 +327,12 @@ class Channels(Base, WebSocketHandler):
 
     async def get(self, kernel_id: str) -> None:
         self._kernel = self.kernel(kernel_id)
+        self.set_header("Sandbox-Session", "resumed" if self._known else "new")
         await super().get(kernel_id)
+
+    @property
+    def _known(self) -> bool:
+        return self.get_argument("session_id") in self._kernel.peers
 
     def open(self, kernel_id: str) -> None:
         self.set_nodelay(True)
@@ -363,6 +371,8 @@ class Channels(Base, WebSocketHandler):
     def on_close(self) -> None:
         if hasattr(self, "_peer") and self._peer.socket is self:
             self._peer.socket = None
+            if self.gateway.forgetting:
+                self._kernel.peers.pop(self._session, None)
 
 
 def encode(channel: str, body: list[bytes]) -> bytes:

@@ -45,6 +45,9 @@ def make_poor(platform: str) -> None:
         if hasattr(os, name):
             delattr(os, name)
     if platform == "win32":
+        make_pair, family = socket.socketpair, socket.AF_UNIX
+        # asyncio's own need; Windows makes one over TCP.
+        socket.socketpair = lambda *given: make_pair(family)  # type: ignore[assignment]
         del socket.AF_UNIX
         # It is a method of the C class, which cannot be changed: ours are looked for by this name.
         socket.socket = NoSendmsg  # type: ignore[misc]

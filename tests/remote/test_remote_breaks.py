@@ -7,6 +7,7 @@ import json
 import random
 import threading
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from jupyter_client.manager import KernelManager
 from remote_harness import Remote
 from test_remote_life import run, until
 
-from sandbox_gateway.remote import session
+from sandbox_gateway.remote import connection, session
 
 pytestmark = pytest.mark.timeout(240)
 Start = Callable[..., tuple[KernelManager, Any]]
@@ -159,6 +160,67 @@ def test_a_gateway_that_is_killed_and_started_again_goes_on_with_the_cell(remote
     timer.join()
     assert reply["status"] == "ok" and told.split() == NUMBERS
     assert manager.is_alive()
+
+
+def test_a_reply_that_was_lost_for_good_is_answered_with_an_error(remote: Remote, start: Start) -> None:
+    if remote.fake is None:
+        pytest.skip("the real gateway forgets no session for 10 minutes")
+    _, client = start()
+    run(client, "ran = []")
+    remote.fake.forgetting = True
+    msg_id = client.execute("import time; print('go', flush=True); time.sleep(1); ran.append(1)")
+    while client.get_iopub_msg(timeout=30)["msg_type"] != "stream":
+        pass
+    remote.proxy.refuse()
+    time.sleep(2)
+    remote.proxy.refuse(False)
+    while (reply := client.get_shell_msg(timeout=30))["parent_header"].get("msg_id") != msg_id:
+        pass
+    assert reply["content"]["ename"] == "RemoteKernelUnreachable" and "may have run it" in reply["content"]["evalue"]
+    remote.fake.forgetting = False
+    assert run(client, "print(ran)")[1] == "[1]\n"
+
+
+def test_a_machine_that_slept_connects_again_at_once(
+    remote: Remote, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead = [0.0]
+    clock = types.SimpleNamespace(time=lambda: time.time() + ahead[0], monotonic=time.monotonic)
+    monkeypatch.setattr(connection, "time", clock)
+    monkeypatch.setattr(connection, "TICK", 0.2)
+    _, client = start()
+    before = remote.proxy.connections
+
+    def sleep() -> None:
+        ahead[0] = 60.0
+
+    timer = threading.Timer(1.0, sleep)
+    timer.start()
+    reply, told = run(client, COUNTING)
+    timer.join()
+    assert reply["status"] == "ok" and told.split() == NUMBERS
+    assert remote.proxy.connections > before
+
+
+def test_a_connection_on_which_nothing_comes_is_given_up(
+    remote: Remote, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "TICK", 0.2)
+    monkeypatch.setattr(connection, "SILENCE", 1.0)
+    monkeypatch.setattr(connection, "HANDSHAKE", 1.0)
+    _, client = start()
+    run(client, "ran = []")
+    time.sleep(2.5)
+    before = remote.proxy.connections
+    assert run(client, "ran.append(0)")[0]["status"] == "ok"
+    assert remote.proxy.connections == before, "an idle connection that answers pings is none that broke"
+    remote.proxy.swallow()
+    msg_id = client.execute("ran.append(1)")
+    time.sleep(3)
+    remote.proxy.swallow(False)
+    while client.get_shell_msg(timeout=60)["parent_header"].get("msg_id") != msg_id:
+        pass
+    assert run(client, "print(ran)")[1] == "[0, 1]\n"
 
 
 def test_a_gateway_that_does_not_take_the_token_says_so(remote: Remote, kernel_name: str, tmp_path: Path) -> None:
