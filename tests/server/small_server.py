@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -142,6 +143,8 @@ async def small_server(
         app.initialize([], find_extensions=False)
         app.web_app.add_handlers(".*$", [*event_handlers(), *more])
         try:
+            while not app.http_server._sockets:  # it binds when its loop turns
+                await asyncio.sleep(0.001)
             server = Server(app, file)
             yield server
             for connected in server.connected:
