@@ -740,3 +740,90 @@ async def test_the_hub_of_a_closed_kernel_takes_and_gives_nothing(directory: Pat
     await turn()
     kernel.hub.detach(writer.outlet, writer)  # type: ignore[arg-type]
     assert writer.frames == [] and list(directory.iterdir()) == []
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("say"), st.integers(1, 30)),
+        st.tuples(st.just("cut"), st.just(0)),
+        st.tuples(st.just("join"), st.integers(0, 3)),
+        st.tuples(st.just("pong"), st.integers(0, 2)),
+        st.tuples(st.just("recover"), st.just(0)),
+        st.tuples(st.just("crash"), st.just(0)),
+        st.tuples(st.just("turn"), st.integers(1, 3)),
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(STEPS)
+def test_whatever_breaks_and_when_nothing_is_lost_and_nothing_confirmed_comes_twice(
+    steps: list[tuple[str, int]],
+) -> None:
+    async def play() -> None:
+        directory = Path(tempfile.mkdtemp(prefix="sg-"))
+        kernel = FakeKernel(directory)
+        had = confirmed = base = said = 0
+        writer = join(kernel.hub, answers=False)
+        marks: list[tuple[Writer, int]] = []
+
+        def check(done: Writer) -> None:
+            nonlocal had
+            numbers = [m["content"]["n"] for m in done.messages]
+            if numbers:
+                assert numbers == list(range(numbers[0], numbers[-1] + 1))
+                assert base < numbers[0] <= had + 1
+                had = max(had, numbers[-1])
+
+        real = Writer.ping
+
+        def ping(self: Writer, data: bytes) -> None:
+            real(self, data)
+            numbers = [m["content"]["n"] for m in self.messages]
+            marks.append((self, numbers[-1] if numbers else 0))
+
+        Writer.ping = ping  # type: ignore[method-assign]
+        try:
+            for step, n in [*steps, ("cut", 0), ("join", 0), ("turn", 3)]:
+                if step == "say":
+                    for _ in range(n):
+                        said += 1
+                        kernel.publish("display_data", {"n": said})
+                elif step == "cut":
+                    leave(kernel.hub, writer)
+                elif step == "join":
+                    check(writer)
+                    base = confirmed
+                    old = writer
+                    writer = join(kernel.hub, answers=False, stalled=n == 1, v1=n != 2)
+                    assert old.broken or old.closed
+                elif step == "pong" and writer.pings and writer.outlet and writer.outlet.writer is writer:
+                    mark = next((number for by, number in reversed(marks) if by is writer), 0)
+                    before = writer.outlet._ping_mark
+                    writer.outlet.pong(writer.pings[-1])
+                    if before >= 0:
+                        confirmed = max(confirmed, mark)
+                elif step == "recover" and writer.outlet:
+                    writer.answers = False
+                    writer.recover()
+                elif step == "crash":
+                    kernel.hub._save()
+                    check(writer)
+                    base = confirmed
+                    old_kernel = kernel
+                    writer.broken = True
+                    kernel = FakeKernel(directory)
+                    old_kernel.hub._closed = True
+                    await replayed(kernel, old_kernel)
+                    writer = join(kernel.hub, answers=False)
+                elif step == "turn":
+                    await turn(n)
+            check(writer)
+            assert had == said
+        finally:
+            Writer.ping = real  # type: ignore[method-assign]
+            kernel.hub.close(True)
+            shutil.rmtree(directory)
+
+    asyncio.run(play())
