@@ -7,6 +7,7 @@ is answered as one that does not exist. Values are passed on; nothing that is sh
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,11 @@ class SandboxMappingKernelManager(AsyncMappingKernelManager):
     @default("gateway")
     def _default_gateway(self) -> Gateway:
         config = self.config_of_gateway
-        return Gateway(discover(), config.settings(), quota_of=config.quota_of)
+        hidden = None if self.allow_tracebacks else self.traceback_replacement_message
+        stock = {"untracked": frozenset(self.untracked_message_types), "hide_tracebacks": hidden}
+        settings = config.settings()
+        settings = replace(settings, hub={**settings.hub, **stock})
+        return Gateway(discover(), settings, quota_of=config.quota_of)
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
