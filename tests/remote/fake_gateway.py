@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import ssl
 import struct
 import threading
 import uuid
@@ -15,6 +16,7 @@ from collections import deque
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, TypeVar
 
 from jupyter_client.asynchronous.client import AsyncKernelClient
@@ -167,8 +169,9 @@ class Kernel:
 class FakeGateway:
     """Listens on a port of 127.0.0.1 from :meth:`start` to :meth:`stop`."""
 
-    def __init__(self, token: str) -> None:
+    def __init__(self, token: str, certificate: Path | None = None) -> None:
         self.token = token
+        self._certificate = certificate
         self.kernels: dict[str, Kernel] = {}
         self.port = 0
         self.confirming = True
@@ -180,7 +183,7 @@ class FakeGateway:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http{'s' if self._certificate else ''}://127.0.0.1:{self.port}"
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
         """Run on the gateway's loop, from another thread."""
@@ -214,7 +217,11 @@ class FakeGateway:
             (r"/api/kernels/([^/]+)/channels", Channels),
         ]
         application = Application(routes, websocket_max_message_size=LARGE, gateway=self)
-        self._server = HTTPServer(application, max_buffer_size=LARGE)
+        tls = None
+        if self._certificate is not None:
+            tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            tls.load_cert_chain(self._certificate)
+        self._server = HTTPServer(application, max_buffer_size=LARGE, ssl_options=tls)
         sockets = bind_sockets(0, "127.0.0.1")
         self.port = sockets[0].getsockname()[1]
         self._server.add_sockets(sockets)
