@@ -34,6 +34,7 @@ ERRORS: Mapping[str, ErrorRow] = MappingProxyType(
         "invalid_request": ErrorRow(400, "Invalid request", "Correct the named value and try again."),
         "unknown_sandbox": ErrorRow(404, "Unknown sandbox", "`jupyter sandbox ps` lists the sandboxes."),
         "ambiguous_id": ErrorRow(409, "Ambiguous id", "Give more characters of the id."),
+        "id_taken": ErrorRow(409, "Id is taken", "Choose another id, or leave it out."),
         "illegal_transition": ErrorRow(409, "Not possible in this state", "`jupyter sandbox ps` shows the state."),
         "runtime_missing": ErrorRow(503, "Runtime missing", "Run `jupyter sandbox setup`."),
         "runtime_too_old": ErrorRow(503, "Runtime too old", "Run `jupyter sandbox setup` to get the pinned one."),

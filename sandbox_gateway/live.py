@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -78,6 +79,8 @@ class LiveSandbox:
         self.death: Death | None = None
         self.kernel = KernelWatch(record.id, lambda text: seat.channels.notice(text))
         self.ended = asyncio.Event()
+        self.admission: Callable[[], AbstractAsyncContextManager[object]] = contextlib.nullcontext
+        """Entered when a client's wish is to wake it; raises where its owner may not have one more (a quota)."""
         self._runtime = runtime
         self._suspension = suspension
         self._events = events
@@ -492,6 +495,11 @@ class LiveSandbox:
         """
         await self._shielded(self._resume())
 
+    async def wake(self) -> None:
+        """As :meth:`resume`, for a client who wants something that needs the kernel."""
+        async with self.admission() if self.state is State.SUSPENDED else contextlib.nullcontext():
+            await self.resume()
+
     async def _resume(self) -> None:
         if self.state in _AWAKE:
             return
@@ -592,7 +600,7 @@ class LiveSandbox:
 
     async def _try_to_wake(self) -> None:
         try:
-            await self.resume()
+            await self.wake()
         except Exception as error:
             log.warning("sandbox %s could not be woken: %s", self.id, error)
             if self.state in {State.PAUSED, State.SUSPENDED}:
@@ -648,7 +656,7 @@ class LiveSandbox:
 
     async def _woken(self) -> bool:
         try:
-            await self.resume()
+            await self.wake()
         except SandboxGatewayError as error:
             log.warning("sandbox %s could not be woken: %s", self.id, error)
         return self.state in _AWAKE
@@ -659,7 +667,7 @@ class LiveSandbox:
 
     async def interrupt(self) -> None:
         """Interrupt what runs, in the kernelspec's own way, waking it first."""
-        await self.resume()
+        await self.wake()
         await self.link.call("interrupt")
 
     async def stop_kernel(self, grace: float) -> None:

@@ -15,14 +15,12 @@ from tornado.websocket import WebSocketClosedError
 
 from sandbox_gateway.server.callers import Caller
 from sandbox_gateway.server.events import KERNEL_ACTIONS, OURS, may_see
-from sandbox_gateway.server.identity import TokenFileIdentityProvider, caller_of
+from sandbox_gateway.server.identity import REVOKED, Revocation, caller_of, still_welcome
 
 MAX_WAITING: Final = 2000
 """Events that a subscriber may have been sent and not taken yet, before he is cut off."""
 TOO_SLOW: Final = 1013
 """Close code "try again later"."""
-POLICY: Final = 1008
-"""Close code "policy violation": the user's token was revoked."""
 
 
 class OwnEventsSocket(SubscribeWebsocket):
@@ -32,6 +30,7 @@ class OwnEventsSocket(SubscribeWebsocket):
     """
 
     caller: Caller
+    _revocation: Revocation | None = None
     _waiting = 0
 
     async def prepare(self, **options: Any) -> Any:
@@ -42,15 +41,24 @@ class OwnEventsSocket(SubscribeWebsocket):
         """Begin to listen; called when the WebSocket is up, after authentication and authorisation."""
         self.caller = caller_of(self.current_user)
         super().open()
+        self._revocation = Revocation(self, self._revoked)
+
+    def on_close(self) -> None:
+        """The WebSocket has ended."""
+        if self._revocation is not None:
+            self._revocation.close()
+        super().on_close()
+
+    def _revoked(self) -> None:
+        self.close(REVOKED, "the token was revoked")
+        self.on_close()
 
     async def event_listener(self, logger: EventLogger, schema_id: str, data: dict[str, Any]) -> None:
         """Called by the event bus with each event."""
         if not may_see(self.caller, schema_id, data, self._owner_of()):
             return
-        provider = self.identity_provider
-        if isinstance(provider, TokenFileIdentityProvider) and not provider.still_valid(self.current_user):
-            self.close(POLICY, "the token was revoked")
-            self.on_close()
+        if not still_welcome(self):
+            self._revoked()
             return
         if self._waiting >= MAX_WAITING:
             # The events are in the store: who comes back reads there what he missed.

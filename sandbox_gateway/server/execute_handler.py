@@ -30,6 +30,7 @@ from sandbox_gateway.results import (
     UpdateDisplayData,
 )
 from sandbox_gateway.server.api_handler import RestHandler
+from sandbox_gateway.server.identity import Revocation
 from sandbox_gateway.server.requests import MAX_CODE
 
 log = logging.getLogger(__name__)
@@ -124,15 +125,24 @@ class ExecuteHandler(RestHandler):
             return
         client.submit(execution)
         self._reading = asyncio.create_task(self._tell(execution))
+        revocation = Revocation(self, self._revoked)
         try:
             # Not awaited itself: who closes the connection cancels it, and not us.
             await asyncio.wait({self._reading})
             if not self._reading.cancelled():
                 self._reading.result()
+            elif not self._gone:
+                with contextlib.suppress(StreamClosedError):
+                    await self._send(line_of(end_of(SandboxGatewayError("unauthenticated", "the token was revoked"))))
         finally:
+            revocation.close()
             self._reading.cancel()
             if not execution.done:
                 await give_up(client, execution, live)
+
+    def _revoked(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
 
     def on_connection_close(self) -> None:
         """The client is gone: the cell is nobody's."""

@@ -23,7 +23,9 @@ from sandbox_gateway.server.events import EventBridge
 from sandbox_gateway.server.kernel_handlers import kernel_handlers
 from sandbox_gateway.server.kernels import SandboxMappingKernelManager
 from sandbox_gateway.server.metrics import Metrics, MetricsHandler
+from sandbox_gateway.server.operations import operations_of
 from sandbox_gateway.server.rest import rest_handlers
+from sandbox_gateway.server.session_handlers import session_handlers
 from sandbox_gateway.server.sessions import SandboxSessionManager
 from sandbox_gateway.server.websocket import SandboxWebSocketConnection, SandboxWebSocketHandler
 
@@ -57,6 +59,7 @@ def load(serverapp: ServerApp) -> None:
     if not isinstance(manager, SandboxMappingKernelManager):
         return
     gateway = manager.gateway
+    logs.warn_of_arguments(serverapp.log)
     assert serverapp.event_logger is not None
     bridge = EventBridge(gateway, serverapp.event_logger)
     serverapp.web_app.settings |= {
@@ -64,10 +67,12 @@ def load(serverapp: ServerApp) -> None:
         "sandbox_events": bridge,
         "sandbox_metrics": Metrics(gateway, bridge),
     }
+    gateway.on_close(bridge.close)
+    gateway.before_close.append(operations_of(serverapp.web_app.settings).close)
     logs.install(serverapp.log, serverapp.identity_provider, as_json=manager.config_of_gateway.log_json)
     add_routes(serverapp, [*rest_handlers(), *event_handlers(), (r"/metrics", MetricsHandler)])
     channels = rf"/api/kernels/{_kernel_id_regex}/channels"
-    add_routes(serverapp, [(channels, SandboxWebSocketHandler), *kernel_handlers()])
+    add_routes(serverapp, [(channels, SandboxWebSocketHandler), *kernel_handlers(), *session_handlers()])
     _begin(serverapp, manager)
 
 

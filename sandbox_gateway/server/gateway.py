@@ -12,7 +12,8 @@ import logging
 import os
 import secrets
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -87,6 +88,9 @@ class Gateway:
         self._hubs: dict[str, Hub] = {}
         self._listeners: list[Callable[[ServedKernel, bool], None]] = []
         self._tasks: set[asyncio.Task[None]] = set()
+        self.before_close: list[Callable[[], Awaitable[object]]] = []
+        """Awaited before any sandbox is left."""
+        self._closers: list[Callable[[], object]] = []
         self._started: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -121,6 +125,8 @@ class Gateway:
         if self._started is not None:
             self._started.cancel()
             await asyncio.gather(self._started, return_exceptions=True)
+        for first in self.before_close:
+            await first()
         for task in tuple(self._tasks):
             task.cancel()
         for kernel in tuple(self.kernels.values()):
@@ -129,6 +135,12 @@ class Gateway:
         for kernel in tuple(self.kernels.values()):
             kernel.close(remove=False)
         self.kernels.clear()
+        for closer in self._closers:
+            closer()
+
+    def on_close(self, closer: Callable[[], object]) -> None:
+        """Call ``closer`` when everything has been left."""
+        self._closers.append(closer)
 
     def on_kernel(self, listener: Callable[[ServedKernel, bool], None]) -> None:
         """Call ``listener`` with each kernel that comes (True) or goes (False)."""
@@ -242,13 +254,13 @@ class Gateway:
         if canonical != asked:
             raise SandboxGatewayError("invalid_request", f"{str(asked)[:80]!r} is not a UUID", "Leave the id out.")
         try:
-            taken = await asyncio.to_thread(self.lifecycle.store.get, asked)
+            await asyncio.to_thread(self.lifecycle.store.get, asked)
         except SandboxGatewayError as error:
             if error.code != "unknown_sandbox":
                 raise
             return asked
         # Also one that has ended: its log and its reason would go over to another owner.
-        raise SandboxGatewayError("id_taken", f"there is a sandbox {taken.id} already", "Choose another id.")
+        raise SandboxGatewayError("id_taken", f"{asked} cannot be the id of a new sandbox")
 
     def _directory(self, wanted: Wanted, profile: Profile, caller: Caller) -> Path | None:
         if profile.workspace is WorkspaceMode.NONE or self.settings.workspaces is None:
@@ -308,12 +320,7 @@ class Gateway:
     async def resume(self, caller: Caller, sandbox_id: str) -> SandboxRecord:
         """Let a paused or suspended one go on."""
         live = await self.live(caller, sandbox_id)
-        if live.state is State.SUSPENDED:
-            owner, memory = live.record.owner, live.launch.spec.limits.memory
-            async with self.quotas.resume(owner, self._usage(owner), sandbox_id, memory=memory):
-                await live.resume()
-        else:
-            await live.resume()
+        await live.wake()
         return live.record
 
     async def pause(self, caller: Caller, sandbox_id: str) -> SandboxRecord:
@@ -420,6 +427,11 @@ class Gateway:
         await asyncio.to_thread(lambda: self.lifecycle.store.put_snapshot_owner(found.id, owner, published=published))
 
     # Whose it is
+
+    def admission(self, live: LiveSandbox) -> AbstractAsyncContextManager[object]:
+        """For one that becomes live again, by whatever way: raises ``over_quota``."""
+        owner, memory = live.record.owner, live.launch.spec.limits.memory
+        return self.quotas.resume(owner, self._usage(owner), live.id, memory=memory)
 
     async def usage(self, owner: str) -> Usage:
         """What an owner has now."""

@@ -7,6 +7,7 @@ request without a cookie, so its users are no owners, and all of them are
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import time
@@ -31,6 +32,10 @@ _SHARED: Final = (IdentityProvider, PasswordIdentityProvider, LegacyIdentityProv
 """The providers whose users have names that mean nothing."""
 _SHARED_TOKEN: Final = ("JUPYTER_TOKEN", "JUPYTER_TOKEN_FILE")
 """Where jupyter_server takes the one shared token from."""
+LOOK: Final = 2.0
+"""Seconds between two looks whether the user of something that stays open has been revoked."""
+REVOKED: Final = 1008
+"""Close code "policy violation" of a WebSocket whose user was revoked."""
 
 
 @dataclass
@@ -151,6 +156,32 @@ class TokenFileIdentityProvider(IdentityProvider):
     def auth_enabled(self) -> bool:
         """Always: a file without users lets nobody in."""
         return True
+
+
+def still_welcome(handler: Any) -> bool:
+    """Whether the user of a request, or of a WebSocket, would be let in now."""
+    provider = handler.settings.get("identity_provider")
+    return not isinstance(provider, TokenFileIdentityProvider) or provider.still_valid(handler.current_user)
+
+
+class Revocation:
+    """Calls ``end`` when the user of ``handler`` is not welcome any more; looks every :data:`LOOK` seconds until
+    :meth:`close`."""
+
+    def __init__(self, handler: web.RequestHandler, end: Callable[[], object]) -> None:
+        self._handler = handler
+        self._end = end
+        self._timer = asyncio.get_running_loop().call_later(LOOK, self._look)
+
+    def close(self) -> None:
+        """Look no more."""
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        if still_welcome(self._handler):
+            self._timer = asyncio.get_running_loop().call_later(LOOK, self._look)
+        else:
+            self._end()
 
 
 def _user_of(token: Token) -> GatewayUser:

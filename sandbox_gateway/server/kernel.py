@@ -18,7 +18,7 @@ from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.images.service import Progress
 from sandbox_gateway.kernelspecs import kernel_argv
 from sandbox_gateway.live import LiveSandbox
-from sandbox_gateway.model import Death, DeathKind, KernelSpec
+from sandbox_gateway.model import Death, DeathKind, KernelSpec, State
 from sandbox_gateway.profiles import Profile, load_profiles
 from sandbox_gateway.request import CreateRequest
 from sandbox_gateway.seat import Seat
@@ -117,6 +117,7 @@ class ServedKernel:
     def adopted(self, live: LiveSandbox, seat: Seat, hub: Hub) -> None:
         """Be the kernel of ``live`` from now on."""
         self._live, self._seat, self._hub = live, seat, hub
+        self._subject_to_quota(live)
         if live.record.parent is not None:
             # It was ready before it was anybody's, and says nothing at its start.
             hub.ready()
@@ -141,7 +142,8 @@ class ServedKernel:
         live = self.live
         if live.death is None:
             live = await self.ours()
-        async with self._order:
+        comes_back = live.death is not None or live.state is State.SUSPENDED
+        async with self._order, self._gateway.admission(live) if comes_back else contextlib.nullcontext():
             self._unwatch()
             try:
                 self.hub.publish_status("restarting")
@@ -169,6 +171,8 @@ class ServedKernel:
         launch = dead.launch
         profiles = await asyncio.to_thread(load_profiles, self._gateway.paths)
         profile = replace(profiles.get(dead.record.profile), limits=launch.spec.limits, required_limits=frozenset())
+        if dead.record.idle is not None:
+            profile = replace(profile, idle=dead.record.idle, chosen=frozenset({"idle"}))
         environment = launch.kernel.environment
         request = CreateRequest(
             self.id,
@@ -182,8 +186,12 @@ class ServedKernel:
             self.owner,
         )
         self._live = await self._gateway.lifecycle.create(request, self.seat)
+        self._subject_to_quota(self._live)
         text = f"[sandbox] A new sandbox was made ({death.describe()}); variables and earlier files are lost\n"
         self.seat.channels.notice(text)
+
+    def _subject_to_quota(self, live: LiveSandbox) -> None:
+        live.admission = lambda: self._gateway.admission(live)
 
     def _watch(self) -> None:
         self._unwatch()

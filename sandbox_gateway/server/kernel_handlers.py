@@ -7,6 +7,7 @@ of ``/api/kernels`` are jupyter_server's own.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from jupyter_client.jsonutil import json_default
@@ -55,14 +56,9 @@ class GatewayKernelsHandler(KernelsAPIHandler):
         self.finish(json.dumps(model, default=json_default))
 
     def _body(self) -> dict[str, Any]:
-        try:
-            body = self.get_json_body()
-        except RecursionError:
-            raise web.HTTPError(400, "the body is nested too deep") from None
+        body = json_object(self.get_json_body)
         if body is None:
             return {}
-        if not isinstance(body, dict):
-            raise web.HTTPError(400, "the body is no JSON object")
         for key in _TEXTS:
             if body.get(key) is not None and not isinstance(body[key], str):
                 raise web.HTTPError(400, f"{key} is no text")
@@ -72,6 +68,19 @@ class GatewayKernelsHandler(KernelsAPIHandler):
         ):
             raise web.HTTPError(400, "env is no object of texts")
         return {key: value for key, value in body.items() if value is not None}
+
+
+def json_object(read: Callable[[], Any]) -> dict[str, Any] | None:
+    """What ``read`` (a handler's ``get_json_body``) finds: an object, or None without a body; raises 400."""
+    try:
+        body = read()
+    except UnicodeDecodeError:
+        raise web.HTTPError(400, "the body is not UTF-8") from None
+    except RecursionError:
+        raise web.HTTPError(400, "the body is nested too deep") from None
+    if body is not None and not isinstance(body, dict):
+        raise web.HTTPError(400, "the body is no JSON object")
+    return body
 
 
 def kernel_handlers() -> list[tuple[str, type[web.RequestHandler]]]:

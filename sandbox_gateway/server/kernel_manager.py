@@ -158,6 +158,10 @@ class SandboxKernelManager(ServerKernelManager):
     def stop_restarter(self) -> None:
         """Nothing to do."""
 
+    def resolve_path(self, path: str) -> str | None:
+        """Nothing of a sandbox's files is on this machine for the server to find."""
+        return None
+
     def update_env(self, *, env: dict[str, str]) -> None:
         """A session was renamed; the kernel's environment is its own."""
 

@@ -145,7 +145,6 @@ class SandboxMappingKernelManager(AsyncMappingKernelManager):
             started: str = await super().start_kernel(kernel_id=kernel_id, path=place, **options)
             return started
         if kernel_id is not None and kernel_id in self:
-            self._check_kernel_id(kernel_id)
             raise DuplicateKernelError(f"Kernel already exists: {kernel_id}")
         offered = {str(key): str(value) for key, value in (options.get("env") or {}).items()}
         wanted = Wanted(
@@ -161,6 +160,9 @@ class SandboxMappingKernelManager(AsyncMappingKernelManager):
                 current_caller(), wanted, lambda step: self.log.info("%s", step.message) if step.message else None
             )
         except SandboxGatewayError as error:
+            if error.code == "id_taken":
+                # Of one that has ended: in the same words, for whoever asks.
+                raise DuplicateKernelError(f"Kernel already exists: {kernel_id}") from error
             raise http_error(error) from error
         self.last_kernel_activity = self._kernels[record.id].last_activity
         return record.id

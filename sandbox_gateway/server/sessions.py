@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from jupyter_client.multikernelmanager import DuplicateKernelError
 from jupyter_server.services.sessions.sessionmanager import SessionManager
 from tornado import web
 
@@ -52,6 +53,23 @@ class SandboxSessionManager(SessionManager):
         found = [await self._mine(row) for row in rows]
         return [model for model in found if model is not None]
 
+    async def create_session(
+        self,
+        path: str | None = None,
+        name: Any = None,
+        type: str | None = None,
+        kernel_name: Any = None,
+        kernel_id: str | None = None,
+    ) -> dict[str, Any]:
+        """A session of a kernel of the caller's, or of a new one; raises DuplicateKernelError for another's id, as for
+        that of a kernel which has ended."""
+        session_id = self.new_session_id()
+        if kernel_id is None or kernel_id not in self.kernel_manager:
+            kernel_id = await self.start_kernel_for_session(session_id, path, name, type, kernel_name, kernel_id)
+        elif not self._mine_to_use(kernel_id):
+            raise DuplicateKernelError(f"Kernel already exists: {kernel_id}")
+        return await self.save_session(session_id, path, name, type, kernel_id)
+
     async def save_session(
         self,
         session_id: str,
@@ -60,7 +78,7 @@ class SandboxSessionManager(SessionManager):
         type: str | None = None,
         kernel_id: str | None = None,
     ) -> dict[str, Any]:
-        """Write a session of a kernel of the caller's; raises 404 for another's."""
+        """Write a session of a kernel of the caller's; raises 400 for another's, as for one that does not exist."""
         self._check(kernel_id)
         saved: dict[str, Any] = await super().save_session(session_id, path, name, type, kernel_id)
         return saved
@@ -72,5 +90,12 @@ class SandboxSessionManager(SessionManager):
         await super().update_session(session_id, **changes)
 
     def _check(self, kernel_id: str | None) -> None:
-        if kernel_id is not None and kernel_id in self.kernel_manager:
+        if kernel_id is not None and kernel_id in self.kernel_manager and not self._mine_to_use(kernel_id):
+            raise web.HTTPError(400, f"No such kernel: {kernel_id}")
+
+    def _mine_to_use(self, kernel_id: str) -> bool:
+        try:
             self.kernel_manager._check_kernel_id(kernel_id)
+        except web.HTTPError:
+            return False
+        return True

@@ -22,7 +22,7 @@ from tornado.websocket import WebSocketClosedError, WebSocketHandler
 
 from sandbox_gateway.server import ws_protocol
 from sandbox_gateway.server.hub import RESTART_CODE, Hub, TooManySessions
-from sandbox_gateway.server.identity import caller_of
+from sandbox_gateway.server.identity import REVOKED, Revocation, caller_of, still_welcome
 from sandbox_gateway.server.outlet import ConnectionLost, Outlet
 from sandbox_gateway.server.ws_protocol import Malformed
 
@@ -110,6 +110,7 @@ class SandboxWebSocketConnection(BaseKernelWebsocketConnection):
     _outlet: Outlet | None = None
     _writer: TornadoWriter | None = None
     _hub: Hub | None = None
+    _revocation: Revocation | None = None
     _counted = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -153,6 +154,7 @@ class SandboxWebSocketConnection(BaseKernelWebsocketConnection):
             handler.close(1013, "too many sessions")
             return
         self._hub, self._writer, self._outlet = hub, writer, outlet
+        self._revocation = Revocation(handler, self._revoked)
         self._open.add(self)
 
     def disconnect(self) -> None:  # type: ignore[override]
@@ -161,10 +163,16 @@ class SandboxWebSocketConnection(BaseKernelWebsocketConnection):
         if self._counted:
             self._counted = False
             self.multi_kernel_manager.notify_disconnect(self.kernel_id)
+        if self._revocation is not None:
+            self._revocation.close()
         hub, outlet, writer = self._hub, self._outlet, self._writer
-        self._hub = self._outlet = self._writer = None
+        self._hub = self._outlet = self._writer = self._revocation = None
         if hub is not None and outlet is not None and writer is not None:
             hub.detach(outlet, writer)
+
+    def _revoked(self) -> None:
+        self.websocket_handler.close(REVOKED, "the token was revoked")
+        self.disconnect()
 
     def pong(self, data: bytes) -> None:
         """The client answered a ping."""
@@ -175,6 +183,9 @@ class SandboxWebSocketConnection(BaseKernelWebsocketConnection):
         """Pass a client's message on to its kernel."""
         hub, outlet, writer = self._hub, self._outlet, self._writer
         if hub is None or outlet is None or writer is None or outlet.writer is not writer:
+            return
+        if not still_welcome(self.websocket_handler):
+            self._revoked()
             return
         try:
             message = ws_protocol.decode(incoming_msg, v1=writer.v1)

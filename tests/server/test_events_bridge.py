@@ -23,6 +23,7 @@ from sandbox_gateway.server import event_handlers
 from sandbox_gateway.server.callers import EVERYBODY, Caller
 from sandbox_gateway.server.events import KERNEL_ACTIONS, OPERATION, PHASES, SANDBOX, SCHEMAS, EventBridge, may_see
 from sandbox_gateway.server.events import schema_id as id_of
+from sandbox_gateway.server.identity import REVOKED
 
 ANN, BOB = "a" * 8, "b" * 8
 CONTENTS = "https://events.jupyter.org/jupyter_server/contents_service/v1"
@@ -241,7 +242,7 @@ async def test_a_revoked_user_is_cut_off_at_the_next_event(server: Server, gatew
     server.users.remove(token.id)
     gateway.lifecycle.events.note(ANN, EventKind.WOKE, "after")
     assert await asyncio.wait_for(person.connection.read_message(), 5) is None
-    assert person.connection.close_code == event_handlers.POLICY
+    assert person.connection.close_code == REVOKED
 
 
 async def test_a_subscriber_who_reads_nothing_is_cut_off_and_costs_a_bounded_amount(
