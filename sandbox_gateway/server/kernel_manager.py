@@ -84,8 +84,12 @@ class SandboxKernelManager(ServerKernelManager):
 
     @emit_kernel_action_event(success_msg="Kernel {kernel_id} was restarted.")
     async def restart_kernel(self, now: bool = False, newports: bool = False, **options: Any) -> None:
-        """Start it anew in its sandbox."""
-        await self.served.restart()
+        """Start it anew in its sandbox; extensions wait for the next ``ready`` then."""
+        self._ready = asyncio.get_running_loop().create_future()
+        try:
+            await self.served.restart()
+        finally:
+            self._ready.set_result(None)
 
     @emit_kernel_action_event(success_msg="Kernel {kernel_id} was interrupted.")
     async def interrupt_kernel(self) -> None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jupyter_client.kernelspec import NoSuchKernel
+from jupyter_client.kernelspec import NATIVE_KERNEL_NAME, NoSuchKernel
 from jupyter_client.multikernelmanager import DuplicateKernelError
 from jupyter_core.utils import ensure_async
 from jupyter_server._tz import isoformat
@@ -121,7 +121,13 @@ class SandboxMappingKernelManager(AsyncMappingKernelManager):
         """The profile that a kernelspec starts in a sandbox; None for a kernel that is none of ours."""
         name = kernel_name or self.default_kernel_name
         assert self.kernel_spec_manager is not None
-        spec = self.kernel_spec_manager.get_kernel_spec(name)
+        try:
+            spec = self.kernel_spec_manager.get_kernel_spec(name)
+        except NoSuchKernel:
+            if name != "python":
+                raise
+            # As jupyter_client's own kernel managers take it.
+            spec = self.kernel_spec_manager.get_kernel_spec(name := NATIVE_KERNEL_NAME)
         stanza = spec.metadata.get("kernel_provisioner", {})
         if not isinstance(stanza, Mapping) or stanza.get("provisioner_name") != PROVISIONER:
             return None
