@@ -199,7 +199,7 @@ class Lifecycle:
         self.live.pop(stood.id, None)
         record = replace(record, handle=stood.handle, step=stood.step, epoch=stood.epoch)
         try:
-            sandbox = await self._new(record, launch, seat, runtime, report)
+            sandbox = await self._new(record, launch, seat, runtime, report, pool=True)
         except BaseException:
             if (handle := Handle.of(stood.handle)) is not None:
                 await asyncio.shield(runtime.destroy(handle))
@@ -284,13 +284,19 @@ class Lifecycle:
             await self._unowned.finish(record, Death(DeathKind.OWNER_GONE))
 
     async def _new(
-        self, record: SandboxRecord, launch: Launch, seat: Seat, runtime: Runtime, report: RuntimeReport
+        self,
+        record: SandboxRecord,
+        launch: Launch,
+        seat: Seat,
+        runtime: Runtime,
+        report: RuntimeReport,
+        **how: Any,
     ) -> LiveSandbox:
         await asyncio.to_thread(self.store.put_launch, record.id, launch)
         await asyncio.to_thread(self.store.put, record)
         if not record.blank:
             made_from = {} if record.parent is None else {"parent": record.parent}
-            self.events.note(record.id, EventKind.CREATED, **made_from)
+            self.events.note(record.id, EventKind.CREATED, **made_from, **how)
         return self._live(record, launch, seat, runtime, report)
 
     def _live(

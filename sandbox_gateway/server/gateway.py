@@ -379,7 +379,8 @@ class Gateway:
         live = await self.live(caller, sandbox_id)
         owner, disk = live.record.owner, (await live.stats()).memory or 0
         async with self.quotas.snapshot(owner, self._usage(owner), disk=disk) as reservation:
-            snapshot = await live.save(Kind.SAVED, name)
+            own = [found for found, (whose, _) in (await asyncio.to_thread(self._owners)).items() if whose == owner]
+            snapshot = await live.save(Kind.SAVED, name, among=own)
             await asyncio.to_thread(self.lifecycle.store.put_snapshot_owner, snapshot.id, owner)
             reservation.made(snapshot.id)
         return snapshot
@@ -387,7 +388,7 @@ class Gateway:
     async def snapshots(self, caller: Caller) -> list[tuple[Snapshot, str, bool]]:
         """The saved snapshots that a caller may start from, each with its owner and whether it is published."""
         found = await asyncio.to_thread(self.lifecycle.snapshots.list)
-        owners = await asyncio.to_thread(self.lifecycle.store.snapshot_owners)
+        owners = await asyncio.to_thread(self._owners)
         views = []
         for snapshot in found:
             owner, published = owners.get(snapshot.id, ("", False))
@@ -395,10 +396,30 @@ class Gateway:
                 views.append((snapshot, owner, published))
         return views
 
+    def _owners(self) -> dict[str, tuple[str, bool]]:
+        """Whose the saved snapshots are, and whether they are published. One whose owner was not written down (the
+        server was killed at that moment) is that of its sandbox's."""
+        store = self.lifecycle.store
+        owners = dict(store.snapshot_owners())
+        strays = [found for found in self.lifecycle.snapshots.list() if found.id not in owners]
+        if any(found.manifest.kind is Kind.SAVED for found in strays):
+            whose = {record.id: record.owner for record in store.list()}
+            owners |= {
+                found.id: (whose[found.manifest.sandbox], False)
+                for found in strays
+                if found.manifest.kind is Kind.SAVED and whose.get(found.manifest.sandbox)
+            }
+        return owners
+
     async def _snapshot(self, caller: Caller, wanted: str, *, change: bool) -> Snapshot:
-        for snapshot, owner, _ in await self.snapshots(caller):
-            if wanted in (snapshot.id, snapshot.name) and (not change or caller.may_use(owner)):
-                return snapshot
+        found = [
+            (wanted != snapshot.id, owner != caller.name, snapshot.manifest.created, snapshot)
+            for snapshot, owner, _ in await self.snapshots(caller)
+            if wanted in (snapshot.id, snapshot.name) and (not change or caller.may_use(owner))
+        ]
+        if found:
+            # An id counts before a name, and a name of one's own before another's.
+            return min(found, key=lambda each: each[:3])[-1]
         raise SandboxGatewayError("unknown_snapshot", f"there is no snapshot {wanted[:80]!r}", "")
 
     async def start_from(self, caller: Caller, snapshot: str, count: int = 1) -> list[ForkOutcome]:
@@ -422,7 +443,7 @@ class Gateway:
         if not caller.admin:
             raise SandboxGatewayError("forbidden", "only administrators publish snapshots")
         found = await self._snapshot(caller, snapshot, change=True)
-        owners = await asyncio.to_thread(self.lifecycle.store.snapshot_owners)
+        owners = await asyncio.to_thread(self._owners)
         owner = owners.get(found.id, (DEFAULT_OWNER, False))[0]
         await asyncio.to_thread(lambda: self.lifecycle.store.put_snapshot_owner(found.id, owner, published=published))
 
@@ -444,7 +465,7 @@ class Gateway:
         store = self.lifecycle.store
         records = [live[record.id].record if record.id in live else record for record in store.list()]
         sizes = {snapshot.id: snapshot.size for snapshot in self.lifecycle.snapshots.list()}
-        own = [snapshot_id for snapshot_id, (whose, _) in store.snapshot_owners().items() if whose == owner]
+        own = [snapshot_id for snapshot_id, (whose, _) in self._owners().items() if whose == owner]
         return usage_of(
             owner, records, lambda found: live[found].launch.spec.limits.memory if found in live else None, sizes, own
         )

@@ -146,12 +146,20 @@ async def test_a_wrong_timeout_runs_nothing(rest: Rest, timeout: Any) -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "application/xml", "json", "x" * 9999],
+    ["text/plain", "multipart/form-data", "application/xml", "json", "x" * 9999],
 )
 async def test_a_body_of_another_kind_is_told_as_that(rest: Rest, kind: str) -> None:
     told = await rest.problem("POST", "/api/sandboxes", b"{}", headers={"Content-Type": kind})
     assert told["status"] in (415, 400) and told["code"] in ("media_type", "invalid_request")
     assert not rest.gateway.wanted
+
+
+async def test_what_curl_and_urllib_call_a_form_is_read_as_json_when_a_token_came_with_it(rest: Rest) -> None:
+    kind = {"Content-Type": "application/x-www-form-urlencoded"}
+    told = await rest.problem("POST", "/api/sandboxes", b"{", headers=kind)
+    assert told["status"] == 400 and told["code"] == "invalid_request"
+    told = await rest.problem("POST", "/api/sandboxes", b'{"profile": "none-such"}', headers=kind)
+    assert told["code"] == "unknown_profile"
 
 
 @pytest.mark.parametrize(
