@@ -114,7 +114,7 @@ class RemoteSession:
         self._barred = False
         self._barrier: asyncio.Future[None] | None = None
         self._own: deque[str] = deque(maxlen=16)
-        self._seen: dict[str, None] = {}
+        self._seen: dict[str, int] = {}
         self._running: asyncio.Task[None] | None = None
         self._error: SandboxGatewayError | None = None
         self._malformed = 0
@@ -210,7 +210,7 @@ class RemoteSession:
             if self._malformed <= 20:
                 log.warning("a malformed message of the gateway's was dropped: %s", error)
             return
-        if self._twice(header.get("msg_id")):
+        if self._twice(header.get("msg_id"), len(body[3])):
             return
         request, kind = str(parent.get("msg_id", "")), str(header.get("msg_type", ""))[: messages.MAX_TYPE]
         if request in self._own:
@@ -231,12 +231,14 @@ class RemoteSession:
         with contextlib.suppress(ValueError):
             self._listener.kernel_state(str(_object(content).get("execution_state", "")))
 
-    def _twice(self, msg_id: Any) -> bool:
+    def _twice(self, msg_id: Any, size: int) -> bool:
+        """Whether a message came before; ``size`` is its content's: lines that were joined since have the id of the
+        first of them, and are more."""
         if not isinstance(msg_id, str) or not 0 < len(msg_id) <= 128:
             return False
-        if msg_id in self._seen:
+        if self._seen.get(msg_id) == size:
             return True
-        self._seen[msg_id] = None
+        self._seen[msg_id] = size
         if len(self._seen) > SEEN:
             del self._seen[next(iter(self._seen))]
         return False

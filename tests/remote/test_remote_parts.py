@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,10 +17,11 @@ from sandbox_gateway import messages
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.remote import credentials, frames
 from sandbox_gateway.remote.address import parse
-from sandbox_gateway.remote.client import RemoteProfile
+from sandbox_gateway.remote.client import GatewayClient, RemoteProfile
 from sandbox_gateway.remote.in_flight import MAX_KEPT, InFlight, Pending
 from sandbox_gateway.remote.kernelspecs import kernel_json, name_of
 from sandbox_gateway.remote.provisioner import chosen
+from sandbox_gateway.remote.session import RemoteSession
 from sandbox_gateway.wire.frames import Channel
 
 SHELL, CONTROL, STDIN, IOPUB = (int(Channel[name]) for name in ("SHELL", "CONTROL", "STDIN", "IOPUB"))
@@ -213,3 +216,79 @@ def test_variables_go_by_name_only_and_patterns_of_a_gateway_reach_for_nothing()
 def test_a_kernelspecs_name_is_one_that_jupyter_takes() -> None:
     profile = RemoteProfile("Big Data", "Big")
     assert name_of(profile, parse("https://[::1]:8888")) == "big-data-at-1-8888"
+
+
+class Told:
+    """An application's side and a listener that only note down."""
+
+    def __init__(self) -> None:
+        self.delivered: list[tuple[int, list[messages.Buffer]]] = []
+        self.states: list[str] = []
+        self.shutdowns: list[bool] = []
+
+    def deliver(self, channel: int, parts: Sequence[messages.Buffer]) -> None:
+        self.delivered.append((channel, list(parts)))
+
+    def hold(self, held: bool) -> None: ...
+
+    def shutdown_asked(self, restart: bool) -> None:
+        self.shutdowns.append(restart)
+
+    def kernel_state(self, state: str) -> None:
+        self.states.append(state)
+
+    def given_up(self, error: SandboxGatewayError) -> None: ...
+
+
+KEY = b"local"
+
+
+@pytest.fixture
+def told() -> Told:
+    return Told()
+
+
+@pytest.fixture
+def session(told: Told) -> RemoteSession:
+    return RemoteSession(GatewayClient(parse("http://127.0.0.1:1")), "an-id", KEY, told, told)
+
+
+def from_kernel(kind: str, content: dict[str, object], *, msg_id: str = "", parent: bytes = b"{}") -> bytes:
+    message = messages.build(b"the gateway's", kind, content, msg_id=msg_id, parent=parent)
+    return frames.encode(IOPUB, message[3:])
+
+
+def test_output_is_signed_with_the_local_key_and_passed_on_once(session: RemoteSession, told: Told) -> None:
+    line = from_kernel("stream", {"name": "stdout", "text": "a"}, msg_id="m")
+    joined = from_kernel("stream", {"name": "stdout", "text": "ab"}, msg_id="m")
+    for frame in (line, line, joined):
+        session._received(frame)
+    texts = [json.loads(bytes(parts[-1]))["text"] for _, parts in told.delivered]
+    assert texts == ["a", "ab"], "what was joined since is more than what came before"
+    for _, parts in told.delivered:
+        assert parts[0] == b"kernel.an-id.stream" and parts[2] == messages.sign(KEY, parts[3:7])
+
+
+def test_what_a_gateway_sends_in_disorder_is_dropped(session: RemoteSession, told: Told) -> None:
+    whole = from_kernel("status", {"execution_state": "idle"})
+    hostile = [b"", whole[:-1], whole[:30], frames.encode(IOPUB, [b"[]", b"{}", b"{}", b"{}"])]
+    hostile += [frames.encode(IOPUB, [b"[" * 60_000, b"{}", b"{}", b"{}"]), frames.encode(SHELL, [b"{}"] * 4)]
+    hostile += [frames.encode(IOPUB, [b'{"msg_type": "status"}', b"{}", b"{}", content]) for content in (b"[]", b"x")]
+    for frame in hostile:
+        session._received(frame)
+    assert told.states == []
+    session._received(whole)
+    assert told.states == ["idle"]
+
+
+def test_only_signed_requests_are_taken_and_a_shutdown_goes_no_further(session: RemoteSession, told: Told) -> None:
+    def request(key: bytes, kind: str, content: dict[str, object]) -> list[bytes]:
+        return [bytes(part) for part in (b"me", *messages.build(key, kind, content)[1:])]
+
+    session.request(SHELL, request(b"guessed", "shutdown_request", {"restart": False}))
+    session.request(SHELL, [b"me", messages.DELIMITER])
+    assert told.shutdowns == [] and told.delivered == []
+    session.request(CONTROL, request(KEY, "shutdown_request", {"restart": True}))
+    assert told.shutdowns == [True]
+    (reply,) = (parts for channel, parts in told.delivered if channel == CONTROL)
+    assert reply[0] == b"me" and json.loads(bytes(reply[-1])) == {"status": "ok", "restart": True}
