@@ -12,7 +12,7 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -555,12 +555,14 @@ class LiveSandbox:
         name: str = "",
         template_key: str | None = None,
         saved: Callable[[Snapshot], object] | None = None,
+        among: Collection[str] | None = None,
     ) -> Snapshot:
-        """A snapshot of it as it is now; it goes on. Raises as :meth:`suspend`.
+        """A snapshot of it as it is now; it goes on. Raises as :meth:`suspend`, and ``invalid_request`` for a name that
+        is malformed, or not free ``among`` the snapshots of these ids (None: all).
 
         ``saved`` is told of it a moment earlier: when it is made, and the sandbox does not go on yet.
         """
-        snapshot = await self._shielded(self._save_as(kind, name, template_key, saved))
+        snapshot = await self._shielded(self._save_as(kind, name, template_key, saved, among))
         if kind is not Kind.FORK:
             await self._suspension.seal(snapshot)
         if kind is Kind.SAVED:
@@ -568,7 +570,12 @@ class LiveSandbox:
         return snapshot
 
     async def _save_as(
-        self, kind: Kind, name: str, template_key: str | None, saved: Callable[[Snapshot], object] | None
+        self,
+        kind: Kind,
+        name: str,
+        template_key: str | None,
+        saved: Callable[[Snapshot], object] | None,
+        among: Collection[str] | None,
     ) -> Snapshot:
         if self.state not in {State.RUNNING, State.PAUSED}:
             raise SandboxGatewayError("illegal_transition", f"a sandbox that is {self.state} cannot be saved")
@@ -581,7 +588,7 @@ class LiveSandbox:
                 await self._suspension.freeze(handle)
             received = self.seat.cursors.read() if attachment is None else attachment.link.received()
             snapshot = await self._suspension.save(
-                handle, self.record, self.launch, received, kind, name=name, template_key=template_key
+                handle, self.record, self.launch, received, kind, name=name, template_key=template_key, among=among
             )
             if saved is not None:
                 saved(snapshot)

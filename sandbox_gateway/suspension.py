@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -97,10 +97,12 @@ class Suspension:
         *,
         name: str = "",
         template_key: str | None = None,
+        among: Collection[str] | None = None,
     ) -> Snapshot:
         """Save a paused sandbox; it stays paused. Raises ``snapshot_failed`` or ``disk_full``; nothing is then left.
 
-        What only a power cut could harm is left to :meth:`seal`.
+        The name has to be free ``among`` the snapshots of these ids (None: all). What only a power cut could harm is
+        left to :meth:`seal`.
         """
         runtime = self._saving
         async with await self._snapshots.begin() as draft:
@@ -126,7 +128,7 @@ class Suspension:
                     workspace=workspace,
                     template_key=template_key,
                 )
-                return await draft.commit(facts, sealed=False)
+                return await draft.commit(facts, sealed=False, among=among)
             except SandboxGatewayError as error:
                 if error.code not in {"runtime_failed", "timeout"}:
                     raise

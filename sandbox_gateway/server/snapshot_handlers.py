@@ -125,7 +125,7 @@ async def _views(gateway: Gateway, caller: Caller) -> list[dict[str, Any]]:
 
 async def _view(gateway: Gateway, caller: Caller, wanted: str) -> dict[str, Any]:
     """One by its id or name, the id first; raises ``unknown_snapshot``."""
-    found = await _views(gateway, caller)
+    found = sorted(await _views(gateway, caller), key=lambda one: bool(one["owner"] != caller.name))
     for key in ("id", "name"):
         for one in found:
             if one[key] == wanted:

@@ -7,7 +7,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -76,13 +76,20 @@ class Draft:
         return self._directory / IMAGE
 
     async def commit(
-        self, facts: Facts, *, sealed: bool = True, keep_lease: bool = False, report: Report | None = None
+        self,
+        facts: Facts,
+        *,
+        sealed: bool = True,
+        keep_lease: bool = False,
+        report: Report | None = None,
+        among: Collection[str] | None = None,
     ) -> Snapshot:
         """Make it a snapshot of the store, all at once.
 
         ``sealed=True`` computes the checksums and makes everything survive a power cut before it returns;
         ``sealed=False`` returns at once and leaves both to :meth:`SnapshotStore.seal`. With ``keep_lease`` nobody
-        removes the snapshot until :meth:`close`. ``report`` is told the bytes hashed.
+        removes the snapshot until :meth:`close`. ``report`` is told the bytes hashed. The name has to be free
+        ``among`` the snapshots of these ids (None: all).
 
         Raises ``invalid_request`` (the name is taken or malformed), ``snapshot_failed``, ``disk_full`` or
         ``data_directory``; the draft is then still there, to be discarded.
@@ -91,7 +98,7 @@ class Draft:
         async with self._serial:
             if self.snapshot is not None:
                 raise SandboxGatewayError("internal", f"snapshot {self.id} is committed already")
-            self.snapshot = await to_its_end(lambda: self._commit(facts, sealed, report), self._stop)
+            self.snapshot = await to_its_end(lambda: self._commit(facts, sealed, report, among), self._stop)
             if not keep_lease:
                 self._lease.release()
             return self.snapshot
@@ -124,10 +131,10 @@ class Draft:
         except OSError as error:
             raise storage_error(error, f"cannot remove {self._directory}") from error
 
-    def _commit(self, facts: Facts, sealed: bool, report: Report | None) -> Snapshot:
+    def _commit(self, facts: Facts, sealed: bool, report: Report | None, among: Collection[str] | None) -> Snapshot:
         try:
             if facts.name:
-                self._store.check_free(facts.name)  # before the long work; and again under the lock
+                self._store.check_free(facts.name, among=among)  # before the long work; and again under the lock
             files = image_files(self.image)
             if sealed:
                 files = sealed_files(self.image, files, report, self._stop)
@@ -136,7 +143,7 @@ class Draft:
             write_manifest(self._directory, manifest, durable=sealed)
             with store_lock(self._store.directory) if facts.name else contextlib.nullcontext():
                 if facts.name:
-                    self._store.check_free(facts.name)
+                    self._store.check_free(facts.name, among=among)
                 final = self._store.directory / self.id
                 os.rename(self._directory, final)
                 self._directory = final

@@ -273,10 +273,11 @@ class SnapshotStore:
             raise storage_error(error, f"cannot rename snapshot {snapshot.id}") from error
         return Snapshot(snapshot.directory, manifest)
 
-    def check_free(self, name: str, *, besides: str = "") -> None:
-        """Raise ``invalid_request`` when a snapshot other than ``besides`` has this name."""
+    def check_free(self, name: str, *, besides: str = "", among: Collection[str] | None = None) -> None:
+        """Raise ``invalid_request`` when a snapshot other than ``besides`` has this name; where ``among`` is given,
+        names of others than those ids do not count (they are other users', who must not be told of)."""
         for snapshot in self.list():
-            if snapshot.name == name and snapshot.id != besides:
+            if snapshot.name == name and snapshot.id != besides and (among is None or snapshot.id in among):
                 hint = f"`jupyter sandbox snapshot rm {name}` removes that one."
                 raise SandboxGatewayError("invalid_request", f"there is a snapshot {name!r} already", hint)
 
