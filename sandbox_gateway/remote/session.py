@@ -222,14 +222,17 @@ class RemoteSession:
         if channel == Channel.IOPUB:
             topic = f"kernel.{self._sandbox_id}.{kind}".encode(errors="replace")
             self._applications.deliver(channel, [topic, *signed])
-            if kind == "status":
+            if kind in ("status", "shutdown_reply"):
                 self._state(body[3])
         elif identities is not None:
             self._applications.deliver(channel, [*identities, *signed])
 
     def _state(self, content: memoryview) -> None:
         with contextlib.suppress(ValueError):
-            self._listener.kernel_state(str(_object(content).get("execution_state", "")))
+            said = _object(content)
+            # What is published of a shutdown is a restart that somebody asked for; of the end nothing is said.
+            restart = "restarting" if said.get("restart") is True else ""
+            self._listener.kernel_state(str(said.get("execution_state", restart)))
 
     def _twice(self, msg_id: Any, size: int) -> bool:
         """Whether a message came before; ``size`` is its content's: lines that were joined since have the id of the

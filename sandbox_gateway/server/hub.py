@@ -139,6 +139,9 @@ class Hub:
                 outlet.timer.cancel()
                 outlet.timer = None
             outlet.connect(writer)
+            if self.execution_state == "busy":
+                # A page may have lost it with what another program confirmed for it, and would learn it at the end.
+                self._tell_state(outlet)
             return outlet
         self._make_place()
         outlet = self._enter(identity, self._received, lasting=bool(session_id))
@@ -264,9 +267,19 @@ class Hub:
         )
 
     def publish_status(self, state: str) -> None:
-        """Tell all sessions one of :data:`STATES`, as a restart's ``restarting``, and remember it."""
+        """Tell all sessions one of :data:`STATES`, as ``restarting`` of a kernel that died, and remember it."""
         status = messages.build(self._key, "status", {"execution_state": state}, topic=b"status")
         self._deliver(_IOPUB, status)
+
+    def publish_restart(self) -> None:
+        """Tell all sessions that the kernel is started anew because somebody asked for that.
+
+        It is what a kernel says itself. The status ``restarting`` would be news of a death: JupyterLab tells people so,
+        and connects again.
+        """
+        self._state, self._state_parent = "restarting", b""
+        said = messages.build(self._key, "shutdown_reply", {"status": "ok", "restart": True}, topic=b"shutdown_reply")
+        self._deliver(_IOPUB, said)
 
     def ready(self) -> None:
         """The kernel has started, and waits for requests."""

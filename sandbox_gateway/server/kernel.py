@@ -146,7 +146,7 @@ class ServedKernel:
         async with self._order, self._gateway.admission(live) if comes_back else contextlib.nullcontext():
             self._unwatch()
             try:
-                self.hub.publish_status("restarting")
+                self.hub.publish_restart()
                 if live.death is not None or not await self._rebooted(live):
                     await self._make_again(live)
             finally:

@@ -203,7 +203,8 @@ async def test_a_new_session_learns_the_state_and_on_request_what_was_printed(ke
     assert [m["header"]["msg_type"] for m in replay.messages] == ["status", "stream", "status"]
     again = join(kernel.hub, "a", replay=True)
     await turn()
-    assert again.frames == [], "a session that goes on has had it"
+    told = [m["content"] for m in again.messages]
+    assert told == [{"execution_state": "busy"}], "a session that goes on has had the rest"
 
 
 async def test_the_replay_is_bounded(directory: Path) -> None:
@@ -290,6 +291,27 @@ async def test_a_status_of_the_gateway_s_own_reaches_all(kernel: FakeKernel) -> 
     kernel.channels.kernel_died("it died\n")
     await turn()
     assert kernel.hub.execution_state == "dead" and a.messages[-1]["content"] == {"execution_state": "dead"}
+
+
+async def test_a_restart_that_was_asked_for_is_no_news_of_a_death(kernel: FakeKernel) -> None:
+    writer = join(kernel.hub, "a")
+    kernel.hub.publish_restart()
+    await turn()
+    assert [(m["header"]["msg_type"], m["content"]) for m in writer.messages] == [
+        ("shutdown_reply", {"status": "ok", "restart": True})
+    ]
+    assert kernel.hub.execution_state == "restarting"
+    kernel.publish("status", {"execution_state": "idle"})
+    assert kernel.hub.execution_state == "idle"
+
+
+async def test_a_session_that_comes_back_in_mid_cell_learns_that_the_kernel_is_busy(kernel: FakeKernel) -> None:
+    writer = join(kernel.hub, "a")
+    kernel.publish("status", {"execution_state": "busy"}, parent=b'{"msg_type": "execute_request"}')
+    await turn()
+    again = join(kernel.hub, "a")
+    await turn()
+    assert len(writer.frames) == 1 and again.messages[0]["content"] == {"execution_state": "busy"}
 
 
 # Hostile kernels
