@@ -71,6 +71,8 @@ class Connection:
         if stream is not None:
             # Its bound is for one frame too, and lower than what a message may have.
             stream.max_buffer_size = MAX_MESSAGE + (1 << 20)
+            # tornado takes it back with the end of the handshake: each request would wait 40 ms for an acknowledgement.
+            stream.set_nodelay(True)
 
     def _pong(self, data: bytes) -> None:
         self._signs += 1

@@ -196,8 +196,8 @@ class RemoteKernel:
         """Delete the sandbox and remove the endpoints; nothing of this kernel is left."""
         self._over(0)
         self._delete()
-        await self._forgotten()
         await self._drop_session()
+        await self._forgotten()
         local, self._local = self._local, None
         if local is not None:
             local.close()
@@ -223,6 +223,7 @@ class RemoteKernel:
             self._sandbox = ""
 
     async def _deleted(self, sandbox_id: str) -> None:
+        await self._drop_session()
         try:
             async with asyncio.timeout(LEAVING):
                 while True:

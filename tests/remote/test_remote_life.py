@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from queue import Empty
@@ -147,6 +148,20 @@ get_ipython().kernel.comm_manager.register_target("echo", echo)
     assert bytes(found["buffers"][0]) == data
     # The next request is served as ever.
     assert run(client, "print(1)")[1] == "1\n"
+
+
+def test_a_round_trip_waits_for_no_acknowledgement_of_tcp(remote: Remote, start: Start) -> None:
+    """Figures are printed; the bound is what a delayed acknowledgement adds to each, even on a busy machine."""
+    _, client = start()
+    times = []
+    for _ in range(30):
+        begun = time.perf_counter()
+        msg_id = client.execute("1")
+        while client.get_shell_msg(timeout=30)["parent_header"].get("msg_id") != msg_id:
+            pass
+        times.append(time.perf_counter() - begun)
+    print(f"execute round trip through a gateway: {statistics.median(times) * 1000:.1f} ms")
+    assert min(times) < 0.035
 
 
 def test_two_clients_of_one_kernel_get_each_their_own_replies(remote: Remote, start: Start) -> None:
