@@ -532,8 +532,9 @@ class LiveSandbox:
             self.seat.channels.asleep_again(error.message if isinstance(error, SandboxGatewayError) else str(error))
             raise
         self._saved = None
-        self._begin()
+        # On record before anybody hears of it: a crash in between must not go back behind what clients have seen.
         await self._ledger.insist(State.RUNNING, snapshot=None)
+        self._begin()
         self._suspension.done_with(saved, self._made())
 
     def _as_served(self, saved: Saved) -> Saved:

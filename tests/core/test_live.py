@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,3 +82,29 @@ async def test_a_log_without_end_is_cut() -> None:
     sandbox = live(KernelChannels(b"key"))
     sandbox._attachment = SimpleNamespace(link=Link())  # type: ignore[assignment]
     assert len(await sandbox.log()) == LOG_LIMIT
+
+
+async def test_what_a_resumed_kernel_says_is_for_nobody_before_it_is_on_record_that_it_runs() -> None:
+    # Else a kill of the owner in between takes the kernel back to its snapshot, behind what its clients have seen.
+    order: list[str] = []
+    channels = KernelChannels(b"key")
+    sandbox = live(channels)
+    saved: Any = SimpleNamespace(snapshot=SimpleNamespace(id="snap"))
+
+    async def fit(found: Any) -> None:
+        pass
+
+    async def restore(found: Any) -> None:
+        link = SimpleNamespace(send=lambda channel, parts: order.append("request"), received=dict)
+        sandbox._attachment = SimpleNamespace(link=link, release=lambda: order.append("released"))  # type: ignore[assignment]
+        sandbox._handle = SimpleNamespace()  # type: ignore[assignment]
+
+    sandbox._saved = saved
+    sandbox._restore = restore  # type: ignore[method-assign, assignment]
+    sandbox._suspension = SimpleNamespace(fit=fit, done_with=lambda found, handle: None)  # type: ignore[assignment]
+    sandbox._ledger._store = SimpleNamespace(put=lambda record: order.append(str(record.state)))  # type: ignore[assignment]
+    sandbox._ledger._events = SimpleNamespace(moved=lambda *what: None)  # type: ignore[assignment]
+    sandbox._ledger.record = replace(sandbox.record, state=State.SUSPENDED, snapshot="snap")
+    channels.sleep(lambda: None)
+    await sandbox.resume()
+    assert order == ["resuming", "running", "released"]
