@@ -158,6 +158,10 @@ class Hub:
         self._tell_state(outlet)
         return outlet
 
+    def knows(self, name: str, session_id: str | None) -> bool:
+        """Whether the session ``session_id`` of the user ``name`` is there to go on."""
+        return session_id is not None and identity_of(name, session_id) in self._outlets
+
     def detach(self, outlet: Outlet, writer: Writer) -> None:
         """A session's WebSocket has ended; it is kept for its client to come back."""
         if outlet.disconnect(writer) is None or self._closed:

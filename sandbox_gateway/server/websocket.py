@@ -17,15 +17,19 @@ from typing import Any, ClassVar, Final
 from jupyter_server.services.kernels.connection.base import BaseKernelWebsocketConnection
 from jupyter_server.services.kernels.connection.channels import ZMQChannelsWebsocketConnection
 from jupyter_server.services.kernels.websocket import KernelWebsocketHandler
+from tornado import web
 from tornado.iostream import StreamClosedError
 from tornado.websocket import WebSocketClosedError, WebSocketHandler
 
+from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.server import ws_protocol
 from sandbox_gateway.server.hub import RESTART_CODE, Hub, TooManySessions
 from sandbox_gateway.server.identity import REVOKED, Revocation, caller_of, still_welcome
 from sandbox_gateway.server.outlet import ConnectionLost, Outlet
 from sandbox_gateway.server.ws_protocol import Malformed
 
+SESSION_HEADER: Final = "Sandbox-Session"
+"""Of the handshake: ``resumed`` where the session of the URL goes on, ``new`` where one begins."""
 LARGE: Final = 32 << 10
 """Bytes of a frame that is written without being copied together with others."""
 CLOSING: Final = 1.0
@@ -129,6 +133,17 @@ class SandboxWebSocketConnection(BaseKernelWebsocketConnection):
         while cls._open and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.01)
         await ZMQChannelsWebsocketConnection.close_all()
+
+    async def prepare(self) -> None:
+        """Before the handshake is answered: who reconnects learns whether the session is still there."""
+        handler = self.websocket_handler
+        try:
+            await self.kernel_manager.here()
+        except SandboxGatewayError as error:
+            raise web.HTTPError(error.status, error.message) from error
+        session_id = handler.get_argument("session_id", None) or None
+        known = self.kernel_manager.hub.knows(caller_of(handler.current_user).name, session_id)
+        handler.set_header(SESSION_HEADER, "resumed" if known else "new")
 
     async def connect(self) -> None:
         """The WebSocket is open: go on with its session, or begin one."""

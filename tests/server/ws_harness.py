@@ -112,6 +112,9 @@ class FakeKernelManager(Configurable):
     def hub(self) -> Hub:
         return self.kernel.hub
 
+    async def here(self) -> None:
+        """It is never anywhere else."""
+
 
 class FakeMultiKernelManager(Configurable):
     allowed_message_types: ClassVar[list[str]] = []
