@@ -1,4 +1,4 @@
-"""Sphinx configuration. The reference of commands, profiles and errors is made from the code, so that it cannot lie."""
+"""Sphinx configuration. Commands, routes, profiles and errors are told by the code itself, so that they cannot lie."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
+from _gateway_reference import PAGES  # noqa: E402
 from _reference import command_line, environment_keys, error_table, profile_keys  # noqa: E402
 
 import sandbox_gateway  # noqa: E402
@@ -32,6 +33,7 @@ for name, text in {
     "profiles.md": profile_keys(),
     "errors.md": error_table(),
     "environment.md": environment_keys(),
+    **{name: page() for name, page in PAGES},
 }.items():
     file = generated / name
     if not file.exists() or file.read_text() != text:
