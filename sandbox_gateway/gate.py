@@ -128,7 +128,7 @@ class Gate:
             self._call()
 
     def _effect(self, channel: int, request: Request) -> Effect:
-        effect = waking.effect(channel, request.msg_type)
+        effect = waking.effect(channel, request.msg_type, request.content)
         return Effect.WAKE if effect is Effect.CACHED and self._cache.info is None else effect
 
     def _wakes(self, channel: int, parts: Sequence[Buffer]) -> bool:

@@ -6,9 +6,14 @@ intervals, does not. Message types: the Jupyter messaging protocol 5.4 and its k
 
 from __future__ import annotations
 
+import json
 from enum import StrEnum
+from typing import Final
 
+from sandbox_gateway.messages import Buffer
 from sandbox_gateway.wire.frames import Channel
+
+_MAX_QUESTION: Final = 4 << 10
 
 
 class Effect(StrEnum):
@@ -47,11 +52,30 @@ _REQUESTS = {
 }
 
 
-def effect(channel: int, msg_type: str) -> Effect:
+def effect(channel: int, msg_type: str, content: Buffer = b"") -> Effect:
     """What a message of this type on this channel does. A type that is not known here waits.
 
-    Kernels take all of these types on the control channel as well as on shell, and so does the rule.
+    Kernels take all of these types on the control channel as well as on shell, and so does the rule. Of comm messages
+    the ``content`` matters.
     """
     if channel == Channel.STDIN:
         return Effect.WAKE if msg_type == "input_reply" else Effect.WAIT
+    if msg_type in ("comm_open", "comm_msg") and _asks_for_widgets(content):
+        return Effect.WAIT
     return _REQUESTS.get(msg_type, Effect.WAIT)
+
+
+def _asks_for_widgets(content: Buffer) -> bool:
+    """Whether a page wants to know what widgets there are, as ipywidgets' part of it does whenever it is loaded.
+
+    It opens a comm for that and sends one message over it; some seconds later it asks by ``comm_info_request``.
+    """
+    if len(content) > _MAX_QUESTION:
+        return False
+    try:
+        found = json.loads(bytes(content))
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(found, dict):
+        return False
+    return found.get("target_name") == "jupyter.widget.control" or found.get("data") == {"method": "request_states"}

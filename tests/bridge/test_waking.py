@@ -141,11 +141,28 @@ def test_loading_a_page_wakes_no_kernel():
     info = kernel.ask(Channel.SHELL, "kernel_info_request")
     nudge = kernel.ask(Channel.CONTROL, "kernel_info_request")
     kernel.ask(Channel.SHELL, "comm_info_request", {"target_name": "jupyter.widget"})
+    # As ipywidgets' part of the page does.
+    kernel.ask(Channel.SHELL, "comm_open", {"comm_id": "c", "target_name": "jupyter.widget.control", "data": {}})
+    kernel.ask(Channel.SHELL, "comm_msg", {"comm_id": "c", "data": {"method": "request_states"}})
     debug = kernel.ask(Channel.CONTROL, "debug_request", {"type": "request", "seq": 1, "command": "debugInfo"})
     usage = kernel.ask(Channel.CONTROL, "usage_request")
     for msg_id in (info, nudge, debug, usage):
         kernel.answer_to(msg_id)
     assert kernel.wakes == 0 and kernel.channels.asleep
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"comm_id": "w", "data": {"method": "update", "state": {"value": 7}, "buffer_paths": []}},
+        {"comm_id": "w", "data": {"method": "request_states", "state": "x" * 5000}},
+        {"comm_id": "w", "data": ["request_states"]},
+    ],
+)
+def test_what_a_person_does_to_a_widget_wakes_its_kernel(content: dict[str, object]):
+    kernel = Kernel()
+    kernel.ask(Channel.SHELL, "comm_msg", content)
+    assert kernel.wakes == 1
 
 
 def test_kernel_info_is_the_last_real_reply():
