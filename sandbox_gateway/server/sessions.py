@@ -63,12 +63,10 @@ class SandboxSessionManager(SessionManager):
     ) -> dict[str, Any]:
         """A session of a kernel of the caller's, or of a new one; raises DuplicateKernelError for another's id, as for
         that of a kernel which has ended."""
-        session_id = self.new_session_id()
-        if kernel_id is None or kernel_id not in self.kernel_manager:
-            kernel_id = await self.start_kernel_for_session(session_id, path, name, type, kernel_name, kernel_id)
-        elif not self._mine_to_use(kernel_id):
+        if kernel_id is not None and kernel_id in self.kernel_manager and not self._mine_to_use(kernel_id):
             raise DuplicateKernelError(f"Kernel already exists: {kernel_id}")
-        return await self.save_session(session_id, path, name, type, kernel_id)
+        created: dict[str, Any] = await super().create_session(path, name, type, kernel_name, kernel_id)
+        return created
 
     async def save_session(
         self,
