@@ -70,12 +70,14 @@ class Lifecycle:
         images: ImageService | None = None,
         attend: Callable[[str, Seat], None] | None = None,
         socket: Path | None = None,
+        clones: OnOwnerExit | None = None,
     ) -> None:
         """``attend`` is called for each kernel that this process adopts or clones, with its id, before anything of it
         is delivered; without it the ZMQ endpoints are opened. ``socket`` is where this owner answers, for a process
-        that has several."""
+        that has several. ``clones``: what becomes of clones when it ends, where not what their profile says."""
         self.paths = paths.ensure()
         self._attend = attend
+        self._clones_end = clones
         self._socket = socket
         self.store = Store(paths.database)
         self.snapshots = SnapshotStore(paths)
@@ -484,7 +486,7 @@ class Lifecycle:
             changed=now,
             boot_id=boot_id(),
             layers=manifest.layers,
-            on_owner_exit=profile.on_owner_exit if profile is not None else OnOwnerExit.KEEP,
+            on_owner_exit=self._clones_end or (profile.on_owner_exit if profile is not None else OnOwnerExit.KEEP),
             grace=profile.grace if profile is not None else Profile(manifest.profile).grace,
             owner_pid=os.getpid(),
             parent=f"sandbox:{manifest.sandbox}" if manifest.kind is Kind.FORK else f"snapshot:{snapshot.id}",

@@ -81,7 +81,7 @@ class Gateway:
         self.paths = paths
         self.settings = settings
         socket = paths.runtime / OWNERS / f"{os.getpid()}-{secrets.token_hex(4)}.sock"
-        self.lifecycle = lifecycle(paths, attend=self._attend, socket=socket)
+        self.lifecycle = lifecycle(paths, attend=self._attend, socket=socket, clones=settings.on_stop)
         self.kernels: dict[str, ServedKernel] = {}
         """Every kernel that this server has, by its id."""
         self.quotas = Quotas(settings.quota, quota_of)
@@ -277,7 +277,9 @@ class Gateway:
         record = await self.record(caller, sandbox_id)
         kernel = self.kernels.get(sandbox_id)
         if kernel is not None:
-            await kernel.shutdown("deleted by its owner" if caller.name == kernel.owner else "deleted by administrator")
+            await kernel.shutdown(
+                "deleted by its owner" if caller.name == kernel.owner else "deleted by an administrator"
+            )
             self._leave(kernel)
         elif record.state in LIVE or record.state is State.SUSPENDED:
             await self.lifecycle.stop(sandbox_id)

@@ -162,9 +162,10 @@ class Hub:
         """Whether the session ``session_id`` of the user ``name`` is there to go on."""
         return session_id is not None and identity_of(name, session_id) in self._outlets
 
-    def detach(self, outlet: Outlet, writer: Writer) -> None:
-        """A session's WebSocket has ended; it is kept for its client to come back."""
-        if outlet.disconnect(writer) is None or self._closed:
+    def detach(self, outlet: Outlet, writer: Writer, *, refused: bool = False) -> None:
+        """A session's WebSocket has ended; it is kept for its client to come back. ``refused``: a message was too large
+        for that."""
+        if outlet.disconnect(writer, refused=refused) is None or self._closed:
             return
         if outlet.lasting and self._settings.session_timeout > 0:
             outlet.timer = self._loop.call_later(self._settings.session_timeout, self._forget, outlet)

@@ -215,7 +215,7 @@ class SandboxMappingKernelManager(AsyncMappingKernelManager):
             if restart:
                 await ours.restart_kernel()
             else:
-                await self.gateway.delete(EVERYBODY, kernel_id)
+                await self.gateway.delete(current_caller(), kernel_id)
         except SandboxGatewayError as error:
             raise http_error(error) from error
 
@@ -247,7 +247,7 @@ class SandboxMappingKernelManager(AsyncMappingKernelManager):
 
 def http_error(error: SandboxGatewayError) -> web.HTTPError:
     """An error of ours as jupyter_server's own handlers answer it: status, reason and advice."""
-    answer = web.HTTPError(error.status, "%s", str(error), reason=error.message.splitlines()[0][:200])
+    answer = web.HTTPError(error.status, str(error), reason=error.message.splitlines()[0][:200])
     answer.__cause__ = error
     return answer
 

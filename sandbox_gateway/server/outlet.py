@@ -36,6 +36,10 @@ PING_INTERVAL: Final = 0.1
 """Seconds between two pings, unless much is unconfirmed."""
 PATIENCE: Final = 10.0
 """Seconds for the first pong of a connection; a client that never answers is not waited for."""
+LARGE_MESSAGE: Final = 1 << 20
+"""Bytes of a message from which on it may be what its client's connection breaks at."""
+STUMBLES: Final = 3
+"""Connections that break at the same large message until it is left out: some clients end theirs at 10 MB."""
 REASON: Final = "this client reads more slowly than the kernel prints"
 _MAX_BATCH = 1000
 _LARGE = 32 << 10
@@ -197,6 +201,7 @@ class Outlet:
         self._unconfirmed: deque[Entry] = deque()
         self._unconfirmed_size = 0
         self._writer: Writer | None = None
+        self._stumbling: tuple[Entry, int] | None = None
         self._scheduled = False
         self._in_flight = 0
         self._begin()
@@ -242,8 +247,11 @@ class Outlet:
         self._writer = writer
         self._schedule()
 
-    def disconnect(self, writer: Writer | None = None) -> Writer | None:
-        """The connection has ended; returns it. With ``writer``: if it is this one. Unconfirmed messages wait again."""
+    def disconnect(self, writer: Writer | None = None, *, refused: bool = False) -> Writer | None:
+        """The connection has ended; returns it. With ``writer``: if it is this one. Unconfirmed messages wait again.
+
+        ``refused``: its client said that a message was too large for it.
+        """
         old = self._writer
         if old is None or (writer is not None and writer is not old):
             return None
@@ -254,8 +262,25 @@ class Outlet:
         self._begin()
         again, self._unconfirmed = self._unconfirmed, deque()
         self._unconfirmed_size = 0
-        self._queue.put_back(again)
+        self._queue.put_back(self._without_what_it_breaks_at(again, refused))
         return old
+
+    def _without_what_it_breaks_at(self, again: deque[Entry], refused: bool) -> deque[Entry]:
+        """A client that cannot take a message breaks its connection at it, for ever if that comes again each time."""
+        large = next((entry for entry in again if entry.size >= LARGE_MESSAGE), None)
+        if large is None:
+            self._stumbling = None
+            return again
+        times = self._stumbling[1] if self._stumbling is not None and self._stumbling[0] is large else 0
+        self._stumbling = (large, times + 1)
+        if times + 1 < STUMBLES and not refused:
+            return again
+        self._stumbling = None
+        self.left_out += 1
+        text = f"[sandbox] a message of {large.size} bytes was left out: this client's connection breaks at it\n"
+        parts = messages.stderr_notice(self._key, text, parent=large.head[1] or messages.EMPTY)
+        told = Entry(int(Channel.IOPUB), parts[3:], "stream", large.number if large.channel == Channel.IOPUB else 0)
+        return deque(told.keep() if entry is large else entry for entry in again)
 
     def close(self, code: int, reason: str) -> None:
         """The session is over."""

@@ -30,6 +30,8 @@ from sandbox_gateway.server.ws_protocol import Malformed
 
 SESSION_HEADER: Final = "Sandbox-Session"
 """Of the handshake: ``resumed`` where the session of the URL goes on, ``new`` where one begins."""
+TOO_LARGE: Final = 1009
+"""Close code of a client that was sent a message beyond its bound."""
 LARGE: Final = 32 << 10
 """Bytes of a frame that is written without being copied together with others."""
 CLOSING: Final = 1.0
@@ -98,6 +100,12 @@ class TornadoWriter:
 
 class SandboxWebSocketHandler(KernelWebsocketHandler):
     """jupyter_server's handler; pongs confirm what was sent."""
+
+    @property
+    def ping_timeout(self) -> int:
+        """Milliseconds; tornado says at each connection that it takes none beyond the interval."""
+        longest: int = min(super().ping_timeout, self.ping_interval)
+        return longest
 
     def on_pong(self, data: bytes) -> None:
         """A client answered a ping."""
@@ -183,7 +191,7 @@ class SandboxWebSocketConnection(BaseKernelWebsocketConnection):
         hub, outlet, writer = self._hub, self._outlet, self._writer
         self._hub = self._outlet = self._writer = self._revocation = None
         if hub is not None and outlet is not None and writer is not None:
-            hub.detach(outlet, writer)
+            hub.detach(outlet, writer, refused=self.websocket_handler.close_code == TOO_LARGE)
 
     def _revoked(self) -> None:
         self.websocket_handler.close(REVOKED, "the token was revoked")

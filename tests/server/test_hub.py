@@ -849,3 +849,28 @@ def test_whatever_breaks_and_when_nothing_is_lost_and_nothing_confirmed_comes_tw
             shutil.rmtree(directory)
 
     asyncio.run(play())
+
+
+@pytest.mark.parametrize(("refused", "connections"), [(False, outlet.STUMBLES), (True, 1)])
+async def test_a_message_at_which_a_clients_connection_breaks_each_time_is_left_out_and_told(
+    kernel: FakeKernel, refused: bool, connections: int
+) -> None:
+    made = outlet.Outlet(b"a", b"key", [0] * 5, limit=1 << 30, moved=lambda: None)
+    body = [b"{}", b"{}", b"{}", json.dumps({"name": "stdout", "text": "x" * outlet.LARGE_MESSAGE}).encode()]
+    made.add(outlet.Entry(IOPUB, body, "stream", 1))
+    made.add(outlet.Entry(IOPUB, [b"{}", b"{}", b"{}", b'{"name": "stdout", "text": "after"}'], "stream", 2))
+    for _ in range(connections):
+        writer = Writer(answers=False)
+        made.connect(writer)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert writer.size > outlet.LARGE_MESSAGE
+        made.disconnect(writer, refused=refused)
+    last = Writer(answers=False)
+    made.connect(last)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    told, after = (bytes(ws_protocol.payload(frame)) for frame in last.frames)
+    assert b"was left out" in told and b"after" in after
+    assert made.left_out == 1
+    made.close(1000, "")
