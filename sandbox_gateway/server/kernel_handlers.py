@@ -19,6 +19,10 @@ from jupyter_server.services.kernels.handlers import KernelsAPIHandler
 from jupyter_server.utils import url_escape, url_path_join
 from tornado import web
 
+from sandbox_gateway.errors import InvalidField
+from sandbox_gateway.server import openapi
+from sandbox_gateway.server.kernels import http_error
+
 _TEXTS = ("name", "path", "kernel_id")
 
 
@@ -62,11 +66,10 @@ class GatewayKernelsHandler(KernelsAPIHandler):
         for key in _TEXTS:
             if body.get(key) is not None and not isinstance(body[key], str):
                 raise web.HTTPError(400, f"{key} is no text")
-        environment = body.get("env")
-        if environment is not None and not (
-            isinstance(environment, dict) and all(isinstance(value, str) for value in environment.values())
-        ):
-            raise web.HTTPError(400, "env is no object of texts")
+        try:
+            openapi.check({"env": body.get("env") or {}}, "CreateSandbox")
+        except InvalidField as error:
+            raise http_error(error) from None
         return {key: value for key, value in body.items() if value is not None}
 
 
@@ -74,8 +77,11 @@ def json_object(read: Callable[[], Any]) -> dict[str, Any] | None:
     """What ``read`` (a handler's ``get_json_body``) finds: an object, or None without a body; raises 400."""
     try:
         body = read()
+        json.dumps(body, ensure_ascii=False).encode()
     except UnicodeDecodeError:
         raise web.HTTPError(400, "the body is not UTF-8") from None
+    except UnicodeEncodeError:
+        raise web.HTTPError(400, "half of a surrogate pair in a text") from None
     except RecursionError:
         raise web.HTTPError(400, "the body is nested too deep") from None
     if body is not None and not isinstance(body, dict):

@@ -113,7 +113,8 @@ class Served:
         if answer.code == 599:
             raise OSError(str(answer.error))
         decoded: Any = answer.body
-        if "json" in answer.headers.get("Content-Type", "") and answer.body:
+        kind = answer.headers.get("Content-Type", "")
+        if "json" in kind and "ndjson" not in kind and answer.body:
             decoded = json.loads(answer.body)
         return Answer(answer.code, decoded, answer.headers)
 
