@@ -139,9 +139,9 @@ class Hub:
                 outlet.timer.cancel()
                 outlet.timer = None
             outlet.connect(writer)
-            if self.execution_state == "busy":
-                # A page may have lost it with what another program confirmed for it, and would learn it at the end.
-                self._tell_state(outlet)
+            # A page may have lost it with what another program confirmed for it: a JupyterLab server (--gateway-url)
+            # opens a connection for the page's first attempt as well, which always fails, and nobody reads that one.
+            self._tell_state(outlet)
             return outlet
         self._make_place()
         outlet = self._enter(identity, self._received, lasting=bool(session_id))

@@ -305,13 +305,14 @@ async def test_a_restart_that_was_asked_for_is_no_news_of_a_death(kernel: FakeKe
     assert kernel.hub.execution_state == "idle"
 
 
-async def test_a_session_that_comes_back_in_mid_cell_learns_that_the_kernel_is_busy(kernel: FakeKernel) -> None:
+@pytest.mark.parametrize("state", ["busy", "idle"])
+async def test_a_session_that_comes_back_learns_the_state(kernel: FakeKernel, state: str) -> None:
     writer = join(kernel.hub, "a")
-    kernel.publish("status", {"execution_state": "busy"}, parent=b'{"msg_type": "execute_request"}')
+    kernel.publish("status", {"execution_state": state}, parent=b'{"msg_type": "execute_request"}')
     await turn()
     again = join(kernel.hub, "a")
     await turn()
-    assert len(writer.frames) == 1 and again.messages[0]["content"] == {"execution_state": "busy"}
+    assert len(writer.frames) == 1 and again.messages[0]["content"] == {"execution_state": state}
 
 
 # Hostile kernels
