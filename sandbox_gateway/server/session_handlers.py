@@ -1,4 +1,4 @@
-"""``/api/sessions`` and the actions of ``/api/kernels`` as Jupyter defines them, with errors that say why.
+"""``/api/sessions``, ``/api/me`` and the actions of ``/api/kernels`` as Jupyter defines them, with errors that say why.
 
 jupyter_server's own handlers answer whatever goes wrong while a kernel starts with 500 or 501: a user who is over his
 quota is told so here. Bodies are checked before anything is done.
@@ -12,6 +12,7 @@ from typing import Any
 from jupyter_client.kernelspec import NoSuchKernel
 from jupyter_client.multikernelmanager import DuplicateKernelError
 from jupyter_server.auth.decorator import authorized
+from jupyter_server.services.api.handlers import IdentityHandler
 from jupyter_server.services.kernels.handlers import KernelActionHandler, _kernel_action_regex, _kernel_id_regex
 from jupyter_server.services.sessions.handlers import SessionHandler, SessionRootHandler, _session_id_regex
 from tornado import web
@@ -77,6 +78,14 @@ class GatewaySessionHandler(SessionHandler):
         await _with_cause(super().patch(session_id))
 
 
+class GatewayIdentityHandler(IdentityHandler):
+    """Who is logged in."""
+
+    def get_json_body(self) -> dict[str, Any] | None:
+        """The body, checked."""
+        return json_object(super().get_json_body)
+
+
 async def _with_cause(answering: Awaitable[None] | None) -> None:
     """Where an HTTP error is hidden in a 500, be that error."""
     assert answering is not None  # jupyter_server's methods are coroutines; their types leave it open
@@ -122,6 +131,7 @@ def session_handlers() -> list[tuple[str, type[web.RequestHandler]]]:
     """What takes the place of jupyter_server's own."""
     return [
         (rf"/api/kernels/{_kernel_id_regex}/{_kernel_action_regex}", GatewayKernelActionHandler),
+        (r"/api/me", GatewayIdentityHandler),
         (r"/api/sessions", GatewaySessionRootHandler),
         (rf"/api/sessions/{_session_id_regex}", GatewaySessionHandler),
     ]
