@@ -9,7 +9,8 @@ import time
 import pytest
 
 from sandbox_gateway.cli import output
-from sandbox_gateway.cli.output import ProgressLine, age, clean, clean_log, size, timestamp, write_table
+from sandbox_gateway.cli.output import ProgressLine, age, clean, clean_log, size, write_table
+from sandbox_gateway.model import timestamp
 
 
 @pytest.mark.parametrize(
