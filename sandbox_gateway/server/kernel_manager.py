@@ -31,6 +31,11 @@ class SandboxKernelManager(ServerKernelManager):
         self._ready = asyncio.get_running_loop().create_future()
         self._ready.set_result(None)
 
+    def _context_default(self) -> Any:
+        """The server's: one of this manager's own would be ended, and waited for, by whichever thread collects it."""
+        assert self.parent is not None
+        return self.parent.context
+
     @property
     def hub(self) -> Hub:
         """Its WebSocket sessions."""
