@@ -464,6 +464,17 @@ class Outlet:
         self._confirm(mark)
         self._schedule()
 
+    def last_ping(self) -> None:
+        """Ask for confirmation of all that was written, now: nothing more will be."""
+        if self._writer is None or not self._unconfirmed:
+            return
+        self._ping += 1
+        self._ping_mark = len(self._unconfirmed)
+        try:
+            self._writer.ping(_NUMBER.pack(b"sg", self._ping))
+        except ConnectionLost:
+            log.debug("a WebSocket has ended")
+
     def _give_up(self) -> None:
         self._patience = None
         if self._in_flight:

@@ -136,6 +136,9 @@ class SandboxWebSocketConnection(BaseKernelWebsocketConnection):
     async def close_all(cls) -> None:
         """Close all WebSockets so that clients connect again; called by ``ServerApp`` when it ends."""
         for connection in list(cls._open):
+            if connection._outlet is not None:
+                # So that nothing comes twice when its client comes back.
+                connection._outlet.last_ping()
             connection.websocket_handler.close(RESTART_CODE, "service restart")
         deadline = asyncio.get_running_loop().time() + CLOSING
         while cls._open and asyncio.get_running_loop().time() < deadline:

@@ -140,6 +140,26 @@ async def test_a_gateway_that_is_killed_in_mid_cell_goes_on_with_everything(gate
     assert cell.stdout == "".join(f"{n}\n" for n in range(300))
 
 
+async def test_a_planned_stop_in_mid_cell_repeats_nothing(gateway: Served) -> None:
+    kernel_id = await gateway.create()
+    session = uuid.uuid4().hex
+    socket = await gateway.open(kernel_id, session)
+    cell = socket.execute("import time\nfor n in range(2000):\n    print(n, flush=True)\n    time.sleep(0.002)")
+    while cell.stdout.count("\n") < 300:
+        message = await socket.next()
+        assert message is not None
+        cell.messages.append(message)
+    stopping = asyncio.create_task(asyncio.to_thread(gateway.stop))
+    async for message in socket.messages():
+        cell.messages.append(message)
+    await stopping
+    assert not cell.done
+    await gateway.start()
+    again = await gateway.open(kernel_id, session)
+    await again.finish(cell)
+    assert cell.stdout == "".join(f"{n}\n" for n in range(2000))
+
+
 async def test_a_planned_stop_closes_websockets_so_that_jupyterlab_reconnects(gateway: Served) -> None:
     kernel_id = await gateway.create()
     socket = await gateway.open(kernel_id)
