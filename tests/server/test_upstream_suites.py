@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,9 @@ SOURCES = {
     "jupyter_kernel_gateway": ("3.0.1", "900690c4c0e796867355468d685f7fa1cf3c7775d08e871c157f77d65fbd6d7f"),
 }
 """Version and sha256 of each source package that has a suite."""
+
+LIMIT = 1100
+"""Seconds that a suite may take."""
 
 SERVER_TESTS = ("tests/services/kernels", "tests/services/sessions")
 GATEWAY_TESTS = ("tests/test_jupyter_websocket.py",)
@@ -120,7 +124,7 @@ class _Run:
     """One run of a suite in a process of its own."""
 
     def __init__(self, suite: Path, tests: Sequence[str], options: Sequence[str], **variables: str) -> None:
-        self.suite = suite
+        self._end = time.monotonic() + LIMIT
         self._report = suite / f"{variables.get('UPSTREAM_SERVER', 'stock')}.xml"
         self._log = self._report.with_suffix(".log")
         path = os.pathsep.join([str(HERE), str(HERE.parents[1])])
@@ -138,10 +142,10 @@ class _Run:
     def outcome(self) -> dict[str, str]:
         """Wait for its end; test name -> ``passed``, ``skipped`` or the failure's text."""
         try:
-            self.process.wait(900)
+            self.process.wait(max(0.0, self._end - time.monotonic()))
         except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+            self.close()
+            pytest.fail(f"the run does not end: {self._log.read_text(errors='replace')[-3000:]}")
         assert self._report.exists(), self._log.read_text(errors="replace")[-3000:]
         outcome = {}
         for case in ElementTree.parse(self._report).iter("testcase"):
@@ -153,6 +157,11 @@ class _Run:
                 elif child.tag in ("failure", "error"):
                     outcome[name] = (child.text or child.get("message") or "failed")[-1500:]
         return outcome
+
+    def close(self) -> None:
+        """End it, if it has not."""
+        self.process.kill()
+        self.process.wait()
 
 
 _PLUGINS = ("pytest_jupyter.jupyter_core", "pytest_jupyter.jupyter_server", "upstream_plugin")
@@ -174,7 +183,11 @@ def _compare(
         _Run(suite, tests, stock),
         _Run(suite, tests, [*OURS, *ours], UPSTREAM_SERVER=server, UPSTREAM_KERNEL=KERNEL),
     ]
-    reference, tested = [run.outcome() for run in runs]
+    try:
+        reference, tested = [run.outcome() for run in runs]
+    finally:
+        for run in runs:
+            run.close()
     passed = {name for name, text in reference.items() if text == "passed"}
     worse = {name: tested.get(name, "not run") for name in sorted(passed) if tested.get(name) != "passed"}
     print(f"{suite.parent.name}: {len(passed)} of {len(reference)} pass with the stock server, {len(worse)} not here")
