@@ -372,6 +372,7 @@ async def test_a_revoked_token_is_refused_at_once_and_its_websockets_end(users: 
         while await listener.read_message() is not None:
             pass
     assert listener.close_code == 1008
+    listener.close()
     print(f"\nclosed after {asyncio.get_running_loop().time() - began:.1f} s")
     *_, last = (await asyncio.wait_for(running, 20)).body.splitlines()
     assert json.loads(last)["code"] == "unauthenticated"
