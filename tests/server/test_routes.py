@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +77,7 @@ NOT_SERVED = (
 
 
 @pytest.fixture
-def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> web.Application:
+def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[web.Application]:
     """The application of a gateway that serves nobody yet."""
     for name, place in (
         ("SANDBOX_GATEWAY_HOME", "home"),
@@ -83,10 +85,13 @@ def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> web.Application:
         ("JUPYTER_RUNTIME_DIR", "r"),
     ):
         monkeypatch.setenv(name, str(tmp_path / place))
-    GatewayApp.clear_instance()
+    ours = logging.getLogger("sandbox_gateway")
+    before = (ours.parent, ours.propagate, ours.level)
     made = GatewayApp()
     made.initialize(["--allow-root", "--users", "--ip", "127.0.0.1"], new_httpserver=False)
-    return made.web_app
+    yield made.web_app
+    ours.parent, ours.propagate = before[:2]
+    ours.setLevel(before[2])
 
 
 def ours() -> set[str]:
@@ -108,7 +113,7 @@ def test_no_handler_comes_from_an_extension_or_hands_out_the_machine(app: web.Ap
 
 def test_every_route_asks_for_a_login_and_a_right(app: web.Application) -> None:
     # /api/me tells who is logged in, and changes nothing but that user's own name: a login is the right.
-    assert [line.split(" (")[0] for line in unprotected(app)] == ["GET /api/me$", "PATCH /api/me$"]
+    assert {line.split(" (")[0] for line in unprotected(app)} == {"GET /api/me$", "PATCH /api/me$"}
     assert {line for line in public(app) if not line.startswith("OPTIONS ")} == PUBLIC
 
 
