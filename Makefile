@@ -43,6 +43,7 @@ run: setup ## JupyterLab with the sandboxed kernels; NOTEBOOKS=folder names anot
 	  $$(test "$$(id -u)" -ne 0 || echo --allow-root) --ServerApp.root_dir="$(NOTEBOOKS)"
 
 test: setup lint docs ## linters, docs and the tests; TESTS=tests/wire for some only
+	@sh tools/system_packages.sh "$$(command -v $(PYTHON))" test
 	@echo "test: pytest $(TESTS)"
 	@JUPYTER_PLATFORM_DIRS=1 $(BIN)/python -m pytest $(TESTS)
 
