@@ -21,6 +21,8 @@ from sandbox_gateway.server.kernelspecs import ProfileKernelSpecManager
 
 MODULE: Final = "sandbox_gateway.server"
 USERS: Final = "sandbox_gateway.server.identity.TokenFileIdentityProvider"
+MAX_BODY: Final = 32 << 20
+"""Bytes of the body of a request."""
 NOT_SERVED: Final = "this server has kernels only"
 
 
@@ -98,11 +100,11 @@ jupyter sandbox serve --SandboxGateway.default_profile=analysis
         """What the command line did not say, as a gateway wants it."""
         self.open_browser = False
         self.config.SandboxGateway.headless = True
-        # tornado takes no time-out that is longer than the interval.
         if "authorizer_class" not in self.config.ServerApp:
             self.authorizer_class = GatewayAuthorizer
-        if "websocket_ping_timeout" not in self.config.ServerApp:
-            self.websocket_ping_timeout = self.websocket_ping_interval
+        if "max_body_size" not in self.config.ServerApp:
+            # tornado takes a body in before it is known who sends it; what is larger goes over WebSockets.
+            self.max_body_size = MAX_BODY
         self.config.SandboxGateway.setdefault("on_stop", "keep")
         self.config.MappingKernelManager.setdefault(
             "default_kernel_name", self.config.SandboxGateway.get("default_profile", DEFAULT_PROFILE)

@@ -60,6 +60,7 @@ def load(serverapp: ServerApp) -> None:
         return
     gateway = manager.gateway
     logs.warn_of_arguments(serverapp.log)
+    logs.quiet_pings()
     assert serverapp.event_logger is not None
     bridge = EventBridge(gateway, serverapp.event_logger)
     serverapp.web_app.settings |= {

@@ -146,6 +146,15 @@ class _Shown(Redacting):
         return super().format(record)
 
 
+def quiet_pings() -> None:
+    """Drop what tornado says at each WebSocket: it takes jupyter_server's milliseconds for seconds."""
+    logging.getLogger("tornado.general").addFilter(_no_ping_timeout)
+
+
+def _no_ping_timeout(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("The websocket_ping_timeout")
+
+
 def _handlers(log: logging.Logger) -> list[logging.Handler]:
     """Those that get what ``log`` is told."""
     found: list[logging.Handler] = []

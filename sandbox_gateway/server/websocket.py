@@ -101,12 +101,6 @@ class TornadoWriter:
 class SandboxWebSocketHandler(KernelWebsocketHandler):
     """jupyter_server's handler; pongs confirm what was sent."""
 
-    @property
-    def ping_timeout(self) -> int:
-        """Milliseconds; tornado says at each connection that it takes none beyond the interval."""
-        longest: int = min(super().ping_timeout, self.ping_interval)
-        return longest
-
     def on_pong(self, data: bytes) -> None:
         """A client answered a ping."""
         super().on_pong(data)
