@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import re
@@ -32,6 +33,7 @@ from playwright.async_api import (  # noqa: E402
     Error,
     Locator,
     Page,
+    WebSocket,
     async_playwright,
     expect,
 )
@@ -194,6 +196,24 @@ class Window:
     said: list[str] = field(default_factory=list)
     """Errors of the console and exceptions that nobody caught."""
 
+    sent: list[tuple[str, str]] = field(default_factory=list)
+    """What the page sent: kernel and message type. Of the older protocol only, as all of these."""
+    got: list[tuple[str, str]] = field(default_factory=list)
+    """What the page got."""
+
+    def _follow(self, socket: WebSocket) -> None:
+        found = re.search(r"/kernels/([0-9a-f-]+)/channels", socket.url)
+        if found is None:
+            return
+        kernel_id = found.group(1)
+
+        def note(messages: list[tuple[str, str]], data: str | bytes) -> None:
+            if isinstance(data, str):
+                messages.append((kernel_id, json.loads(data)["header"]["msg_type"]))
+
+        socket.on("framesent", functools.partial(note, self.sent))
+        socket.on("framereceived", functools.partial(note, self.got))
+
     def _heard(self, message: ConsoleMessage) -> None:
         if message.type == "error":
             where = message.location.get("url", "") if message.location else ""
@@ -202,8 +222,7 @@ class Window:
     def listen(self) -> None:
         """Take down what goes wrong in the page."""
         self.page.on("console", self._heard)
-        if os.environ.get("SANDBOX_TEST_FRAMES"):
-            self.page.on("websocket", _trace)
+        self.page.on("websocket", self._follow)
         self.page.on("pageerror", lambda error: self.said.append(f"uncaught: {error}"))
 
     def errors(self, *expected: str) -> list[str]:
@@ -311,23 +330,6 @@ class Window:
     async def picture(self, path: Path) -> None:
         """A screenshot."""
         await self.page.screenshot(path=path)
-
-
-def _trace(socket: Any) -> None:
-    """Print what goes over a WebSocket."""
-
-    def line(mark: str, data: Any = "") -> None:
-        text = data if isinstance(data, str) else repr(data[:300])
-        found = re.search(r'"msg_type": ?"(\w+)"', text)
-        state = re.search(r'"execution_state": ?"(\w+)"', text)
-        what = [found.group(1) if found else text[:200], state.group(1) if state else ""]
-        print(f"{time.monotonic():.3f}", mark, socket.url[-12:], *what, flush=True)
-
-    line("open")
-    socket.on("framesent", lambda data: line(">", data))
-    socket.on("framereceived", lambda data: line("<", data))
-    socket.on("close", lambda _: line("closed"))
-    socket.on("socketerror", lambda error: line("error", error))
 
 
 @asynccontextmanager

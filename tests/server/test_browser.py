@@ -264,13 +264,18 @@ async def test_a_page_with_suspended_notebooks_is_loaded_and_wakes_none_until_a_
         await gateway.ask("POST", f"/api/sandboxes/{kernels[-1]}/execute", {"code": f"x = {number}"})
     await page.lab.open_together("sleepers", names)
     await page.workspace("sleepers")
-    await connected(gateway, kernels)
-    await page.ready()
-    await asyncio.gather(*(suspended(gateway, kernel_id) for kernel_id in kernels))
+    await informed(page, kernels)
+    await asyncio.sleep(6.0)  # the rest of what the page asks at first, and what it asks when that is not answered
+    for kernel_id in kernels:
+        await gateway.ok("POST", f"/api/sandboxes/{kernel_id}/suspend?wait=60")
+    page.sent.clear()
+    page.got.clear()
     await page.reload()
-    await connected(gateway, kernels)
+    await informed(page, kernels)
     await page.ready()
-    await asyncio.sleep(6.0)  # what the page asks at first, and what it asks when that is not answered
+    await asyncio.sleep(6.0)
+    asked = {kind for _, kind in page.sent}
+    assert asked >= {"kernel_info_request", "comm_info_request", "history_request", "comm_open"}
     asleep = dict.fromkeys(kernels, "suspended")
     assert await states(gateway) == asleep
     await page.page.locator(".lm-TabBar-tab", has_text=names[3]).click()
@@ -283,23 +288,10 @@ async def test_a_page_with_suspended_notebooks_is_loaded_and_wakes_none_until_a_
     assert page.errors() == []
 
 
-async def suspended(gateway: Served, kernel_id: str) -> None:
-    """Suspend a kernel: not while the page is asking it something, which would wake it."""
+async def informed(page: Window, kernels: list[str]) -> None:
+    """Wait until the page knows each kernel."""
     async with asyncio.timeout(PATIENCE):
-        while True:
-            await gateway.ok("POST", f"/api/sandboxes/{kernel_id}/suspend?wait=60")
-            await asyncio.sleep(1.0)
-            if (await states(gateway))[kernel_id] == "suspended":
-                return
-
-
-async def connected(gateway: Served, kernels: list[str]) -> None:
-    """Wait until the page has a WebSocket of each kernel."""
-    async with asyncio.timeout(PATIENCE):
-        while True:
-            models = {model["id"]: model["connections"] for model in await gateway.ok("GET", "/api/kernels")}
-            if all(models[kernel_id] == 1 for kernel_id in kernels):
-                return
+        while not {(kernel_id, "kernel_info_reply") for kernel_id in kernels} <= set(page.got):
             await asyncio.sleep(0.2)
 
 
