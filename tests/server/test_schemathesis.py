@@ -57,7 +57,7 @@ class Asking:
 
     def things(self) -> dict[str, list[str]]:
         """Ids that exist now, by the parameter that takes them; there is always a sandbox."""
-        found = self.session.get(f"{self.url}/api/sandboxes?state=all", timeout=PATIENCE).json()["sandboxes"]
+        found = self.session.get(f"{self.url}/api/sandboxes?state=all&limit=1000", timeout=PATIENCE).json()["sandboxes"]
         if not any(one["state"] == "running" for one in found):
             for one in found:
                 self.session.delete(f"{self.url}/api/sandboxes/{one['id']}", timeout=PATIENCE)

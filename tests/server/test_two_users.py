@@ -73,7 +73,7 @@ async def users(_users: Served) -> AsyncIterator[Served]:
     """The gateway; nothing of what a test makes there is left."""
     yield _users
     await _users.hang_up()
-    for one in (await _users.ok("GET", "/api/sandboxes?state=all"))["sandboxes"]:
+    for one in (await _users.ok("GET", "/api/sandboxes?state=all&limit=1000"))["sandboxes"]:
         await _users.ask("DELETE", f"/api/sandboxes/{one['id']}?forget=true")
     for one in (await _users.ok("GET", "/api/snapshots"))["snapshots"]:
         await _users.ask("DELETE", f"/api/snapshots/{one['id']}")
@@ -330,7 +330,7 @@ async def test_a_name_cannot_stand_in_for_anothers_snapshot(world: World) -> Non
 
 async def test_an_administrator_sees_all_and_does_not_take_a_users_place(world: World) -> None:
     served = world.served
-    found = (await served.ok("GET", "/api/sandboxes?state=all"))["sandboxes"]
+    found = (await served.ok("GET", "/api/sandboxes?state=all&limit=1000"))["sandboxes"]
     assert {one["id"] for one in found} >= {world.running, world.suspended, world.ended}
     assert world.running in {one["id"] for one in await served.ok("GET", "/api/kernels")}
     assert world.session in {one["id"] for one in await served.ok("GET", "/api/sessions")}
