@@ -133,7 +133,8 @@ class Gateway:
             kernel.muted = True
         await self.lifecycle.close()
         for kernel in tuple(self.kernels.values()):
-            kernel.close(remove=False)
+            # Of one that has ended nothing is left; another's next owner finds there how far its clients are.
+            kernel.close(remove=kernel.live.death is not None)
         self.kernels.clear()
         for closer in self._closers:
             closer()
