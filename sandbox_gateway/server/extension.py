@@ -70,7 +70,9 @@ def load(serverapp: ServerApp) -> None:
     }
     gateway.on_close(bridge.close)
     gateway.before_close.append(operations_of(serverapp.web_app.settings).close)
-    logs.install(serverapp.log, serverapp.identity_provider, as_json=manager.config_of_gateway.log_json)
+    if gateway.settings.headless or manager.config_of_gateway.log_json:
+        # A JupyterLab of one's own goes on telling its address as it always did.
+        logs.install(serverapp.log, serverapp.identity_provider, as_json=manager.config_of_gateway.log_json)
     add_routes(serverapp, [*rest_handlers(), *event_handlers(), (r"/metrics", MetricsHandler)])
     channels = rf"/api/kernels/{_kernel_id_regex}/channels"
     add_routes(serverapp, [(channels, SandboxWebSocketHandler), *kernel_handlers(), *session_handlers()])
