@@ -12,12 +12,13 @@ from sandbox_gateway.cli.each import Meter
 from sandbox_gateway.cli.failures import Usage, fail
 from sandbox_gateway.cli.output import ProgressLine, age, size, write_json, write_line, write_table
 from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.model import timestamp
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sandbox_gateway.host.paths import Paths
-    from sandbox_gateway.model import SandboxRecord, timestamp
+    from sandbox_gateway.model import SandboxRecord
     from sandbox_gateway.snapshots import Entry, Snapshot
 
 _A_SNAPSHOT = "a snapshot's name, its id, or an unambiguous beginning of the id"

@@ -104,7 +104,8 @@ async def test_cores_are_bound(directory: Path) -> None:
 
 async def test_last_words_survive_their_speaker(directory: Path) -> None:
     """What was said on standard error can be read after the end, by who held it or while the holder is there."""
-    async with launched(directory, "import os; os.write(2, b'farewell')") as found:
+    # It stays a moment: a holder that finds nobody alive does not stay either.
+    async with launched(directory, "import os, time; os.write(2, b'farewell'); time.sleep(1)") as found:
         with launcher.LastWords(directory) as held:
             await asyncio.wait_for(processes.wait_exit(found.process), 10)
             with launcher.LastWords(directory) as later:
