@@ -15,8 +15,8 @@ It is run as ``python -I -S launch.py``, reads one marshalled dictionary on stdi
 With a ``pid_file`` the command is waited for and the file names the process to hold; without one the command itself
 is that process (the fake runtime). The start time beside each pid is field 22 of ``/proc/<pid>/stat``.
 
-Every start and every restore of a sandbox waits for this program, so it imports next to nothing before the command
-runs: ``json``, ``signal``, ``typing`` and ``ctypes`` are two thirds of what it would take.
+Every start and every restore of a sandbox waits for this program, so it imports little before the command runs:
+``json``, ``signal`` and ``typing`` would take as long again.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def enter_user_namespace() -> None:
 
 
 def become_subreaper() -> None:
-    """Adopt the orphans among our descendants, those that are there already too (prctl(2))."""
+    """Adopt the orphans among our descendants (prctl(2))."""
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
@@ -96,6 +96,7 @@ def _prepare(request: dict[str, Any]) -> None:
         os.sched_setaffinity(0, request["cores"])
     if request["user_namespace"]:
         enter_user_namespace()
+    become_subreaper()  # before the command, which may end at once and leave somebody behind
 
 
 def _launch(request: dict[str, Any]) -> tuple[int, list[int]]:
@@ -117,7 +118,6 @@ def _launch(request: dict[str, Any]) -> tuple[int, list[int]]:
         ],
         setsigdef=_DEFAULT_SIGNALS,
     )
-    become_subreaper()  # beside the command, which leaves nobody behind before its end
     if request["pid_file"] is None:
         return pid, fds
     _, status = os.waitpid(pid, 0)
