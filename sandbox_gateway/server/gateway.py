@@ -87,7 +87,6 @@ class Gateway:
         self.quotas = Quotas(settings.quota, quota_of)
         self._hubs: dict[str, Hub] = {}
         self._listeners: list[Callable[[ServedKernel, bool], None]] = []
-        self._tasks: set[asyncio.Task[None]] = set()
         self.before_close: list[Callable[[], Awaitable[object]]] = []
         """Awaited before any sandbox is left."""
         self._closers: list[Callable[[], object]] = []
@@ -127,8 +126,6 @@ class Gateway:
             await asyncio.gather(self._started, return_exceptions=True)
         for first in self.before_close:
             await first()
-        for task in tuple(self._tasks):
-            task.cancel()
         for kernel in tuple(self.kernels.values()):
             kernel.muted = True
         await self.lifecycle.close()
@@ -517,12 +514,6 @@ class Gateway:
     def _announce(self, kernel: ServedKernel, here: bool) -> None:
         for listener in self._listeners:
             listener(kernel, here)
-
-    def spawn(self, work: Any) -> None:
-        """Run a coroutine beside; it ends with the gateway."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
 
 def _unknown(sandbox_id: str) -> SandboxGatewayError:

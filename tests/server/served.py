@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -210,6 +210,15 @@ class Cell:
             if message["msg_type"] == "stream" and message["content"]["name"] == "stdout"
         )
 
+    def once(self) -> int:
+        """Keep each message once, by its id; returns how many had come again."""
+        kept: dict[str, dict[str, Any]] = {}
+        for message in self.messages:
+            kept.setdefault(message["header"]["msg_id"], message)
+        again = len(self.messages) - len(kept)
+        self.messages = list(kept.values())
+        return again
+
     @property
     def done(self) -> bool:
         """Whether it has ended."""
@@ -279,11 +288,6 @@ class Socket:
         self.ended = raw is None
         return None if raw is None else decode(raw)
 
-    async def messages(self) -> AsyncIterator[dict[str, Any]]:
-        """Everything, until the connection ends."""
-        while (message := await self.next()) is not None:
-            yield message
-
     async def finish(self, cell: Cell, *, answer: Callable[[str], str] | None = None, timeout: float = 120.0) -> Cell:
         """Read until a request has ended."""
         async with asyncio.timeout(timeout):
@@ -302,6 +306,16 @@ class Socket:
                     text = answer(message["content"]["prompt"])
                     self.send("input_reply", {"value": text, "status": "ok"}, channel="stdin", parent=message["header"])
         return cell
+
+    async def follow(self, cell: Cell, lines: int | None = None) -> None:
+        """Take what comes of a cell until it has printed so many lines, or (None) until the connection ends."""
+        while lines is None or cell.stdout.count("\n") < lines:
+            message = await self.next()
+            if message is None:
+                assert lines is None, "the WebSocket was closed"
+                return
+            if message["parent_header"].get("msg_id") == cell.id:
+                cell.messages.append(message)
 
     def execute(self, code: str, *, stdin: bool = False) -> Cell:
         """Send a cell."""
