@@ -27,9 +27,13 @@ class Preparation:
 
 
 class KernelWatch:
-    """The kernels of one sandbox, one boot after the other. ``notice`` writes a line for its clients."""
+    """The kernels of one sandbox, one boot after the other.
 
-    def __init__(self, sandbox_id: str, notice: Callable[[str], None]) -> None:
+    ``notice`` writes a line for its clients; ``hold`` is called when a kernel has ended: what clients send from now on
+    is for the next one.
+    """
+
+    def __init__(self, sandbox_id: str, notice: Callable[[str], None], hold: Callable[[], None]) -> None:
         self.exit: KernelExit | None = None
         """How the kernel of this boot ended; None while it lives."""
         self.gone = asyncio.Event()
@@ -40,6 +44,7 @@ class KernelWatch:
         """The sandbox as a whole is ending: what its kernel does is no news."""
         self._id = sandbox_id
         self._notice = notice
+        self._hold = hold
         self._boot = 0
         self._asked_to_exit: int | None = None
 
@@ -78,6 +83,7 @@ class KernelWatch:
             # A kernel ends once: an agent that says so again and again fills neither the log nor the output.
             return
         self.exit = gone
+        self._hold()
         self.gone.set()
         if not gone.expected and boot != self._asked_to_exit:
             # Indented, so that no line of it can pass for one of ours.

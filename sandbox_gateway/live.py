@@ -77,7 +77,7 @@ class LiveSandbox:
         self.launch = launch
         self.seat = seat
         self.death: Death | None = None
-        self.kernel = KernelWatch(record.id, lambda text: seat.channels.notice(text))
+        self.kernel = KernelWatch(record.id, seat.channels.notice, seat.channels.disconnect)
         self.ended = asyncio.Event()
         self.admission: Callable[[], AbstractAsyncContextManager[object]] = contextlib.nullcontext
         """Entered when a client's wish is to wake it; raises where its owner may not have one more (a quota)."""
@@ -616,9 +616,12 @@ class LiveSandbox:
 
     # The kernel inside
 
-    async def reboot(self, kernel: KernelSpec) -> None:
-        """Restart in place (DESIGN, Restart): end every process of the kernel's uid, keep the files, boot again."""
-        await self._shielded(self._reboot(kernel))
+    async def reboot(self, kernel: KernelSpec, announce: Callable[[], object] | None = None) -> None:
+        """Restart in place (DESIGN, Restart): end every process of the kernel's uid, keep the files, boot again.
+
+        ``announce`` is called when requests begin to wait for the new kernel: whoever hears of the restart may ask.
+        """
+        await self._shielded(self._reboot(kernel, announce))
 
     async def beyond_waking(self, error: SandboxGatewayError) -> bool:
         """After a :meth:`reboot` that failed with ``error``: whether it was that it cannot be woken any more.
@@ -631,10 +634,17 @@ class LiveSandbox:
         await self.ended.wait()
         return True
 
-    async def _reboot(self, kernel: KernelSpec) -> None:
+    async def _reboot(self, kernel: KernelSpec, announce: Callable[[], object] | None) -> None:
         await self._resume()
-        await self._ledger.move(State.RESTARTING)
         self.seat.channels.disconnect()
+        if announce is not None:
+            announce()
+        try:
+            await self._ledger.move(State.RESTARTING)
+        except BaseException:
+            if self.kernel.exit is None:
+                self.seat.channels.connect(self.link)
+            raise
         await self.link.call("restart_kernel", timeout=30.0, **self._kernel_parameters(kernel))
         self.kernel.booting()
         self.launch = replace(self.launch, kernel=kernel)

@@ -327,11 +327,11 @@ class Bystander:
         self._thread.join(self.patience + 5)
 
 
-def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    """Wait for ``condition()`` to be true: for what offers no event to wait for."""
+def until(condition: Callable[[], object], seconds: float = 20.0, found: Callable[[], object] = str) -> None:
+    """Wait for ``condition()`` to be true: for what offers no event to wait for; a failure tells what was ``found``."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not come true in time"
+        assert time.monotonic() < deadline, f"it did not come true in time: {found()}"
         threading.Event().wait(0.02)
 
 

@@ -146,15 +146,17 @@ class ServedKernel:
         async with self._order, self._gateway.admission(live) if comes_back else contextlib.nullcontext():
             self._unwatch()
             try:
-                self.hub.publish_restart()
-                if live.death is not None or not await self._rebooted(live):
+                if live.death is not None:
+                    self.hub.publish_restart()
+                    await self._make_again(live)
+                elif not await self._rebooted(live):
                     await self._make_again(live)
             finally:
                 self._watch()
 
     async def _rebooted(self, live: LiveSandbox) -> bool:
         try:
-            await live.reboot(live.launch.kernel)
+            await live.reboot(live.launch.kernel, self.hub.publish_restart)
         except SandboxGatewayError as error:
             if not await live.beyond_waking(error):
                 raise
@@ -222,9 +224,8 @@ class ServedKernel:
             return
         self._restarts.append(now)
         async with self._order:
-            self.hub.publish_status("restarting")
             try:
-                await live.reboot(live.launch.kernel)
+                await live.reboot(live.launch.kernel, lambda: self.hub.publish_status("restarting"))
             except SandboxGatewayError as error:
                 log.warning("kernel %s could not be started again: %s", self.id, error)
                 self.hub.publish_status("dead")

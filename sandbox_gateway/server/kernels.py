@@ -66,6 +66,10 @@ class SandboxMappingKernelManager(AsyncMappingKernelManager):
         super().__init__(**options)
         self.gateway.on_kernel(self._came_or_went)
 
+    def __bool__(self) -> bool:
+        """True without a kernel too: a server that ends passes over a kernel manager that is false, pool and all."""
+        return True
+
     def _came_or_went(self, kernel: ServedKernel, here: bool) -> None:
         if here:
             self._kernels[kernel.id] = SandboxKernelManager(

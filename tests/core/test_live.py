@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from sandbox_gateway.channels import KernelChannels
+from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.gate import Sender
 from sandbox_gateway.live import LiveSandbox
 from sandbox_gateway.messages import Buffer
-from sandbox_gateway.model import SandboxRecord, State
+from sandbox_gateway.model import KernelSpec, Launch, SandboxRecord, SandboxSpec, State
 from sandbox_gateway.raw_log import LOG_LIMIT
 
 EXIT = {"event": "kernel_exit", "code": 3, "signal": None, "stderr_tail": "last words", "expected": False}
@@ -45,6 +47,53 @@ def test_a_kernel_ends_once_however_often_the_agent_says_so(caplog: pytest.LogCa
         sandbox.kernel.event({**EXIT, "code": code})
     assert len(seen) == len(caplog.records) == 1
     assert sandbox.poll() == 0, "the first report counts"
+
+
+def sender(sent: list[str]) -> Any:
+    return SimpleNamespace(send=lambda channel, parts: sent.append(bytes(parts[0]).decode()))
+
+
+def test_what_is_asked_when_a_kernel_has_ended_is_for_the_next_one() -> None:
+    channels = KernelChannels(b"key")
+    sandbox = live(channels)
+    first: list[str] = []
+    channels.connect(sender(first))
+    channels.request(1, [b"before"])
+    sandbox.kernel.event(EXIT)
+    channels.request(1, [b"after"])
+    following: list[str] = []
+    channels.connect(sender(following))
+    assert (first, following) == (["before"], ["after"])
+
+
+@pytest.mark.parametrize("disk", ["room", "full"])
+async def test_who_is_told_of_a_restart_may_ask_at_once_and_the_new_kernel_answers(disk: str) -> None:
+    channels = KernelChannels(b"key")
+    sandbox = live(channels)
+    happened: list[str] = []
+
+    async def call(name: str, **parameters: Any) -> None:
+        happened.append(name)
+
+    def put(record: SandboxRecord) -> None:
+        if disk == "full" and record.state is State.RESTARTING:
+            raise SandboxGatewayError("disk_full", "no room")
+
+    link = SimpleNamespace(send=lambda channel, parts: happened.append(bytes(parts[0]).decode()), call=call)
+    kernel = KernelSpec(("python",))
+    sandbox.launch = Launch(cast("SandboxSpec", None), kernel, b"key", 1, 1)
+    sandbox._attachment = SimpleNamespace(link=link)  # type: ignore[assignment]
+    sandbox._ledger._store = SimpleNamespace(put=put, put_launch=lambda *what: None)  # type: ignore[assignment]
+    sandbox._ledger._events = SimpleNamespace(moved=lambda *what: None)  # type: ignore[assignment]
+    channels.connect(cast("Sender", link))
+    rebooting = sandbox.reboot(kernel, lambda: channels.request(1, [b"asked"]))
+    if disk == "full":
+        with pytest.raises(SandboxGatewayError, match="no room"):
+            await rebooting
+        assert happened == ["asked"], "it goes to the kernel that runs on"
+    else:
+        await rebooting
+        assert happened == ["restart_kernel", "asked"]
 
 
 @pytest.mark.parametrize(

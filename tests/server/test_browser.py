@@ -166,8 +166,12 @@ async def test_a_page_that_is_reloaded_in_mid_cell_shows_the_busy_kernel_and_its
     await page.run(0)
     await expect(page.output(0)).to_contain_text("19")
     await page.save()
+    async with asyncio.timeout(PATIENCE):
+        while '"19\\n"' not in (page.lab.folder / "long.ipynb").read_text():
+            await asyncio.sleep(0.05)
     await page.reload()
     await expect(page.status).to_have_text("Python 3 (gVisor) | Busy")
+    await expect(page.output(0)).to_contain_text("19")
     kept = await page.text(0)
     assert counted(20) in kept
     await page.menu("View", "Show Log Console")

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from pathlib import Path
 
 import pytest
+from acceptance import Product, until
 from served import Cell, Served
+
+from sandbox_gateway.host.paths import discover
 
 pytestmark = pytest.mark.timeout(300)
 KERNEL = "python3-gvisor"
@@ -172,6 +176,32 @@ async def test_a_kernel_that_ends_by_itself_is_started_again_in_its_sandbox(gate
         if message["msg_type"] == "status":
             states.append(message["content"]["execution_state"])
     assert (await socket.run("print(open('f').read())")).stdout == "x\n"
+
+
+@pytest.mark.parametrize("on_stop", ["terminate", "keep"])
+async def test_what_stands_ready_goes_with_a_gateway_that_ends_without_a_kernel(
+    product: Product, tmp_path: Path, on_stop: str
+) -> None:
+    file = product.home / "profiles.toml"
+    before = file.read_text() if file.exists() else ""
+    runtime = discover({"SANDBOX_GATEWAY_HOME": str(product.home)}).runtime
+    file.write_text(f"{before}\n[profiles.pooled]\npool = {{ ready = 1, created = 1 }}\n")
+    served = Served(tmp_path / "gateway.log", f"--SandboxGateway.on_stop={on_stop}")
+
+    def standing() -> list[str]:
+        return [path.name for path in runtime.glob("standby-*")]
+
+    try:
+        product.command("template", "build", "pooled")
+        await served.start()
+        kernel_id = await served.create(profile="pooled")
+        await served.ok("DELETE", f"/api/sandboxes/{kernel_id}")
+        await asyncio.to_thread(until, lambda: len(standing()) == 2, 30, standing)
+        served.stop()
+        assert standing() == []
+    finally:
+        served.stop()
+        file.write_text(before)
 
 
 async def test_a_client_that_comes_back_gets_what_it_missed_and_only_the_last_moment_twice(

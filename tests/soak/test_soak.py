@@ -58,10 +58,25 @@ def test_every_line_comes_once_and_in_order_whatever_is_done_to_the_kernels(
     assert not report.failures, f"seed {seed}: {len(report.failures)} failures; the first:\n{report.failures[0]}"
     assert report.lines > 0
     assert product.ids() <= others
+    halves = product.home / "snapshots"
+
+    def half_done() -> list[str]:
+        return [str(path) for path in halves.glob(".*") if path.name != ".lock"]
+
     with kernel(KERNEL):
         # What killed owners left half-way goes with the next start.
-        until(lambda: not [path for path in (product.home / "snapshots").glob(".*") if path.name != ".lock"])
+        until(lambda: not half_done(), 60, half_done)
     if not others:
         # The keeper ends when it owns nothing.
         owners = product.home / "run" / "owners"
-        until(lambda: not owners.exists() or not list(owners.iterdir()), 30)
+        until(lambda: not owners.exists() or not list(owners.iterdir()), 60, lambda: told(owners))
+
+
+def told(owners: Path) -> list[str]:
+    """Who answers still: the names, and what the process is."""
+    found = []
+    for path in owners.iterdir():
+        pid = path.name.split("-")[0]
+        arguments = Path("/proc", pid, "cmdline")
+        found.append(f"{path.name}: {arguments.read_text()[:300] if arguments.exists() else 'gone'}")
+    return found
