@@ -26,6 +26,7 @@ from sandbox_gateway.events import EventKind, EventLog
 from sandbox_gateway.host.machine import boot_id
 from sandbox_gateway.idle.world import Reading
 from sandbox_gateway.in_order import InOrder
+from sandbox_gateway.introduction import inherited, introduce
 from sandbox_gateway.kernel_exit import KernelExit
 from sandbox_gateway.kernel_watch import KernelWatch, Preparation
 from sandbox_gateway.ledger import Ledger
@@ -159,6 +160,8 @@ class LiveSandbox:
         if not ready.done():
             what = "ended" if self.kernel.exit is not None else f"was not ready within {PREPARATION:.0f} seconds"
             raise SandboxGatewayError("kernel_failed", f"the kernel {what}")
+        self.seat.channels.connect(self.link)
+        self.launch = replace(self.launch, facts=await introduce(self.seat.channels, self.launch.key))
         await asyncio.sleep(STILLNESS)
         await self.link.drain()
         return ready.result()
@@ -213,7 +216,7 @@ class LiveSandbox:
         await self._make(self._step_in(attachment, saved, identity))
 
     async def _step_in(self, attachment: Attachment | None, saved: Saved, identity: Mapping[str, Any]) -> None:
-        self.seat.channels.renew(saved.snapshot.manifest.saved_launch().key)
+        self._descend(saved)
         if attachment is None:
             await self._ledger.save(epoch=saved.epoch + 1, step="restore")
             self._handle = await self._suspension.restore_into(self._made(), saved)
@@ -266,8 +269,14 @@ class LiveSandbox:
         self.seat.channels.connect(self.link)
         await self._ledger.move(State.RUNNING)
 
+    def _descend(self, saved: Saved) -> None:
+        """Be a clone: know what the one that was saved had said of itself, under the key that it had."""
+        parent = saved.snapshot.manifest.saved_launch()
+        self.seat.channels.renew(parent.key)
+        self.seat.channels.recall(inherited(parent.facts))
+
     async def _restore_as_new(self, saved: Saved, identity: Mapping[str, Any]) -> None:
-        self.seat.channels.renew(saved.snapshot.manifest.saved_launch().key)
+        self._descend(saved)
         await self._restore(saved, identity)
         self._begin()
         await self._ledger.move(State.RUNNING)
@@ -313,7 +322,7 @@ class LiveSandbox:
                 await self._boot(self.launch.kernel)
             elif isinstance(told.get("last_exit"), dict):
                 self.kernel.event({"event": "kernel_exit", **told["last_exit"]})
-        channels.connect(self.link)
+        self._connect()
         await self._ledger.move(State.RUNNING)
         await self._ledger.save(owner_pid=os.getpid())
 
@@ -342,7 +351,14 @@ class LiveSandbox:
         """Everything is in order: clients may see and be seen."""
         assert self._attachment is not None
         self._attachment.release()
-        self.seat.channels.connect(self.link)
+        self._connect()
+
+    def _connect(self) -> None:
+        """Carry requests to the kernel from now on; those to one that has ended wait for the next."""
+        if self.kernel.exit is None:
+            self.seat.channels.connect(self.link)
+        else:
+            self.seat.channels.disconnect()
 
     async def _restore(self, saved: Saved, identity: Mapping[str, Any] | None = None) -> None:
         """Make an incarnation from what was saved and see that it lives; one retry in a new epoch.
@@ -415,7 +431,7 @@ class LiveSandbox:
     def _go_on(self) -> None:
         if self._attachment is not None:
             self._attachment.thaw()
-            self.seat.channels.connect(self.link)
+            self._connect()
 
     async def suspend(self, reason: str = "") -> None:
         """Save it to disk and release its memory. Harmless when it is suspended.
@@ -482,7 +498,7 @@ class LiveSandbox:
             if before is State.RUNNING:
                 await self._suspension.thaw(self._made())
                 await self._attach(self.record.epoch, remains)
-                self.seat.channels.connect(self.link)
+                self._connect()
             await self._ledger.insist(before)
         except SandboxGatewayError as error:
             self._died(Death(DeathKind.FAILED, f"it could not be suspended, and does not go on: {error.message}"))
@@ -588,8 +604,9 @@ class LiveSandbox:
             if running:
                 await self._suspension.freeze(handle)
             received = self.seat.cursors.read() if attachment is None else attachment.link.received()
+            launch = replace(self.launch, facts=inherited(self.seat.channels.facts()))
             snapshot = await self._suspension.save(
-                handle, self.record, self.launch, received, kind, name=name, template_key=template_key, among=among
+                handle, self.record, launch, received, kind, name=name, template_key=template_key, among=among
             )
             if saved is not None:
                 saved(snapshot)
@@ -642,8 +659,7 @@ class LiveSandbox:
         try:
             await self._ledger.move(State.RESTARTING)
         except BaseException:
-            if self.kernel.exit is None:
-                self.seat.channels.connect(self.link)
+            self._connect()
             raise
         await self.link.call("restart_kernel", timeout=30.0, **self._kernel_parameters(kernel))
         self.kernel.booting()

@@ -116,6 +116,24 @@ async def test_a_suspended_kernel_stays_listed_as_idle_and_a_cell_wakes_it(gatew
     assert (await gateway.ok("GET", f"/api/sandboxes/{kernel_id}"))["state"] == "running"
 
 
+async def test_a_clone_that_is_suspended_before_anybody_asked_what_it_is_is_not_woken_by_that(
+    gateway: Served, product: Product
+) -> None:
+    assert product.command("template", "build", KERNEL).returncode == 0
+    parent = await gateway.create()
+    fork = (await gateway.ok("POST", f"/api/sandboxes/{parent}/fork?wait=60", {}))["children"][0]["id"]
+    for kernel_id in (parent, fork):
+        await gateway.ok("POST", f"/api/sandboxes/{kernel_id}/suspend?wait=60")
+        socket = await gateway.open(kernel_id)
+        socket.send("kernel_info_request", {})
+        told = await socket.next()
+        while told is not None and told["msg_type"] != "kernel_info_reply":
+            told = await socket.next()
+        assert told is not None and told["content"]["language_info"]["name"] == "python"
+        assert (await gateway.ok("GET", f"/api/sandboxes/{kernel_id}"))["state"] == "suspended"
+        assert (await socket.run("print(42)")).stdout == "42\n"
+
+
 async def test_a_gateway_that_is_killed_in_mid_cell_goes_on_with_everything(gateway: Served) -> None:
     kernel_id = await gateway.create()
     asleep = await gateway.create()
