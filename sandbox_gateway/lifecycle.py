@@ -427,7 +427,8 @@ class Lifecycle:
                         await self.live[outcome.id].destroy(Death(DeathKind.STOPPED, "its parent could not be woken"))
             raise
         children = [outcome.id for outcome in outcomes if outcome.error is None]
-        self.events.note(sandbox_id, EventKind.FORKED, children=children)
+        if children:
+            self.events.note(sandbox_id, EventKind.FORKED, children=children)
         return outcomes
 
     async def _births(self, snapshot: Snapshot, count: int, owner: str) -> list[ForkOutcome]:

@@ -595,7 +595,8 @@ class LiveSandbox:
         among: Collection[str] | None,
     ) -> Snapshot:
         if self.state not in {State.RUNNING, State.PAUSED}:
-            raise SandboxGatewayError("illegal_transition", f"a sandbox that is {self.state} cannot be saved")
+            hint = "Resume it first." if self.state is State.SUSPENDED else None
+            raise SandboxGatewayError("illegal_transition", f"a sandbox that is {self.state} cannot be saved", hint)
         self._suspension.check()
         attachment, handle, running = self._attachment, self._made(), self.state is State.RUNNING
         if attachment is not None:

@@ -114,7 +114,10 @@ def install(options: argparse.Namespace, directory: Path) -> int | None:
     from sandbox_gateway.remote.client import GatewayClient
     from sandbox_gateway.remote.kernelspecs import kernel_json, name_of, variables_of
 
-    address = parse(options.gateway, str(options.ca_file.absolute()) if options.ca_file else "")
+    certificates = options.ca_file
+    address = (
+        parse(options.gateway, str(certificates.absolute())) if certificates else credentials.known(options.gateway)
+    )
     given = _given_token(options, address)
     token = given or credentials.token(address)
 

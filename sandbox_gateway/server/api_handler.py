@@ -108,6 +108,11 @@ class RestHandler(APIHandler):
 
     # Problems
 
+    def check_xsrf_cookie(self) -> None:
+        """Only of who is known: anybody else is told that he is not, and not of a cookie that he would need."""
+        if getattr(self, "_jupyter_current_user", None) is not None:
+            super().check_xsrf_cookie()
+
     def send_error(self, status_code: int = 500, **kwargs: Any) -> None:
         """Ours have a status of their own; who is not authenticated is told so."""
         error = _error(kwargs)

@@ -31,6 +31,7 @@ from sandbox_gateway.results import (
 )
 from sandbox_gateway.server.api_handler import RestHandler
 from sandbox_gateway.server.identity import Revocation
+from sandbox_gateway.server.problems import hint_of
 from sandbox_gateway.server.requests import MAX_CODE
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def end_of(error: SandboxGatewayError) -> dict[str, Any]:
         "count": None,
         "code": error.code,
         "message": error.message,
-        "hint": error.hint,
+        "hint": hint_of(error),
     }
 
 

@@ -14,6 +14,7 @@ from typing import Any, cast
 from jupyter_client.connect import KernelConnectionInfo
 from jupyter_server.services.kernels.kernelmanager import ServerKernelManager, emit_kernel_action_event
 
+from sandbox_gateway.server.events import KERNEL_ACTIONS
 from sandbox_gateway.server.hub import Hub
 from sandbox_gateway.server.kernel import ServedKernel
 from sandbox_gateway.zmq_bridge import ZmqBridge
@@ -77,6 +78,11 @@ class SandboxKernelManager(ServerKernelManager):
         """As above."""
 
     # What jupyter_server does to it
+
+    def tell(self, action: str, message: str) -> None:
+        """Tell the event bus of what was done to it by another way than this object's own methods."""
+        data = {"kernel_name": self.kernel_name, "kernel_id": self.kernel_id, "action": action}
+        self.emit(schema_id=KERNEL_ACTIONS, data={**data, "status": "success", "msg": message})
 
     @property
     def has_kernel(self) -> bool:

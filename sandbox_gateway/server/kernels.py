@@ -174,7 +174,10 @@ class SandboxMappingKernelManager(AsyncMappingKernelManager):
                 # Of one that has ended: in the same words, for whoever asks.
                 raise DuplicateKernelError(f"Kernel already exists: {kernel_id}") from error
             raise http_error(error) from error
-        self.last_kernel_activity = self._kernels[record.id].last_activity
+        made = self._ours(record.id)
+        if made is not None:  # not ended meanwhile
+            self.last_kernel_activity = made.last_activity
+            made.tell("start", f"Kernel {record.id} was started.")
         return record.id
 
     def _folder(self, path: str | None) -> Path | None:
@@ -220,6 +223,7 @@ class SandboxMappingKernelManager(AsyncMappingKernelManager):
                 await ours.restart_kernel()
             else:
                 await self.gateway.delete(current_caller(), kernel_id)
+                ours.tell("shutdown", f"Kernel {kernel_id} was shutdown.")
         except SandboxGatewayError as error:
             raise http_error(error) from error
 

@@ -36,15 +36,20 @@ _HINTS: Mapping[str, str] = {
 
 def problem(error: SandboxGatewayError, status: int | None = None) -> dict[str, Any]:
     """The body that tells of ``error``; ``status`` where the answer has another one than the error's."""
-    hint = error.hint if error.hint and error.hint != ERRORS[error.code].hint else _HINTS.get(error.code, error.hint)
     return {
         "type": _TYPE + error.code,
         "title": ERRORS[error.code].title,
         "status": error.status if status is None else status,
         "detail": error.message,
         **error.as_dict(),
-        "hint": hint,
+        "hint": hint_of(error),
     }
+
+
+def hint_of(error: SandboxGatewayError) -> str | None:
+    """What to do next, in the words of the REST routes."""
+    own = error.hint and error.hint != ERRORS[error.code].hint
+    return error.hint if own else _HINTS.get(error.code, error.hint)
 
 
 def of_http(status: int, message: str) -> SandboxGatewayError:

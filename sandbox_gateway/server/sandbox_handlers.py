@@ -23,6 +23,12 @@ from sandbox_gateway.server.operations import Report
 _ENDED = frozenset({State.TERMINATED, State.FAILED, State.EXPIRED})
 
 
+def _said(how_far: Progress) -> str:
+    """What is being built, for people who are not to know where things are on this machine."""
+    part = how_far.what.partition(" ")[0]
+    return how_far.message.replace(how_far.what, part) or f"building {part}"
+
+
 class SandboxesHandler(RestHandler):
     """The list, and new ones."""
 
@@ -54,8 +60,7 @@ class SandboxesHandler(RestHandler):
 
         async def work(report: Report) -> Mapping[str, Any]:
             def progress(how_far: Progress) -> None:
-                text = how_far.message or f"building {how_far.what}"
-                report({"message": text, "done": how_far.done_bytes, "total": how_far.total_bytes or None})
+                report({"message": _said(how_far), "done": how_far.done_bytes, "total": how_far.total_bytes or None})
 
             record = await gateway.create(caller, wanted, progress)
             return await view_of(gateway, settings, caller, record.id)

@@ -68,6 +68,7 @@ def profile(found: Profile) -> dict[str, Any]:
         "display_name": found.display_name or found.name,
         "description": found.description,
         "language": found.language,
+        "interrupt_mode": found.interrupt_mode,
         "runtime": found.runtime,
         "isolated": found.runtime not in NOT_ISOLATED,
         "image": found.image,

@@ -62,6 +62,7 @@ def test_a_named_certificate_is_trusted_for_rest_and_websocket(
     assert main(["install", *options]) == 1
     assert main(["install", *options, "--ca-file", str(certificate)]) == 0
     assert main(["ps", "--gateway", gateway.url]) == 0
+    assert main(["install", "--gateway", gateway.url, "--list"]) == 0, "the certificate is kept"
     manager = KernelManager(kernel_name=f"{PROFILE['name']}-at-127.0.0.1-{gateway.port}")
     manager.start_kernel()
     client = manager.blocking_client()

@@ -214,7 +214,7 @@ class FakeGateway:
             raise SandboxGatewayError("unknown_profile", f"there is no profile {wanted.profile!r} here")
         found = chosen(PROFILE, wanted.resources)
         if progress is not None:
-            await asyncio.to_thread(progress, Progress("environment", 5, 10, "building"))
+            await asyncio.to_thread(progress, Progress("environment /home/ann/venv", 5, 10))
         await self._do("create")
         idle = found.idle if "idle" in found.chosen else None
         return self.add(caller.name, id=wanted.id or str(uuid.uuid4()), name=wanted.name, idle=idle)

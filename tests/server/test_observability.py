@@ -14,7 +14,7 @@ from served import Served
 from tornado.httpclient import HTTPRequest
 from tornado.websocket import WebSocketClientConnection, websocket_connect
 
-from sandbox_gateway.server.events import SANDBOX
+from sandbox_gateway.server.events import KERNEL_ACTIONS, SANDBOX
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -75,6 +75,24 @@ async def test_the_life_of_a_sandbox_is_told_and_counted(gateway: Served, told: 
     assert [after[name] - before[name] for name in names[:3]] == [1, 1, 1]
     assert after["messages_total"] > before["messages_total"]
     assert sandbox not in (await gateway.ok("GET", "/metrics")).decode()
+
+
+async def test_jupyters_own_events_tell_of_kernels_that_start_and_are_shut_down(
+    gateway: Served, told: WebSocketClientConnection
+) -> None:
+    kernel_id = (await gateway.ok("POST", "/api/kernels", {"name": "python3-gvisor"}))["id"]
+    await gateway.ok("POST", f"/api/kernels/{kernel_id}/restart")
+    await gateway.ok("DELETE", f"/api/kernels/{kernel_id}")
+    actions: list[str] = []
+    async with asyncio.timeout(60):
+        while "shutdown" not in actions:
+            raw = await told.read_message()
+            assert isinstance(raw, str)
+            event = json.loads(raw)
+            if event["schema_id"] == KERNEL_ACTIONS and event["kernel_id"] == kernel_id:
+                assert event["status"] == "success"
+                actions.append(event["action"])
+    assert actions == ["start", "restart", "shutdown"]
 
 
 async def test_the_token_is_in_no_log_no_event_and_no_command_line(

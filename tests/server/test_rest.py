@@ -64,7 +64,7 @@ async def test_create_without_waiting_is_an_operation_with_progress_and_the_id(r
     async with asyncio.timeout(10):
         while (found := await rest.ok("GET", address))["progress"]["done"] is None:
             await asyncio.sleep(0.01)
-    assert found["progress"] == {"message": "building", "done": 5, "total": 10} and found["ended"] is None
+    assert found["progress"] == {"message": "building environment", "done": 5, "total": 10} and found["ended"] is None
     rest.gateway.holds["create"].set()
     ended = await rest.until_ended(answer.json["id"])
     assert ended["state"] == "succeeded" and ended["result"]["id"] == answer.json["sandbox"] and ended["ended"]
@@ -318,3 +318,9 @@ async def test_a_cookie_needs_the_xsrf_token_and_a_token_does_not(rest: Rest) ->
     without = {"Cookie": cookies["Cookie"]}
     told = await rest.problem("POST", "/api/sandboxes", {}, token="", headers=without)
     assert told["status"] == 403 and told["code"] == "forbidden"
+
+
+async def test_who_is_not_known_is_told_that_and_not_of_a_cookie(rest: Rest) -> None:
+    for token in ("", "wrong"):
+        told = await rest.problem("POST", "/api/sandboxes", {}, token=token)
+        assert (told["status"], told["code"]) == (401, "unauthenticated") and "_xsrf" not in told["message"]
