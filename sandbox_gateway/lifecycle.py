@@ -47,6 +47,8 @@ MAX_FORK = 1000
 """Children of one fork at most."""
 SWEEP_DELAY = 0.3
 """Seconds after a claim until what others left is looked for: what is started now needs the processor first."""
+SWEEP_INTERVAL = 30.0
+"""Seconds between two such looks of one process: they read the whole store, and many starts may follow each other."""
 AT_A_TIME = 4
 """Restores under way at the same time."""
 
@@ -101,6 +103,7 @@ class Lifecycle:
         self._server: OwnerServer | None = None
         self._starting = asyncio.Lock()
         self._sweeping: asyncio.Task[None] | None = None
+        self._swept: float | None = None
         self._closing = asyncio.Event()
 
     # Creating
@@ -130,9 +133,15 @@ class Lifecycle:
             sandbox.seat.channels.notice(f"\n[sandbox] {event.text[:1].upper()}{event.text[1:]}\n")
 
     async def _sweep_aside(self) -> None:
+        wait = SWEEP_DELAY
+        if self._swept is not None:
+            wait = max(wait, self._swept + SWEEP_INTERVAL - time.monotonic())
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(SWEEP_DELAY):
+            async with asyncio.timeout(wait):
                 await self._closing.wait()
+                if self._swept is not None:
+                    return
+        self._swept = time.monotonic()
         try:
             await self.sweep()
             await asyncio.to_thread(self._collect)

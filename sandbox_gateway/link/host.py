@@ -43,8 +43,11 @@ log = logging.getLogger(__name__)
 READ_SIZE = 1024 * 1024
 """Bytes read per readiness: one busy sandbox holds up the others for no longer than that takes."""
 WRITE_SIZE = 4 * 1024 * 1024
-ACK_DELAY = 0.02
-"""Seconds after which received messages are acknowledged at the latest."""
+ACK_DELAY = 0.25
+"""Seconds after which received messages are acknowledged at the latest.
+
+An acknowledgement wakes the sandbox, which has other things to do while messages come; much output is acknowledged
+earlier, by its amount."""
 ATTACH_RETRY = 0.3
 """Seconds until the first repetition of ATTACH; doubled each time, up to ``ATTACH_RETRY_MAX``."""
 ATTACH_RETRY_MAX = 3.0
@@ -378,6 +381,8 @@ class Link:
         if self.closed or self._loop is None:
             return
         endpoint = self._endpoint
+        if endpoint.wants_write and endpoint.ack_pending:
+            endpoint.request_ack()  # it costs little beside other frames, and saves the agent a wake-up
         written = 0
         while endpoint.wants_write and written < WRITE_SIZE:
             buffers = endpoint.output()

@@ -202,8 +202,7 @@ class Hub:
         self._outlets.clear()
         self._all = ()
         self._ring.clear()
-        if remove:
-            self._file.remove()
+        self._file.close(remove=remove)
 
     def _enter(self, identity: bytes, positions: Sequence[int], *, lasting: bool) -> Outlet:
         outlet = Outlet(

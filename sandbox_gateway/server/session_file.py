@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import struct
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +21,10 @@ from sandbox_gateway.wire.frames import CHANNELS, MAX_SEQ
 NAME: Final = "owner.sessions"
 DELAY: Final = 0.05
 """Seconds between two writes at least."""
-_MAX_SIZE = 1 << 20
+_PLACE = 128 << 10
+"""Bytes of each place, head and all; what is written has a tenth of that."""
+_HEAD = struct.Struct("<4sQII")
+_MAGIC = b"sgs1"
 _IDENTITY = 32
 
 
@@ -40,22 +45,31 @@ class Saved:
 
 
 class SessionFile:
-    """The file in a sandbox's runtime directory. Never raises: without it, clients begin anew."""
+    """The file in a sandbox's runtime directory. Never raises: without it, clients begin anew.
+
+    It has two places, which are written in turn: a crash spoils at most the one that was being written, and nothing is
+    renamed (which waits for the disk, at every write, in the middle of a kernel's output).
+    """
 
     def __init__(self, directory: Path) -> None:
         self._path = directory / NAME
         self._last = b""
+        self._turn = 0
+        self._fd: int | None = None
 
     def read(self) -> Saved:
-        """What an earlier server wrote; nothing, where it is missing or damaged."""
+        """What an earlier server wrote last; nothing, where it is missing or damaged."""
         try:
             with self._path.open("rb") as file:
-                return _saved(json.loads(file.read(_MAX_SIZE)))
+                places = [file.read(_PLACE), file.read(_PLACE)]
+            found = [place for place in map(_content, places) if place is not None]
+            self._turn, data = max(found)
+            return _saved(json.loads(data))
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return Saved()
 
     def write(self, saved: Saved) -> None:
-        """Replace it, if it says something new."""
+        """Write it, if it says something new."""
         data = json.dumps(
             {
                 "version": 1,
@@ -67,24 +81,34 @@ class SessionFile:
             },
             separators=(",", ":"),
         ).encode()
-        if data == self._last:
+        if data == self._last or len(data) > _PLACE - _HEAD.size:
             return
-        fresh = self._path.with_name(f"{NAME}~")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
         with contextlib.suppress(OSError):
-            fd = os.open(fresh, flags, 0o600)
-            try:
-                os.write(fd, data)
-            finally:
-                os.close(fd)
-            os.rename(fresh, self._path)
+            if self._fd is None:
+                self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            head = _HEAD.pack(_MAGIC, self._turn + 1, len(data), zlib.crc32(data))
+            os.pwrite(self._fd, head + data, (self._turn + 1) % 2 * _PLACE)
+            self._turn += 1
             self._last = data
 
-    def remove(self) -> None:
-        """It is not needed any more."""
-        for path in (self._path, self._path.with_name(f"{NAME}~")):
+    def close(self, *, remove: bool = False) -> None:
+        """Close the file, and remove it with ``remove``."""
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
+        if remove:
             with contextlib.suppress(OSError):
-                path.unlink()
+                self._path.unlink()
+
+
+def _content(place: bytes) -> tuple[int, bytes] | None:
+    """When it was written, as the number of the write, and the JSON; None where there is nothing whole."""
+    try:
+        magic, turn, size, check = _HEAD.unpack_from(place)
+    except struct.error:
+        return None
+    data = place[_HEAD.size : _HEAD.size + size]
+    return (turn, data) if magic == _MAGIC and len(data) == size and zlib.crc32(data) == check else None
 
 
 def _saved(found: Any) -> Saved:

@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import json
 import shutil
+import struct
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -729,6 +731,24 @@ async def test_on_a_goodbye_clients_come_again_and_on_the_kernel_s_end_they_do_n
     kernel.hub.close(True)
 
 
+def test_of_a_write_that_a_crash_has_torn_the_one_before_counts(directory: Path) -> None:
+    file = SessionFile(directory)
+    for number in range(1, 6):
+        file.write(Saved(state=f"state {number}"))
+    file.close()
+    path = directory / NAME
+    whole = path.read_bytes()
+    assert SessionFile(directory).read().state == "state 5"
+    for at in (whole.index(b"state 5"), whole.index(b"state 5") - 20):
+        path.write_bytes(whole[:at] + b"\0" + whole[at + 1 :])
+        assert SessionFile(directory).read().state == "state 4"
+    following = SessionFile(directory)
+    assert following.read().state == "state 4"
+    following.write(Saved(state="state 6"))
+    assert SessionFile(directory).read().state == "state 6"
+    following.close()
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -743,10 +763,12 @@ async def test_on_a_goodbye_clients_come_again_and_on_the_kernel_s_end_they_do_n
     ],
     ids=lambda damage: repr(damage[:20]),
 )
-async def test_a_damaged_file_is_as_none(directory: Path, damage: bytes) -> None:
+@pytest.mark.parametrize("whole", [False, True])
+async def test_a_damaged_file_is_as_none(directory: Path, damage: bytes, whole: bool) -> None:
+    if whole:
+        damage = struct.pack("<4sQII", b"sgs1", 1, len(damage), zlib.crc32(damage)) + damage
     (directory / NAME).write_bytes(damage)
     assert SessionFile(directory).read() == Saved()
-    (directory / NAME).write_bytes(damage)
     kernel = FakeKernel(directory)
     writer = join(kernel.hub)
     kernel.print("x")
