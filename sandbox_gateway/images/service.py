@@ -21,6 +21,27 @@ from sandbox_gateway.model import Image, Layer
 __all__ = ["ImageService", "Progress"]
 
 
+class _Asked:
+    """One look at what an image is made of, for all who asked before it began; ``before``: the look under way then."""
+
+    def __init__(self, before: asyncio.Future[Image] | None) -> None:
+        self.before = before
+        self.looking = False
+        self.listeners: list[ProgressCallback] = []
+        self.answer: asyncio.Future[Image]
+
+    def tell(self, how_far: Progress) -> None:
+        """Pass progress on; called on another thread."""
+        for listener in tuple(self.listeners):
+            listener(how_far)
+
+
+def _heard(answer: asyncio.Future[Image]) -> None:
+    """Take the error: everybody who asked may have gone meanwhile."""
+    if not answer.cancelled():
+        answer.exception()
+
+
 class ImageService:
     """Resolves image sources to layers, building what is missing. One per process; safe across processes."""
 
@@ -28,6 +49,7 @@ class ImageService:
         self._paths = paths
         self.store = LayerStore(paths)
         self._probed: dict[str, tuple[tuple[object, ...], Interpreter]] = {}
+        self._asked: dict[tuple[str, bool, int, bool], _Asked] = {}
         self._swept = False
 
     async def resolve(
@@ -46,7 +68,26 @@ class ImageService:
         ``require_python=False`` takes a root directory without ipykernel, for profiles that name their own command.
         Raises ``image_source``, ``image_failed``, ``disk_full``, ``data_directory``.
         """
-        return await asyncio.to_thread(self.resolve_sync, source, editable, kernel_uid, require_python, progress)
+        key = (source, editable, kernel_uid, require_python)
+        asked = self._asked.get(key)
+        if asked is None or asked.looking:
+            # Who asks while somebody looks may have changed something since: he waits for the next look, with others.
+            asked = self._asked[key] = _Asked(asked.answer if asked is not None else None)
+            asked.answer = asyncio.ensure_future(self._look(asked, key))
+            asked.answer.add_done_callback(_heard)
+        if progress is not None:
+            asked.listeners.append(progress)
+        return await asyncio.shield(asked.answer)
+
+    async def _look(self, asked: _Asked, key: tuple[str, bool, int, bool]) -> Image:
+        if asked.before is not None:
+            await asyncio.wait({asked.before})
+        asked.looking = True
+        try:
+            return await asyncio.to_thread(self.resolve_sync, *key, asked.tell)
+        finally:
+            if self._asked.get(key) is asked:
+                del self._asked[key]
 
     def resolve_sync(
         self,

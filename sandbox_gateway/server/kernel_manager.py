@@ -12,7 +12,9 @@ from datetime import datetime
 from typing import Any, cast
 
 from jupyter_client.connect import KernelConnectionInfo
+from jupyter_events import EventLogger
 from jupyter_server.services.kernels.kernelmanager import ServerKernelManager, emit_kernel_action_event
+from traitlets import default
 
 from sandbox_gateway.server.events import KERNEL_ACTIONS
 from sandbox_gateway.server.hub import Hub
@@ -36,6 +38,15 @@ class SandboxKernelManager(ServerKernelManager):
         """The server's: one of this manager's own would be ended, and waited for, by whichever thread collects it."""
         assert self.parent is not None
         return self.parent.context
+
+    @default("event_logger")
+    def _default_event_logger(self) -> EventLogger:
+        """The server's; its schema is read from disk and checked once, and not for each kernel."""
+        logger = getattr(getattr(self.parent, "parent", None), "event_logger", None)
+        if isinstance(logger, EventLogger) and KERNEL_ACTIONS in logger.schemas:
+            return logger
+        found: EventLogger = super()._default_event_logger()
+        return found
 
     @property
     def hub(self) -> Hub:

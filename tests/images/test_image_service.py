@@ -8,9 +8,11 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from erofs_reader import read
@@ -237,3 +239,33 @@ def test_the_agents_interpreter_is_the_one_that_runs_us(image: Image) -> None:
     assert entries[f"/lib/{version}/sandbox_gateway/__init__.py"].content == b""
     assert entries["/lib/sandbox_gateway"].content.decode() == f"{version}/sandbox_gateway"
     assert not [path for path in entries if "/tkinter" in path or "/idlelib" in path or path.endswith("/test")]
+
+
+async def test_many_who_ask_at_once_share_a_look_that_began_after_they_asked(
+    image_home: Paths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = ImageService(image_home)
+    begun: list[float] = []
+    first_began, go_on = threading.Event(), threading.Event()
+
+    def look(source: str, *options: Any) -> Any:
+        begun.append(time.monotonic())
+        first_began.set()
+        go_on.wait(20)
+        if len(begun) == 2:
+            raise SandboxGatewayError("image_failed", "the second look")
+        return source
+
+    monkeypatch.setattr(service, "resolve_sync", look)
+    first = asyncio.create_task(service.resolve("host"))
+    await asyncio.to_thread(first_began.wait, 20)
+    asked = time.monotonic()
+    others = [asyncio.create_task(service.resolve("host")) for _ in range(10)]
+    await asyncio.sleep(0)
+    others.pop().cancel()
+    go_on.set()
+    assert await first == "host"
+    outcomes = await asyncio.gather(*others, return_exceptions=True)
+    assert {getattr(outcome, "message", "") for outcome in outcomes} == {"the second look"} and len(outcomes) == 9
+    assert len(begun) == 2 and begun[1] > asked
+    assert await service.resolve("host") == "host" and len(begun) == 3
