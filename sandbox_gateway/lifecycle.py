@@ -139,8 +139,6 @@ class Lifecycle:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait):
                 await self._closing.wait()
-                if self._swept is not None:
-                    return
         self._swept = time.monotonic()
         try:
             await self.sweep()
