@@ -18,13 +18,14 @@ from sandbox_gateway.agent import relay
 from sandbox_gateway.agent.loop import Loop
 from sandbox_gateway.agent.outpipe import PipeError, PipeReader
 from sandbox_gateway.agent.sources import Source
+from sandbox_gateway.wire.sizes import ReadSize
 
 if TYPE_CHECKING:
     from sandbox_gateway.agent.sockets import KernelSockets
 
 BATCH: Final = 512
 """Messages taken from one socket before the link gets its turn."""
-_PIPE_READ: Final = 1024 * 1024
+_PIPE_SIZE: Final = 1024 * 1024
 _WELCOME_WAIT: Final = 0.25
 _QUIET: Final = 0.03
 
@@ -58,6 +59,7 @@ class KernelChannels:
         self._welcome = welcome
         self._sockets: KernelSockets | None = None
         self._pipe = pipe
+        self._reading = ReadSize()
         self._reader: PipeReader | None = None
         self._output: Source | None = None
         self._heard = self._loop.now()
@@ -70,7 +72,7 @@ class KernelChannels:
         """What the kernel has said of itself through the pipe."""
         if pipe is not None:
             with contextlib.suppress(OSError):
-                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_READ)
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
             self._reader = PipeReader()
             self._output = Source(loop, pipe, self._look_at_pipe, hooks.hungry)
 
@@ -211,7 +213,7 @@ class KernelChannels:
         if self._pipe is None or self._reader is None:
             return 0, False
         try:
-            data = os.read(self._pipe, _PIPE_READ)
+            data = os.read(self._pipe, self._reading.next)
         except BlockingIOError:
             return 0, False
         try:
@@ -225,8 +227,9 @@ class KernelChannels:
             if self._sockets is not None:
                 self._subscribe()
             return 0, False
+        full = self._reading.filled(len(data))
         self._publish(messages)
-        return max(len(messages), 1), self._reader.waiting or len(data) > _PIPE_READ // 4
+        return max(len(messages), 1), self._reader.waiting or full
 
     def _close_pipe(self) -> None:
         """Go on without the pipe: a kernel that closed it, or never used it, publishes on its socket."""

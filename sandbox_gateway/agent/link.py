@@ -12,6 +12,7 @@ from sandbox_gateway.wire.endpoint import AgentEndpoint
 from sandbox_gateway.wire.events import Event
 from sandbox_gateway.wire.frames import Buffer, Channel
 from sandbox_gateway.wire.reliable import Outbox
+from sandbox_gateway.wire.sizes import ReadSize
 
 LIMIT: Final = 64 * 1024 * 1024
 """Bytes kept for the host before streams and displays are dropped, oldest first."""
@@ -20,7 +21,6 @@ KEEP: Final = 8 * 1024 * 1024
 """Bytes kept although acknowledged: for a host that comes back with older numbers."""
 _HOLD: Final = 16 * 1024 * 1024
 _STALLED: Final = 5.0
-_READ: Final = 1024 * 1024
 _ACK_DELAY: Final = 0.02
 _ROUNDS: Final = 16
 
@@ -53,6 +53,7 @@ class Link:
         self._write_fd = write_fd
         self._on_event = on_event
         self._on_end = on_end
+        self._reading = ReadSize()
         self._blocked = False
         self._ended = False
         self._progress = self._loop.now()
@@ -132,7 +133,7 @@ class Link:
 
     def _readable(self) -> None:
         try:
-            data = os.read(self._read_fd, _READ)
+            data = os.read(self._read_fd, self._reading.next)
         except BlockingIOError:
             return
         except OSError:
@@ -140,6 +141,7 @@ class Link:
         if not data:
             self._end()
             return
+        self._reading.filled(len(data))
         self.heard()
         for event in self.endpoint.feed(data):
             self._on_event(event)

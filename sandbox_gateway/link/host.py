@@ -37,11 +37,10 @@ from sandbox_gateway.wire.events import (
 from sandbox_gateway.wire.frames import Buffer, Channel, WireError
 from sandbox_gateway.wire.handshake import Hello
 from sandbox_gateway.wire.reliable import Outbox
+from sandbox_gateway.wire.sizes import ReadSize
 
 log = logging.getLogger(__name__)
 
-READ_SIZE = 1024 * 1024
-"""Bytes read per readiness: one busy sandbox holds up the others for no longer than that takes."""
 WRITE_SIZE = 4 * 1024 * 1024
 ACK_DELAY = 0.25
 """Seconds after which received messages are acknowledged at the latest.
@@ -86,6 +85,7 @@ class Link:
         self._write_fd = write_fd
         os.set_blocking(read_fd, False)
         os.set_blocking(write_fd, False)
+        self._reading = ReadSize()
         self._endpoint = HostEndpoint(outbox or Outbox(limit_bytes, limit_bytes), epoch=epoch)
         self._on_message = on_message
         self._on_gap = on_gap
@@ -287,7 +287,8 @@ class Link:
 
     def _readable(self) -> None:
         try:
-            data = os.read(self._read_fd, READ_SIZE)
+            # No more than one read for each turn: a busy sandbox holds up the others for no longer than that takes.
+            data = os.read(self._read_fd, self._reading.next)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
@@ -297,6 +298,7 @@ class Link:
             self._fail(SandboxGatewayError("link_failed", "the sandbox has closed the link"))
             return
         endpoint = self._endpoint
+        self._reading.filled(len(data))
         self._dispatch(endpoint.feed(data))
         if self.closed:
             return
