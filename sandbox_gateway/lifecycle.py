@@ -301,8 +301,7 @@ class Lifecycle:
         report: RuntimeReport,
         **how: Any,
     ) -> LiveSandbox:
-        await asyncio.to_thread(self.store.put_launch, record.id, launch)
-        await asyncio.to_thread(self.store.put, record)
+        await asyncio.to_thread(self.store.enter, record, launch)
         if not record.blank:
             made_from = {} if record.parent is None else {"parent": record.parent}
             self.events.note(record.id, EventKind.CREATED, **made_from, **how)

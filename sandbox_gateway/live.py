@@ -12,7 +12,7 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -221,8 +221,8 @@ class LiveSandbox:
             await self._ledger.save(epoch=saved.epoch + 1, step="restore")
             self._handle = await self._suspension.restore_into(self._made(), saved)
             await self._ledger.save(step="started", handle=self._made().as_json())
-            await self._attach(self.record.epoch, Remains(saved.received, None), hold=True)
-            await self._identify(identity)
+            remains = Remains(saved.received, None)
+            await self._attach(self.record.epoch, remains, hold=True, then=lambda: self._identify(identity))
         else:
             attachment.serve(self._callbacks())
             self._attachment = attachment
@@ -333,8 +333,18 @@ class LiveSandbox:
             raise SandboxGatewayError("link_failed", f"sandbox {self.id} is {self.state}, not running")
         return self._handle
 
-    async def _attach(self, epoch: int, remains: Remains | None = None, *, hold: bool = False) -> None:
-        """Attach to the running incarnation; with ``hold`` nothing of it is handed out before :meth:`_begin`."""
+    async def _attach(
+        self,
+        epoch: int,
+        remains: Remains | None = None,
+        *,
+        hold: bool = False,
+        then: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """Attach to the running incarnation; with ``hold`` nothing of it is handed out before :meth:`_begin`.
+
+        ``then`` asks the agent for something more, without waiting for its answer to what it is told first.
+        """
         callbacks = self._callbacks()
         remains = remains or Remains({}, None)
         attachment = Attachment(self._runtime, self._made(), callbacks, epoch=epoch, outbox=remains.outbox)
@@ -342,7 +352,7 @@ class LiveSandbox:
         self._attachment = attachment
         if not hold:
             attachment.release()
-        await self._tell_policy()
+        await asyncio.gather(self._tell_policy(), *([then()] if then is not None else ()))
 
     def _callbacks(self) -> Callbacks:
         return Callbacks(self._message, self.seat.channels.dropped, self.kernel.event, self._died)
@@ -370,15 +380,13 @@ class LiveSandbox:
         for attempt in (1, 2):
             epoch += 1
             try:
-                await self._ledger.save(epoch=epoch, boot_id=boot_id())
+                first_of_it = {"epoch": epoch, "boot_id": boot_id()}
                 async for handle in self._suspension.restore(self.launch.spec, self.seat.directory, saved):
                     self._handle = handle
-                    await self._ledger.save(step=handle.step, handle=handle.as_json())
-                await self._attach(epoch, saved.remains or Remains(saved.received, None), hold=True)
-                if identity is None:
-                    await self._suspension.heartbeat(self.link)
-                else:
-                    await self._identify(identity)
+                    await self._ledger.save(step=handle.step, handle=handle.as_json(), **first_of_it)
+                    first_of_it = {}
+                remains = saved.remains or Remains(saved.received, None)
+                await self._attach(epoch, remains, hold=True, then=lambda: self._answers(identity))
                 return
             except BaseException as error:
                 await self._drop_incarnation()
@@ -386,6 +394,12 @@ class LiveSandbox:
                     raise
                 log.warning("sandbox %s: restored, but %s; trying once more", self.id, error.message)
                 first = first or error
+
+    async def _answers(self, identity: Mapping[str, Any] | None) -> None:
+        if identity is None:
+            await self._suspension.heartbeat(self.link)
+        else:
+            await self._identify(identity)
 
     async def _drop_incarnation(self) -> None:
         """End processes and files of the current incarnation; the sandbox itself goes on without."""

@@ -92,6 +92,7 @@ _COLUMNS = (
 )  # fmt: skip
 _SELECT = f"SELECT {', '.join(_COLUMNS)} FROM sandboxes"
 _UPSERT = f"INSERT OR REPLACE INTO sandboxes ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"
+_LAUNCH = "INSERT OR REPLACE INTO launches (id, launch) VALUES (?, ?)"
 _WITHOUT_LAYERS = frozenset({State.TERMINATED, State.EXPIRED})
 
 
@@ -197,11 +198,16 @@ class Store:
             connection.execute(_UPSERT, _to_row(record))
         return record
 
+    def enter(self, record: SandboxRecord, launch: Launch) -> None:
+        """Write ``record`` and what another process needs to drive the sandbox: both, or neither."""
+        with self._transaction() as connection:
+            connection.execute(_UPSERT, _to_row(record))
+            connection.execute(_LAUNCH, (record.id, json.dumps(launch.as_dict())))
+
     def put_launch(self, sandbox_id: str, launch: Launch) -> None:
         """Write what another process needs to drive the sandbox; it goes with :meth:`delete`."""
         with self._transaction() as connection:
-            text = json.dumps(launch.as_dict())
-            connection.execute("INSERT OR REPLACE INTO launches (id, launch) VALUES (?, ?)", (sandbox_id, text))
+            connection.execute(_LAUNCH, (sandbox_id, json.dumps(launch.as_dict())))
 
     def launch(self, sandbox_id: str) -> Launch:
         """What :meth:`put_launch` wrote; raises ``unknown_sandbox``, or ``store_failed`` when it is damaged."""

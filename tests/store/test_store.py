@@ -17,7 +17,18 @@ import pytest
 
 from sandbox_gateway import store as store_module
 from sandbox_gateway.errors import SandboxGatewayError
-from sandbox_gateway.model import Death, DeathKind, OnOwnerExit, SandboxRecord, State
+from sandbox_gateway.model import (
+    Death,
+    DeathKind,
+    Image,
+    KernelSpec,
+    Launch,
+    Layer,
+    OnOwnerExit,
+    SandboxRecord,
+    SandboxSpec,
+    State,
+)
 from sandbox_gateway.store import MIGRATIONS, Store
 
 spawn = multiprocessing.get_context("spawn")
@@ -52,6 +63,21 @@ def code_of(call, *arguments: object, **named: object) -> str:
         call(*arguments, **named)
     assert caught.value.hint
     return caught.value.code
+
+
+def test_a_new_sandbox_is_written_with_how_it_was_launched_or_not_at_all(store: Store):
+    class Unsayable(Launch):
+        def as_dict(self) -> dict[str, object]:
+            raise ValueError("no JSON")
+
+    image = Image("host", (Layer("/layers/root.erofs", "/"),), "/usr/bin/python3")
+    launch = Launch(SandboxSpec("a1", "p", "fake", image), KernelSpec(("python3",)), b"key", 1000, 1000)
+    with pytest.raises(ValueError, match="no JSON"):
+        store.enter(record(), Unsayable(launch.spec, launch.kernel, b"key", 1000, 1000))
+    assert code_of(store.get, "a1") == "unknown_sandbox"
+    store.enter(record(), launch)
+    assert store.get("a1") == record()
+    assert store.launch("a1") == launch
 
 
 def test_every_field_of_a_record_comes_back(store: Store):
