@@ -1,12 +1,14 @@
-"""Asking a kernel what it is before anybody else does, so that its clones can answer that while they sleep.
+"""What a kernel that is to become a template is asked before it is saved: what it is, and to run nothing, once.
 
 A page that is opened asks every kernel for its ``kernel_info`` (Jupyter's messaging protocol, kernel info). A clone
-that was suspended before it was ever asked would be woken by that.
+that was suspended before it was ever asked would be woken by that, so the answer goes with the template. And the first
+cell of a kernel takes longer than those that follow: what that loads and makes is in the template too.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -17,24 +19,42 @@ from sandbox_gateway.messages import Buffer
 from sandbox_gateway.wire.frames import Channel
 
 PATIENCE: Final = 10.0
-"""Seconds that a kernel is given to answer; one that does not is no worse than one that was never asked."""
+"""Seconds that a kernel is given for its answers; one that gives none is no worse than one that was never asked."""
+_NOTHING: Final[Mapping[str, Any]] = {
+    "code": "pass",
+    # Counted nowhere, in no history, and `_` stays what it is.
+    "silent": True,
+    "store_history": False,
+    "user_expressions": {"result": "6 * 7"},
+    "allow_stdin": False,
+    "stop_on_error": False,
+}
 
 
 async def introduce(channels: KernelChannels, key: bytes) -> Mapping[str, Any]:
     """The facts that a kernel has told of itself, for :func:`inherited`; ``channels`` are connected to it."""
-    identity = secrets.token_bytes(8)
-    answered = asyncio.Event()
+    identity, session = secrets.token_bytes(8), secrets.token_hex(8)
+    questions: tuple[tuple[str, Mapping[str, Any]], ...] = (
+        ("kernel_info_request", {}),
+        ("execute_request", _NOTHING),
+    )
+    answers = 0
+    done = asyncio.Event()
 
     def deliver(channel: int, parts: Sequence[Buffer]) -> None:
+        nonlocal answers
         if channel == Channel.SHELL:
-            answered.set()
+            answers += 1
+            if answers == len(questions):
+                done.set()
 
     subscription = channels.subscribe(deliver, identity=identity)
     try:
-        question = messages.compose(key, [identity], "kernel_info_request", b"{}", session=secrets.token_hex(8))
-        channels.request(Channel.SHELL, question)
+        for msg_type, content in questions:
+            asked = messages.compose(key, [identity], msg_type, json.dumps(content).encode(), session=session)
+            channels.request(Channel.SHELL, asked)
         async with asyncio.timeout(PATIENCE):
-            await answered.wait()
+            await done.wait()
     except TimeoutError:
         pass
     finally:

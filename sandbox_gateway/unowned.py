@@ -20,7 +20,7 @@ from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.events import EventLog
 from sandbox_gateway.host.machine import boot_id
 from sandbox_gateway.host.paths import Paths
-from sandbox_gateway.model import LIVE, Death, DeathKind, SandboxRecord, State
+from sandbox_gateway.model import BLANK, LIVE, STANDBY, Death, DeathKind, SandboxRecord, State
 from sandbox_gateway.owner import LOCK_NAME, OWNERS, OwnerLock, holder
 from sandbox_gateway.owner import sweep as sweep_sockets
 from sandbox_gateway.registry import NAMES
@@ -134,7 +134,7 @@ class Unowned:
             await self._runtime(record.runtime).destroy(handle)
         now = time.time()
         gone: dict[str, Any] = {"owner_pid": None, "step": "", "handle": {}}
-        if record.state is State.CREATING:
+        if record.state is State.CREATING or record.blank:
             await asyncio.to_thread(self._store.delete, record.id)
             return State.TERMINATED
         wanted = death.kind in {DeathKind.STOPPED, DeathKind.EXPIRED}
@@ -219,9 +219,11 @@ class Unowned:
 
     def _trim_tombstones(self) -> None:
         ended = sorted(self._store.list(_ENDED), key=lambda record: record.changed, reverse=True)
-        for record in ended[KEPT_TOMBSTONES:]:
-            self._store.delete(record.id)
-            (self._paths.logs / f"{record.id}.log").unlink(missing_ok=True)
+        for place, record in enumerate(ended):
+            # Of what was never anybody's there is nothing to tell: its owner was killed before it forgot it.
+            if place >= KEPT_TOMBSTONES or record.id.startswith((BLANK, STANDBY)):
+                self._store.delete(record.id)
+                (self._paths.logs / f"{record.id}.log").unlink(missing_ok=True)
 
 
 def _empty_directory(directory: Path) -> None:

@@ -13,7 +13,7 @@ from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host.machine import boot_id
 from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.lifecycle import Lifecycle
-from sandbox_gateway.model import Death, DeathKind, SandboxRecord, State
+from sandbox_gateway.model import BLANK, STANDBY, Death, DeathKind, SandboxRecord, State
 from sandbox_gateway.owner import OwnerLock
 from sandbox_gateway.snapshots import Facts, Kind, Snapshot
 
@@ -89,6 +89,16 @@ async def test_a_creation_that_was_cut_off_leaves_no_record(lifecycle: Lifecycle
     with pytest.raises(SandboxGatewayError) as caught:
         lifecycle.store.get(ID)
     assert caught.value.code == "unknown_sandbox"
+
+
+@pytest.mark.parametrize("state", [State.CREATING, State.TERMINATING, State.TERMINATED])
+@pytest.mark.parametrize("prefix", [BLANK, STANDBY])
+async def test_what_was_never_anybodys_leaves_no_record_however_far_its_end_was(
+    lifecycle: Lifecycle, state: State, prefix: str
+) -> None:
+    left(lifecycle, state, id=f"{prefix}1234")
+    await lifecycle.sweep()
+    assert lifecycle.store.list() == ()
 
 
 async def test_a_sandbox_whose_lock_is_held_is_left_alone(lifecycle: Lifecycle) -> None:
