@@ -66,7 +66,10 @@ def kernel(start: Callable[..., dict[str, Any]], host: Host, fast_iopub: bool) -
 
 @pytest.fixture
 def open_python() -> Iterator[tuple[str, dict[str, str], Path]]:
-    """An interpreter with ipykernel that any uid may run: program, environment, home. Skips where there is none."""
+    """An interpreter with ipykernel that any uid may run: program, environment, home. Skips where there is none.
+
+    Ask for it before the agent: what is asked for last ends first, and the home goes when nobody lives in it any more.
+    """
     if os.getuid() != 0:
         pytest.skip("switching to another uid needs root")
     packages = sysconfig.get_paths()["purelib"]

@@ -59,7 +59,7 @@ def check(host: Host, uid: int) -> None:
     assert (found["oom"], found["umask"]) == ("500", 0o022)
 
 
-def test_a_kernel_of_another_uid_is_powerless(host: Host, open_python: OPEN) -> None:
+def test_a_kernel_of_another_uid_is_powerless(open_python: OPEN, host: Host) -> None:
     """No capability, none to regain, and neither signals nor the agent's descriptors nor its connection file."""
     start(host, open_python, 54321)
     check(host, 54321)
@@ -120,7 +120,7 @@ def test_a_kernel_that_would_keep_privileges_is_not_started(
         start(host, open_python, 0)
 
 
-def test_resource_limits_hold_in_the_kernel(host: Host, open_python: OPEN) -> None:
+def test_resource_limits_hold_in_the_kernel(open_python: OPEN, host: Host) -> None:
     """Those that the request names, and never more than the agent's own."""
     start(host, open_python, 54321, rlimits={"nofile": [256, 512], "core": 0})
     code = (
@@ -129,7 +129,7 @@ def test_resource_limits_hold_in_the_kernel(host: Host, open_python: OPEN) -> No
     assert host.run(code) == "(256, 512) (0, 0)\n"
 
 
-def test_a_missing_working_directory_becomes_the_root(host: Host, open_python: OPEN) -> None:
+def test_a_missing_working_directory_becomes_the_root(open_python: OPEN, host: Host) -> None:
     """The kernel starts in / instead."""
     start(host, open_python, 54321, cwd="/no/such/place")
     assert host.run("import os; print(os.getcwd())") == "/\n"
