@@ -47,7 +47,7 @@ MAX_FORK = 1000
 """Children of one fork at most."""
 SWEEP_DELAY = 0.3
 """Seconds after a claim until what others left is looked for: what is started now needs the processor first."""
-SWEEP_INTERVAL = 30.0
+SWEEP_INTERVAL = 5.0
 """Seconds between two such looks of one process: they read the whole store, and many starts may follow each other."""
 AT_A_TIME = 4
 """Restores under way at the same time."""

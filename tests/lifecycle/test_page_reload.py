@@ -98,7 +98,7 @@ def server(product: Product) -> Iterator[Server]:
         (base / "config").mkdir()
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "jupyter_server", "--no-browser", "--allow-root", "--port=0"),
+                *(sys.executable, "-m", "jupyter_server", "--no-browser", "--allow-root", "--ip=127.0.0.1", "--port=0"),
                 *(f"--IdentityProvider.token={TOKEN}", f"--ServerApp.root_dir={base}"),
             ],
             stdout=subprocess.DEVNULL,
