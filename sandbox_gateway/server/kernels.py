@@ -235,7 +235,9 @@ class SandboxMappingKernelManager(AsyncMappingKernelManager):
         await self.gateway.close()
         for kernel_id in [found for found in self._kernels if self._ours(found) is not None]:
             del self._kernels[kernel_id]
-        await super()._async_shutdown_all(now=now)
+        if self._kernels:
+            # With none a stock server does not ask for it either, and it fails at kernels that never started.
+            await super()._async_shutdown_all(now=now)
 
     async def cull_kernel_if_idle(self, kernel_id: str) -> None:
         """Sandboxes have an idle policy of their own (DESIGN 4.11), which ends nothing silently."""
