@@ -146,10 +146,8 @@ class ServedKernel:
         async with self._order, self._gateway.admission(live) if comes_back else contextlib.nullcontext():
             self._unwatch()
             try:
-                if live.death is not None:
+                if live.death is not None or not await self._rebooted(live):
                     self.hub.publish_restart()
-                    await self._make_again(live)
-                elif not await self._rebooted(live):
                     await self._make_again(live)
             finally:
                 self._watch()

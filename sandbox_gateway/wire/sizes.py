@@ -8,8 +8,6 @@ SMALL: Final = 64 * 1024
 """Bytes whose buffer comes from the heap."""
 LARGE: Final = 1024 * 1024
 """Bytes that one read takes at most; their buffer is mapped for the read and unmapped again."""
-
-
 PATIENCE: Final = 16
 """Reads in a row that would have fitted the small buffer, after which that is used again."""
 
