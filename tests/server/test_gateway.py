@@ -196,6 +196,23 @@ async def test_a_kernel_that_ends_by_itself_is_started_again_in_its_sandbox(gate
     assert (await socket.run("print(open('f').read())")).stdout == "x\n"
 
 
+async def test_clients_hear_of_a_restart_also_where_the_old_kernel_cannot_be_woken_for_it(
+    gateway: Served, product: Product
+) -> None:
+    kernel_id = await gateway.create()
+    socket = await gateway.open(kernel_id)
+    await socket.run("x = 1")
+    saved = (await gateway.ok("POST", f"/api/sandboxes/{kernel_id}/suspend?wait=60"))["snapshot"]
+    for path in (product.home / "snapshots" / saved / "image").iterdir():
+        path.write_bytes(b"")
+    await gateway.ok("POST", f"/api/kernels/{kernel_id}/restart")
+    told = await socket.next()
+    while told is not None and (told["msg_type"], told["channel"]) != ("shutdown_reply", "iopub"):
+        told = await socket.next()
+    assert told is not None and told["content"]["restart"] is True
+    assert (await socket.run("print('x' in dir())")).stdout == "False\n"
+
+
 @pytest.mark.parametrize("on_stop", ["terminate", "keep"])
 async def test_what_stands_ready_goes_with_a_gateway_that_ends_without_a_kernel(
     product: Product, tmp_path: Path, on_stop: str
