@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -88,6 +89,11 @@ class Server:
             socket.close()
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as tried:
+        return tried.connect_ex(("127.0.0.1", port)) == 0
+
+
 @pytest.fixture
 def server(product: Product) -> Iterator[Server]:
     base = short_directory()
@@ -106,13 +112,16 @@ def server(product: Product) -> Iterator[Server]:
         )
         try:
             told = base / "run" / f"jpserver-{process.pid}.json"
-            # Written in place: complete when it ends as it should.
+            # Written in place (complete when it ends as it should), and before the server listens.
             until(
                 lambda: (told.exists() and told.read_text().endswith("}")) or process.poll() is not None,
                 PATIENCE,
             )
             assert process.poll() is None, (base / "log").read_text()
-            yield Server(json.loads(told.read_text())["url"], product)
+            address = json.loads(told.read_text())
+            until(lambda: listens(address["port"]) or process.poll() is not None, PATIENCE)
+            assert process.poll() is None, (base / "log").read_text()
+            yield Server(address["url"], product)
         finally:
             process.terminate()
             process.wait(60)
