@@ -1,7 +1,7 @@
 """One generation's ways in and out: its sockets, its output pipe if it has one, and when it is ready.
 
-Replies and requests for input come over ZMQ. IOPub messages come over ZMQ too, or through the pipe of our ipykernel
-application. Outputs that were published before a reply are handed on before it.
+Replies and requests for input come over ZMQ, and IOPub messages too; our ipykernel application writes IOPub messages
+and replies on shell to a pipe instead. Outputs that were published before a reply are handed on before it.
 """
 
 from __future__ import annotations
@@ -206,7 +206,8 @@ class KernelChannels:
         if self._sockets is None:
             return 0, False
         messages, more = self._sockets.receive(self._sockets.iopub, BATCH)
-        self._publish(messages)
+        for parts in messages:
+            self._publish(parts)
         return len(messages), more
 
     def _look_at_pipe(self) -> tuple[int, bool]:
@@ -228,7 +229,11 @@ class KernelChannels:
                 self._subscribe()
             return 0, False
         full = self._reading.filled(len(data))
-        self._publish(messages)
+        for channel, parts in messages:
+            if channel == "iopub":
+                self._publish(parts)
+            else:
+                self._hooks.message(channel, parts)
         return max(len(messages), 1), self._reader.waiting or full
 
     def _close_pipe(self) -> None:
@@ -249,19 +254,17 @@ class KernelChannels:
         self._output.look()
         self._await_welcome()
 
-    def _publish(self, messages: Sequence[Sequence[bytes]]) -> None:
-        for parts in messages:
-            kind = relay.kind_of(parts)
-            if kind == relay.STATUS:
-                self._hooks.status(parts)
-            if kind == relay.WELCOME:  # the host greets its own subscribers
-                if self._pipe is not None and not self._welcomed:
-                    self.greeting = relay.Greeting.of(parts)
-                self._loop.soon(self._greeted)
-            else:
-                self._hooks.message("iopub", parts)
-        if messages:
-            self._heard = self._loop.now()
+    def _publish(self, parts: Sequence[bytes]) -> None:
+        kind = relay.kind_of(parts)
+        if kind == relay.STATUS:
+            self._hooks.status(parts)
+        if kind == relay.WELCOME:  # the host greets its own subscribers
+            if self._pipe is not None and not self._welcomed:
+                self.greeting = relay.Greeting.of(parts)
+            self._loop.soon(self._greeted)
+        else:
+            self._hooks.message("iopub", parts)
+        self._heard = self._loop.now()
 
     def _own_reply(self, parts: list[bytes]) -> bool:
         """Whether this control reply answers a request of the agent's own (those carry no client's identity)."""

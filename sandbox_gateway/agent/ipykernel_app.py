@@ -1,4 +1,4 @@
-"""ipykernel, publishing through a pipe of the agent's instead of a thread and a socket.
+"""ipykernel, publishing and replying through a pipe of the agent's instead of threads and sockets.
 
 This file is run as a script *in the kernel's interpreter*, in the place of ``python -m ipykernel_launcher``: it may
 import the standard library, ipykernel and what that brings, nothing of ours. The agent names the write end of the
@@ -56,6 +56,8 @@ if "SANDBOX_IOPUB_FD" in os.environ:
 iostream: Any = import_module("ipykernel.iostream")
 kernelapp: Any = import_module("ipykernel.kernelapp")
 writer: Any = _sibling("writer")
+shell: Any = _sibling("shell")
+frugal: Any = _sibling("frugal")
 
 _pipe: Any = None
 _identity: Any = None
@@ -89,12 +91,16 @@ class PipeIOPubThread(iostream.IOPubThread):  # type: ignore[misc]
 
     def after_put(self, pipe: Any, msg: list[Any]) -> None:
         """Write what is queued; serve other subscribers."""
+        self.write_out(pipe)
+        if self._topics and not pipe.writer.broken:
+            super().send_multipart(msg)
+
+    def write_out(self, pipe: Any) -> None:
+        """Write what is queued, or publish it as usual where the pipe is gone."""
         for lost in pipe.writer.drain():
             super().send_multipart(lost)
         if pipe.writer.broken:
             pipe.writer.close()
-        elif self._topics:
-            super().send_multipart(msg)
 
 
 class PipeOutStream(iostream.OutStream):  # type: ignore[misc]
@@ -251,6 +257,9 @@ class PipeKernelApp(kernelapp.IPKernelApp):  # type: ignore[misc]
 
     outstream_class: Any = kernelapp.IPKernelApp.outstream_class
 
+    def _session_default(self) -> Any:
+        return frugal.FrugalSession(parent=self)
+
     def init_iopub(self, context: Any) -> None:
         """Make the IOPub socket as usual, with our thread around it."""
         kernelapp.IOPubThread = PipeIOPubThread
@@ -268,6 +277,8 @@ class PipeKernelApp(kernelapp.IPKernelApp):  # type: ignore[misc]
     def init_kernel(self) -> None:
         """Make the kernel, and tell the agent that messages will come through the pipe from now on."""
         super().init_kernel()
+        shell.shorten(self.kernel, _pipe, self.iopub_thread.write_out)
+        frugal.spare(self)
         _identity.serve(self.kernel)
         if _preloads is None:
             self._greet({})

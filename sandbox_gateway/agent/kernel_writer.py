@@ -12,7 +12,8 @@ import threading
 from collections import deque
 from typing import Any
 
-_MAGIC = b"SGio"
+IOPUB = b"SGio"
+SHELL = b"SGsh"
 HIGH_FD = 120
 """Out of the way of code that closes or reuses low numbers."""
 _MAX_PARTS = 1024
@@ -22,17 +23,26 @@ _JOIN = 64 * 1024
 _WRITEV = 512
 
 
+Entry = tuple[list[Any], int, list[int], list[Any], bytes]
+"""Buffers to write, their length, bytes written so far (each write's), the message, and its channel's magic."""
+
+
+def whole(entry: Entry) -> bool:
+    """Whether all of an entry is in the pipe."""
+    return sum(entry[2]) >= entry[1]
+
+
 class Writer:
     """Frames on the pipe, in order, each whole. See :mod:`sandbox_gateway.agent.outpipe` for the format."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self.broken = False
-        self._queue: deque[tuple[list[Any], int, list[int], list[Any]]] = deque()
+        self._queue: deque[Entry] = deque()
         self._lock = threading.RLock()
 
-    def entry(self, parts: list[Any]) -> tuple[list[Any], int, list[int], list[Any]]:
-        """A queue entry for a message: buffers to write, their length, bytes written so far, the message."""
+    def entry(self, parts: list[Any], magic: bytes = IOPUB) -> Entry:
+        """A queue entry for a message; ``magic`` is the channel's."""
         if len(parts) > _MAX_PARTS:
             raise ValueError(f"a message of {len(parts)} parts; at most {_MAX_PARTS} can leave the sandbox")
         views = [part if isinstance(part, bytes) else memoryview(part).cast("B") for part in parts]
@@ -40,26 +50,27 @@ class Writer:
         total = 4 + 4 * len(lengths) + sum(lengths)
         if total > _MAX_MESSAGE:
             raise ValueError(f"a message of {total} bytes; at most {_MAX_MESSAGE} can leave the sandbox")
-        head = struct.pack(f"!4sII{len(lengths)}I", _MAGIC, total, len(lengths), *lengths)
+        head = struct.pack(f"!4sII{len(lengths)}I", magic, total, len(lengths), *lengths)
         if total <= _JOIN:
             whole = b"".join([head, *views])
-            return [whole], len(whole), [], parts
-        return [head, *views], total + 8, [], parts
+            return [whole], len(whole), [], parts, magic
+        return [head, *views], total + 8, [], parts, magic
 
-    def put(self, entry: tuple[list[Any], int, list[int], list[Any]], done: list[Any]) -> None:
+    def put(self, entry: Entry, done: list[Any]) -> None:
         """Queue an entry; ``done`` gets an item in the same instant, so that an interrupt cannot come between."""
         done.extend(map(self._queue.append, (entry,)))
 
     def drain(self) -> list[list[Any]]:
         """Write everything that is queued; waits while the pipe is full.
 
-        Returns the messages that could not be written because the pipe is gone (normally none).
+        Returns the IOPub messages that could not be written because the pipe is gone (normally none). Who sent a
+        reply asks :func:`whole`.
         """
         queue = self._queue
         with self._lock:
             while queue:
                 entry = queue[0]
-                buffers, total, done, _ = entry
+                buffers, total, done, _, _ = entry
                 written = sum(done)
                 if written >= total:
                     # No bytecode between the test and the call lets a signal handler in that would drain as well.
@@ -74,7 +85,7 @@ class Writer:
                         done.extend(map(os.writev, (self.fd,), (_rest(buffers, written),)))
                 except OSError:
                     self.broken = True
-                    left = [item[3] for item in queue]
+                    left = [parts for *_, parts, magic in queue if magic == IOPUB]
                     queue.clear()
                     return left
         return []
@@ -82,8 +93,9 @@ class Writer:
     def close(self) -> None:
         """The agent sees the end of the pipe and listens to the socket instead."""
         self.broken = True
+        fd, self.fd = self.fd, -1
         with contextlib.suppress(OSError):
-            os.close(self.fd)
+            os.close(fd)
 
 
 def _rest(buffers: list[Any], written: int) -> list[Any]:

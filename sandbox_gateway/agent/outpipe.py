@@ -1,8 +1,9 @@
-"""The agent's end of the pipe on which our ipykernel application writes IOPub messages.
+"""The agent's end of the pipe on which our ipykernel application writes IOPub messages and replies on shell.
 
 Whoever holds the other end is hostile: each length is checked before anything is kept, and memory is bounded by one
 message. A frame is ``magic, total, count`` (network order), then ``count`` lengths, then the parts; ``total`` counts
-what follows the first eight bytes. :mod:`sandbox_gateway.agent.ipykernel_app` is the writer.
+what follows the first eight bytes, ``magic`` tells the channel. :mod:`sandbox_gateway.agent.ipykernel_app` is the
+writer.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import struct
 from typing import Final
 
-MAGIC: Final = b"SGio"
+CHANNELS: Final = {b"SGio": "iopub", b"SGsh": "shell"}
+"""The channel of a frame by its magic."""
 MAX_MESSAGE: Final = 512 * 1024 * 1024
 """Bytes of one message, all parts together."""
 MAX_PARTS: Final = 1024
@@ -36,25 +38,29 @@ class PipeReader:
         """Whether a message is only partly here."""
         return self._have > 0
 
-    def feed(self, data: bytes) -> list[list[bytes]]:
-        """Add bytes; returns the messages they complete. Raises :class:`PipeError`; the pipe is then useless."""
+    def feed(self, data: bytes) -> list[tuple[str, list[bytes]]]:
+        """Add bytes; returns the channel and the parts of each message they complete, in order.
+
+        Raises :class:`PipeError`; the pipe is then useless.
+        """
         self._pieces.append(data)
         self._have += len(data)
         if self._have < self._need:
             return []
         whole = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
-        messages: list[list[bytes]] = []
+        messages: list[tuple[str, list[bytes]]] = []
         at, end = 0, len(whole)
         need = _HEAD.size
         while end - at >= _HEAD.size:
             magic, total = _HEAD.unpack_from(whole, at)
-            if magic != MAGIC or not _COUNT.size <= total <= self._limit:
+            channel = CHANNELS.get(magic)
+            if channel is None or not _COUNT.size <= total <= self._limit:
                 raise PipeError("a frame on the output pipe has no valid header")
             if end - at < _HEAD.size + total:
                 need = _HEAD.size + total
                 break
             at += _HEAD.size
-            messages.append(_parts(whole, at, total))
+            messages.append((channel, _parts(whole, at, total)))
             at += total
         rest = whole[at:]
         self._pieces = [rest] if rest else []

@@ -184,7 +184,7 @@ def test_the_pipe_reader_takes_any_cut() -> None:
         reader = PipeReader()
         stream = frame * 3
         found = [m for at in range(0, len(stream), size) for m in reader.feed(stream[at : at + size])]
-        assert found == [[b"ab", b"cde"]] * 3
+        assert found == [("iopub", [b"ab", b"cde"])] * 3
         assert not reader.waiting
     wrong = [
         b"XXXX" + bytes(20),
