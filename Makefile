@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 EXTRAS := lab,test,lint,docs,bench
 NOTEBOOKS ?= .
 TESTS ?=
+JOBS ?= 2
 N ?= 200
 KERNELS ?= 4
 SEED ?=
@@ -42,10 +43,10 @@ run: setup ## JupyterLab with the sandboxed kernels; NOTEBOOKS=folder names anot
 	@exec $(BIN)/jupyter lab --no-browser --ServerApp.port=8888 --ServerApp.port_retries=100 \
 	  $$(test "$$(id -u)" -ne 0 || echo --allow-root) --ServerApp.root_dir="$(NOTEBOOKS)"
 
-test: setup lint docs ## linters, docs and the tests; TESTS=tests/wire for some only
+test: setup lint docs ## linters, docs and all tests, JOBS=2 files at a time; TESTS=tests/wire for some only
 	@sh tools/system_packages.sh "$$(command -v $(PYTHON))" test
 	@echo "test: pytest $(TESTS)"
-	@JUPYTER_PLATFORM_DIRS=1 $(BIN)/python -m pytest $(TESTS)
+	@JUPYTER_PLATFORM_DIRS=1 $(BIN)/python -m pytest $(or $(TESTS),$(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile))
 
 soak: setup ## suspend, resume, fork and kill at random, N=200 times [SEED=number] [KERNELS=4]; nothing may be lost
 	@echo "soak: $(N) suspend and resume cycles on $(KERNELS) kernels at once"
