@@ -30,8 +30,8 @@ settings.load_profile("any-machine")
 WATCHED = Watched()
 WATCHED.install()
 
-SETTLE = 3.0
-"""Seconds that the kernel may need to take an ended process away."""
+SETTLE = 20.0
+"""Seconds that the kernel may need to take an ended process away, and a template's builder beside a start to end."""
 
 
 @pytest.fixture(scope="session", autouse=True)
