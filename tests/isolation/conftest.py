@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="attacks need a sandbox: not run in the plain kernel"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def canary() -> Iterator[str]:
     """A secret in this process's environment and in a file of the user's home directory; gives the secret."""
     secret = f"canary-{secrets.token_hex(12)}"
@@ -44,7 +44,7 @@ def canary() -> Iterator[str]:
         del os.environ[CANARY]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def bystander_kernel(product: Product, canary: str) -> Iterator[Client]:
     """A second sandbox that lives through all attacks."""
     with kernel(KERNEL) as client:

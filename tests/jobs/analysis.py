@@ -16,6 +16,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 NOTEBOOK = Path(__file__).with_name("analysis.ipynb")
 LINES = 200_000
+FLUSHED = 2_000
 BIG = 12_000_000
 """Characters of the big output."""
 
@@ -197,7 +198,7 @@ _CELLS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("captured", "captured.stdout", ()),
     ("inspect", "import textwrap\nprint(textwrap.dedent.__doc__)", ()),
     ("lines", f"for number in range({LINES}):\n    print(number)", ()),
-    ("flushed_lines", "for number in range(2_000):\n    print(number, flush=True)", ()),
+    ("flushed_lines", f"for number in range({FLUSHED}):\n    print(number, flush=True)", ()),
     (
         "big",
         f"""

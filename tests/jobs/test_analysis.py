@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from acceptance import FILES_KERNEL, KERNEL, PLAIN, Product, kernel
 
-from analysis import BIG, LINES, NOTEBOOK, build, normalised
+from analysis import BIG, FLUSHED, LINES, NOTEBOOK, build, normalised
 from runners import RUNNERS, jupyter_execute
 
 pytestmark = pytest.mark.timeout(600)
@@ -51,7 +51,9 @@ def test_saved_outputs_equal_those_of_the_plain_kernel(runner: str, product: Pro
     assert _text(plain["last"]) == "the end\n"
 
     assert list(tested) == list(plain)
-    different = [cell for cell in plain if tested[cell] != plain[cell]]
+    # The stock kernel's own socket drops such lines on a busy machine: not measured by it.
+    assert _text(tested["flushed_lines"]) == "".join(f"{number}\n" for number in range(FLUSHED))
+    different = [cell for cell in plain if tested[cell] != plain[cell] and cell != "flushed_lines"]
     report = "\n".join(
         f"{cell}:\n  plain  {plain[cell]!s:.1500}\n  tested {tested[cell]!s:.1500}" for cell in different
     )
