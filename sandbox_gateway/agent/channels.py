@@ -208,6 +208,8 @@ class KernelChannels:
         messages, more = self._sockets.receive(self._sockets.iopub, BATCH)
         for parts in messages:
             self._publish(parts)
+        if messages:
+            self._heard = self._loop.now()
         return len(messages), more
 
     def _look_at_pipe(self) -> tuple[int, bool]:
@@ -234,6 +236,8 @@ class KernelChannels:
                 self._publish(parts)
             else:
                 self._hooks.message(channel, parts)
+        if messages:
+            self._heard = self._loop.now()
         return max(len(messages), 1), self._reader.waiting or full
 
     def _close_pipe(self) -> None:
@@ -264,7 +268,6 @@ class KernelChannels:
             self._loop.soon(self._greeted)
         else:
             self._hooks.message("iopub", parts)
-        self._heard = self._loop.now()
 
     def _own_reply(self, parts: list[bytes]) -> bool:
         """Whether this control reply answers a request of the agent's own (those carry no client's identity)."""

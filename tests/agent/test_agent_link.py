@@ -186,6 +186,8 @@ def test_the_pipe_reader_takes_any_cut() -> None:
         found = [m for at in range(0, len(stream), size) for m in reader.feed(stream[at : at + size])]
         assert found == [("iopub", [b"ab", b"cde"])] * 3
         assert not reader.waiting
+    reply = frame.replace(b"SGio", b"SGsh")
+    assert [channel for channel, _ in PipeReader().feed(frame + reply + frame)] == ["iopub", "shell", "iopub"]
     wrong = [
         b"XXXX" + bytes(20),
         pack("!4sII", b"SGio", 2, 0),

@@ -46,15 +46,32 @@ asking = threading.Thread(target=ask)
 asking.start()
 """
 
+COUNTED = """
+stock = manager._main_to_shell_channel.from_socket
+
+class Counted:
+    sent = 0
+
+    def __getattr__(self, name):
+        return getattr(stock, name)
+
+    def send_multipart(self, *args, **kwargs):
+        Counted.sent += 1
+        return stock.send_multipart(*args, **kwargs)
+
+manager._main_to_shell_channel.from_socket = Counted()
+"""
+"""Counts the replies that go the stock way."""
+
 FORKED = """
 import os
 from IPython.display import display
 
 child = os.fork()
 if not child:
-    session = get_ipython().kernel.session
-    os._exit(0 if session.check_pid and session.pid != os.getpid() else 1)
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    display("from the child")
+    os._exit(0)
+display(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
@@ -107,7 +124,12 @@ def test_after_an_error_what_waits_is_aborted_and_what_comes_later_runs(kernel: 
 
 def test_a_forked_process_sends_no_messages_in_its_parents_name(kernel: Host) -> None:
     """Stock finds that by asking for its id at each message."""
-    assert kernel.run(FORKED).endswith("0\n")
+    msg_id = kernel.execute(FORKED)
+    kernel.run("import time\ntime.sleep(0.3)")  # a message of the child's would have to pass its parent's IOPub thread
+    shown = [
+        m["content"]["data"]["text/plain"] for m in kernel.parsed("iopub", msg_id) if m["msg_type"] == "display_data"
+    ]
+    assert shown == ["0"]
 
 
 def test_history_is_written_a_moment_later(start: Callable[..., Any], host: Host, tmp_path: Path) -> None:
@@ -139,3 +161,6 @@ def test_the_short_ways_are_taken(start: Callable[..., Any], host: Host) -> None
         "      k._execute_sleep, k.log.level >= 30)"
     )
     assert found == "ReplySocket RequestSocket FrugalSession 0.0 True\n"
+    host.run(COUNTED)
+    host.run("1")  # whose reply would count
+    assert host.run("print(Counted.sent, manager.get_shell_channel_to_subshell_socket(None)._by_socket)") == "0 False\n"
