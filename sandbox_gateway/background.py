@@ -29,6 +29,9 @@ T = TypeVar("T")
 SHUTDOWN_TIMEOUT: Final = 10.0
 """Seconds that all shutdown callbacks together may take at the end of the process."""
 
+_LOOK: Final = 0.05
+"""Seconds between two looks of a forked child for an answer whose news another process may have taken."""
+
 
 class Background:
     """One event loop on one daemon thread. Get the process's own by :func:`background_loop`."""
@@ -71,7 +74,8 @@ class Background:
         """
         if asyncio.get_running_loop() is self._loop:
             return await coro
-        return await asyncio.wrap_future(self.run(coro))
+        answer = asyncio.wrap_future(self.run(coro))
+        return await (_looked_for(answer) if _forked else answer)
 
     def on_shutdown(
         self, callback: Callable[[], Awaitable[None]], more: Callable[[], float] | None = None
@@ -136,6 +140,22 @@ class Background:
             self._loop.close()
 
 
+async def _looked_for(answer: asyncio.Future[T]) -> T:
+    """``answer``, in a forked child, on a loop that may be its parent's.
+
+    What such a loop is woken by came with the fork and is read by the parent and by each other child (jupyter_core's
+    ``run_sync`` keeps one loop per thread, so the workers of a process pool go on with it): the call that brings the
+    answer is in the loop's queue, and a timer has it seen.
+    """
+    try:
+        while not answer.done():
+            await asyncio.wait({answer}, timeout=_LOOK)
+    except asyncio.CancelledError:
+        answer.cancel()
+        raise
+    return answer.result()
+
+
 def _new_loop() -> asyncio.AbstractEventLoop:
     if sys.platform == "win32":
         # What an application gets there by default cannot watch the bridge's sockets.
@@ -174,6 +194,7 @@ class _Executor(concurrent.futures.ThreadPoolExecutor):
 _lock = threading.Lock()
 _current: Background | None = None
 _forgotten: list[Background] = []
+_forked = False
 
 
 def background_loop() -> Background:
@@ -195,8 +216,8 @@ def _forget() -> None:
 
     The object is kept: closing its loop here would take the parent's descriptors out of the epoll set they share.
     """
-    global _current, _lock
-    _lock = threading.Lock()
+    global _current, _lock, _forked
+    _lock, _forked = threading.Lock(), True
     if _current is not None:
         _forgotten.append(_current)
         _current = None

@@ -17,6 +17,7 @@ import sqlite3
 import stat
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -96,19 +97,26 @@ _LAUNCH = "INSERT OR REPLACE INTO launches (id, launch) VALUES (?, ?)"
 _WITHOUT_LAYERS = frozenset({State.TERMINATED, State.EXPIRED})
 
 
+_stores: weakref.WeakSet[Store] = weakref.WeakSet()
+_forks = threading.RLock()
+"""Held by the thread that forks, together with the lock of each of these stores."""
+_paused: list[Store] = []
+
+
 class Store:
     """The sandboxes of one installation.
 
     Opened by :meth:`open`, or by the first use. All methods raise ``store_failed``, ``disk_full``, ``data_directory``
-    or ``store_too_new``; besides those only what their own text names. Fork-safe: a child opens anew.
+    or ``store_too_new``; besides those only what their own text names. Fork-safe: ``os.fork`` waits until no thread
+    uses a store, and closes them; parent and child open anew.
     """
 
     def __init__(self, database: Path) -> None:
         self._database = database
         self._connection: sqlite3.Connection | None = None
         self._lock = threading.RLock()
-        self._pid = os.getpid()
-        self._inherited: list[sqlite3.Connection] = []
+        with _forks:
+            _stores.add(self)
 
     @property
     def database(self) -> Path:
@@ -122,7 +130,6 @@ class Store:
 
     def close(self) -> None:
         """Close the file; the next use opens it again."""
-        self._leave_parent_behind()
         with self._lock, self._mapped():
             connection, self._connection = self._connection, None
             if connection is not None:
@@ -308,18 +315,23 @@ class Store:
 
     @contextlib.contextmanager
     def _open_connection(self) -> Iterator[sqlite3.Connection]:
-        self._leave_parent_behind()
         with self._lock, self._mapped():
             if self._connection is None:
                 self._connection = self._connect()
             yield self._connection
 
-    def _leave_parent_behind(self) -> None:
-        if self._pid != os.getpid():
-            # A connection must not cross a fork, and closing the parent's here could drop its write-ahead log.
-            if self._connection is not None:
-                self._inherited.append(self._connection)
-            self._connection, self._lock, self._pid = None, threading.RLock(), os.getpid()
+    def _before_fork(self) -> None:
+        """Wait until no thread is inside SQLite, and close the file: neither a connection, nor the locks that SQLite
+        has noted for this process, nor a mutex that a thread holds may cross a fork.
+        """
+        self._lock.acquire()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with contextlib.suppress(sqlite3.Error):
+                connection.close()
+
+    def _after_fork(self) -> None:
+        self._lock.release()
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(
@@ -477,3 +489,21 @@ def _from_row(row: Sequence[Any]) -> SandboxRecord:
         raise SandboxGatewayError(
             "store_failed", f"the record of sandbox {data['id']} is damaged: {error}", "`jupyter sandbox rm` it."
         ) from error
+
+
+def _before_fork() -> None:
+    _forks.acquire()
+    _paused.extend(_stores)
+    for store in _paused:
+        store._before_fork()
+
+
+def _after_fork() -> None:
+    """In the parent and in the child, whose only thread has the forking one's identity and so its locks."""
+    for store in _paused:
+        store._after_fork()
+    _paused.clear()
+    _forks.release()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)

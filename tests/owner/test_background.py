@@ -208,3 +208,26 @@ def test_it_leaves_no_descriptor():
     for _ in range(3):
         Background().stop()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_forked_child_on_its_parents_loop_gets_its_answers():
+    """What wakes a loop goes with the fork: one child takes the call that was meant for another (jupyter_core's
+    ``run_sync`` keeps one loop for a thread, and so for the children of a process pool)."""
+    out = run_program(
+        "import asyncio, os, signal; from sandbox_gateway.background import background_loop\n"
+        "async def answer(): await asyncio.sleep(0.001); return os.getpid()\n"
+        "async def ask(): return await background_loop().call(answer())\n"
+        "async def turn():\n"
+        "    while True: await asyncio.sleep(0)\n"
+        "loop = asyncio.new_event_loop(); loop.run_until_complete(ask()); children = []\n"
+        "def fork(work):\n"
+        "    child = os.fork()\n"
+        "    if child == 0: signal.alarm(20); loop.run_until_complete(work()); os._exit(7)\n"
+        "    return child\n"
+        "async def asks():\n"
+        "    for _ in range(200): assert await ask() == os.getpid()\n"
+        "greedy, asking = fork(turn), fork(asks)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(asking, 0)[1]))\n"
+        "os.kill(greedy, signal.SIGKILL); os.waitpid(greedy, 0); loop.close()\n"
+    )
+    assert out == "7\n"

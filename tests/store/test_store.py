@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import sqlite3
 import stat
 import subprocess
@@ -246,6 +247,42 @@ def test_a_forked_child_opens_its_own_connection(store: Store):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     store.put(record("parent"))
     assert {r.id for r in store.list()} == {"a1", "child", "parent"}
+
+
+def test_a_child_is_forked_between_what_threads_write_and_can_write_itself(store: Store):
+    """SQLite's own mutexes and its list of locks go with a fork as they are: a child could wait for them for ever."""
+    store.put(record())
+    over = threading.Event()
+
+    def write() -> None:
+        while not over.is_set():
+            store.put(record(threading.current_thread().name))
+
+    writers = [threading.Thread(target=write, name=f"writer-{number}") for number in range(2)]
+    for writer in writers:
+        writer.start()
+    codes = []
+    try:
+        for _ in range(30):
+            child = os.fork()
+            if child == 0:
+                ok = False
+                signal.alarm(20)
+                try:
+                    store.put(record("child"))
+                    ok = store.get("a1") == record()
+                    store.close()
+                finally:
+                    os._exit(0 if ok else 1)
+            codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+            if codes[-1] != 0:
+                break
+    finally:
+        over.set()
+        for writer in writers:
+            writer.join()
+    assert codes == [0] * 30
+    assert {r.id for r in listed(store.database)} == {"a1", "child", "writer-0", "writer-1"}
 
 
 def test_what_was_written_survives_kill_9(tmp_path: Path):
