@@ -18,7 +18,7 @@ STAMP := $(VENV)/.installed
 # Never the user's own environment: the product freezes the one it runs in, and that is to be .venv.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
-.PHONY: help setup run test soak lint docs bench clean
+.PHONY: help setup run test soak lint docs bench frontend clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -28,7 +28,8 @@ setup: $(STAMP) ## everything needed: system packages, .venv, runsc, the kernels
 	@$(BIN)/jupyter sandbox install --sys-prefix
 	@$(BIN)/jupyter sandbox image build
 
-$(STAMP): pyproject.toml sandbox_gateway/__init__.py tools/system_packages.sh
+# An editable install copies the built front end to where JupyterLab looks for it, so a new one is installed anew.
+$(STAMP): pyproject.toml sandbox_gateway/__init__.py sandbox_gateway/_labextension/package.json tools/system_packages.sh
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "setup: $(PYTHON) is missing or older than Python 3.11; name a newer one: make setup PYTHON=python3.12" >&2; exit 1; }
 	@sh tools/system_packages.sh "$$(command -v $(PYTHON))"
@@ -61,6 +62,10 @@ lint: $(STAMP) ## ruff, mypy --strict, the layers
 	@$(BIN)/mypy --no-error-summary
 	@echo "lint: layers"
 	@$(BIN)/lint-imports --no-cache > $(VENV)/lint-imports.log 2>&1 || { cat $(VENV)/lint-imports.log >&2; exit 1; }
+
+frontend: $(STAMP) ## check and build the JupyterLab extension (needs Node); the result is committed
+	@$(BIN)/python tools/build_front_end.py
+	@cd labextension && npm run --silent types:check && npm run --silent lint && npm run --silent test
 
 docs: $(STAMP) ## the manual, in docs/_build/html; a warning is an error
 	@echo "docs: sphinx-build"

@@ -110,9 +110,15 @@ def test_the_wheel_holds_the_package_data_and_nothing_of_the_checkout(tmp_path: 
     data = {
         str(file.relative_to(ROOT))
         for file in PACKAGE.rglob("*")
-        if file.is_file() and not any(part.startswith((".", "__pycache__")) for part in file.relative_to(PACKAGE).parts)
+        if file.is_file()
+        and not any(part.startswith((".", "_lab", "__py")) for part in file.relative_to(PACKAGE).parts)
     }
     assert data <= names
+    front_end = "sandbox_gateway-{0}.data/data/share/jupyter/labextensions/@sandbox-gateway/labextension/{1}"
+    bundle = [file for file in (ROOT / "sandbox_gateway" / "_labextension").rglob("*") if file.is_file()]
+    inside = [file.relative_to(ROOT / "sandbox_gateway" / "_labextension") for file in bundle]
+    shipped = {front_end.format(sandbox_gateway.__version__, name) for name in (*inside, "install.json")}
+    assert shipped == {name for name in names if "labextension" in name}, "the front end, once, where JupyterLab looks"
     assert "sandbox_gateway/py.typed" in names
     assert "sandbox_gateway/profiles.schema.json" in names
     assert all(name.startswith(("sandbox_gateway/", "sandbox_gateway-")) for name in names)
@@ -122,4 +128,6 @@ def test_neither_the_code_nor_the_docs_name_a_package_index() -> None:
     # A user's own configuration of pip and Go decides where packages come from.
     hosts = re.compile(r"pypi\.org|files\.pythonhosted|proxy\.golang|sum\.golang|registry\.npmjs")
     files = [*PACKAGE.rglob("*.py"), *(ROOT / "docs").rglob("*.md"), ROOT / "Makefile", ROOT / "README.md"]
+    files += [file for file in (ROOT / "labextension").glob("*") if file.is_file()]
+    files += [file for file in (PACKAGE / "_labextension").rglob("*") if file.is_file()]
     assert not [str(file) for file in files if hosts.search(file.read_text())]

@@ -74,9 +74,23 @@ def load(serverapp: ServerApp) -> None:
         # A JupyterLab of one's own goes on telling its address as it always did.
         logs.install(serverapp.log, serverapp.identity_provider, as_json=manager.config_of_gateway.log_json)
     add_routes(serverapp, [*rest_handlers(), *event_handlers(), (r"/metrics", MetricsHandler)])
+    _tell_pages(serverapp)
     channels = rf"/api/kernels/{_kernel_id_regex}/channels"
     add_routes(serverapp, [(channels, SandboxWebSocketHandler), *kernel_handlers(), *session_handlers()])
     _begin(serverapp, manager)
+
+
+def _tell_pages(serverapp: ServerApp) -> None:
+    """Have the pages of JupyterLab and Notebook know that these routes are here, so that they ask no server without."""
+    settings = serverapp.web_app.settings
+    earlier = settings.get("page_config_hook")
+
+    def hook(handler: Any, page_config: dict[str, Any]) -> dict[str, Any]:
+        if earlier is not None:
+            page_config = earlier(handler, page_config)
+        return {**page_config, "sandboxGateway": "1"}
+
+    settings["page_config_hook"] = hook
 
 
 def add_routes(serverapp: ServerApp, handlers: list[Any]) -> None:

@@ -1,0 +1,219 @@
+/** The questions and windows that are about one sandbox. */
+import { Dialog, showDialog, showErrorMessage } from '@jupyterlab/apputils';
+import type { TranslationBundle } from '@jupyterlab/translation';
+import { ReactWidget } from '@jupyterlab/ui-components';
+import { Widget } from '@lumino/widgets';
+import * as React from 'react';
+
+import type { LoggedEvent, Sandbox } from './client';
+import { Refused, Unreachable } from './client';
+import { bytes, moment, span } from './format';
+import { title } from './view';
+
+/** Ask before a suspend; null is no, else whether to ask next time, too. */
+export async function askToSuspend(sandbox: Sandbox, trans: TranslationBundle): Promise<{ askAgain: boolean } | null> {
+  const points = [
+    trans.__(
+      'It is saved to disk, in the middle of a cell too, and its memory is released. Running a cell resumes it.'
+    ),
+    trans.__(
+      'Files of the notebook’s folder are not saved with it. One that the kernel has open must not change meanwhile, ' +
+        'or it cannot be resumed.'
+    ),
+    trans.__('Clocks go on: a timeout around some work may be over when it resumes.'),
+    trans.__('It resumes on this machine only. Its memory is on the disk unencrypted, with any secrets in it.')
+  ];
+  const body = ReactWidget.create(
+    <ul className="sg-Points">
+      {points.map(point => (
+        <li key={point}>{point}</li>
+      ))}
+    </ul>
+  );
+  const result = await showDialog({
+    title: trans.__('Suspend “%1”?', title(sandbox)),
+    body,
+    checkbox: { label: trans.__('Do not ask again'), caption: trans.__('The settings of “Sandboxes” bring it back') },
+    buttons: [Dialog.cancelButton(), Dialog.okButton({ label: trans.__('Suspend') })]
+  });
+  return result.button.accept ? { askAgain: result.isChecked !== true } : null;
+}
+
+/** Ask before what cannot be taken back. */
+export async function confirm(question: string, text: string, label: string): Promise<boolean> {
+  const result = await showDialog({
+    title: question,
+    body: text,
+    buttons: [Dialog.cancelButton(), Dialog.warnButton({ label })]
+  });
+  return result.button.accept;
+}
+
+/** Say why something was not done, and what to do next. */
+export async function explain(what: string, error: unknown, trans: TranslationBundle): Promise<void> {
+  let text = error instanceof Error ? error.message : String(error);
+  if (error instanceof Unreachable) {
+    text = trans.__('The server does not answer. Try again when it is back.');
+  } else if (error instanceof Refused && error.signedOut) {
+    text = trans.__('You are signed out. Reload the page to sign in again.');
+  } else if (error instanceof Refused && error.hint !== '') {
+    text = `${text}\n\n${error.hint}`;
+  }
+  await showErrorMessage(what, text);
+}
+
+/** Ask for a snapshot's name; null is no. */
+export async function askForName(sandbox: Sandbox, trans: TranslationBundle): Promise<string | null> {
+  const body = new NameField(proposal(sandbox), trans);
+  const result = await showDialog<string>({
+    title: trans.__('Save a snapshot of “%1”', title(sandbox)),
+    body,
+    focusNodeSelector: 'input',
+    buttons: [Dialog.cancelButton(), Dialog.okButton({ label: trans.__('Save') })]
+  });
+  return result.button.accept ? (result.value ?? '') : null;
+}
+
+/** A name that the server takes, made from the label and the time. */
+export function proposal(sandbox: Sandbox, now = new Date()): string {
+  const base = title(sandbox)
+    .replace(/\.ipynb$/, '')
+    .replace(/[^A-Za-z0-9._-]+/g, '-')
+    .replace(/^-+|-+$/g, '');
+  const stamp = now.toISOString().slice(0, 16).replace(/[-:]/g, '').replace('T', '-');
+  return `${base.slice(0, 48)}-${stamp}`;
+}
+
+class NameField extends Widget implements Dialog.IBodyWidget<string> {
+  constructor(value: string, trans: TranslationBundle) {
+    super();
+    const label = document.createElement('label');
+    label.textContent = trans.__('Name: letters, digits, dots, underscores and hyphens');
+    this._input.className = 'jp-mod-styled';
+    this._input.value = value;
+    this._input.maxLength = 64;
+    this._input.pattern = '[A-Za-z0-9._\\-]*';
+    label.append(this._input);
+    this.node.append(label);
+  }
+
+  getValue(): string {
+    return this._input.value;
+  }
+
+  private readonly _input = document.createElement('input');
+}
+
+/** Show all that is known of a sandbox. */
+export async function showDetails(
+  sandbox: Sandbox,
+  happened: readonly LoggedEvent[],
+  history: readonly number[],
+  trans: TranslationBundle
+): Promise<void> {
+  const body = ReactWidget.create(<Details {...{ sandbox, happened, history, trans }} />);
+  body.addClass('sg-Details');
+  await showDialog({ title: title(sandbox), body, buttons: [Dialog.okButton({ label: trans.__('Close') })] });
+}
+
+/** Show a log; it comes from inside the sandbox, and is shown as text only. */
+export async function showLog(sandbox: Sandbox, log: string, trans: TranslationBundle): Promise<void> {
+  const body = new Widget({ node: document.createElement('pre') });
+  body.addClass('sg-Log');
+  body.node.tabIndex = 0;
+  body.node.textContent = log === '' ? trans.__('Nothing was written past Jupyter.') : log;
+  const closed = showDialog({
+    title: trans.__('Log of “%1”', title(sandbox)),
+    body,
+    buttons: [Dialog.okButton({ label: trans.__('Close') })]
+  });
+  requestAnimationFrame(() => (body.node.scrollTop = body.node.scrollHeight));
+  await closed;
+}
+
+interface IDetails {
+  sandbox: Sandbox;
+  happened: readonly LoggedEvent[];
+  history: readonly number[];
+  trans: TranslationBundle;
+}
+
+function Details({ sandbox, happened, history, trans }: IDetails): JSX.Element {
+  const { limits, idle } = sandbox;
+  const none = trans.__('no limit');
+  const memory = sandbox.memory === null ? '' : bytes(sandbox.memory);
+  const bound = (value: number | null | undefined, text: (value: number) => string) =>
+    value === null || value === undefined ? none : text(value);
+  const rows: [string, React.ReactNode][] = [
+    [trans.__('Id'), <code key="id">{sandbox.id}</code>],
+    [trans.__('State'), `${sandbox.state}, ${moment(sandbox.since)}`],
+    [trans.__('Profile'), sandbox.profile],
+    [trans.__('Runtime'), sandbox.isolated ? sandbox.runtime : trans.__('%1 (not isolated)', sandbox.runtime)],
+    [
+      trans.__('Memory'),
+      <span key="memory">
+        {[memory, trans.__('limit %1', bound(limits?.memory, bytes))].filter(Boolean).join(', ')}
+        <Sparkline values={history} label={trans.__('Memory in the last minutes')} />
+      </span>
+    ],
+    [trans.__('Disk'), trans.__('limit %1', bound(limits?.disk, bytes))],
+    [trans.__('Processors'), trans.__('limit %1', bound(limits?.cpu, String))],
+    [trans.__('Processes'), trans.__('limit %1', bound(limits?.processes, String))],
+    [trans.__('Made'), [moment(sandbox.created), sandbox.parent ?? ''].filter(Boolean).join(', ')]
+  ];
+  if (idle !== null) {
+    const tiers: [string, number | null][] = [
+      [trans.__('paused'), idle.pause],
+      [trans.__('suspended'), idle.suspend],
+      [trans.__('ended'), idle.expire]
+    ];
+    const told = tiers.flatMap(([name, after]) => (after === null ? [] : [`${name}: ${span(after, trans)}`]));
+    rows.push([trans.__('When idle'), told.join(', ') || trans.__('nothing')]);
+  }
+  if (sandbox.death !== null) {
+    rows.push([trans.__('End'), sandbox.death.reason]);
+  }
+  for (const note of sandbox.notes) {
+    rows.push([trans.__('Note'), note]);
+  }
+  return (
+    <>
+      <table>
+        <tbody>
+          {rows.map(([name, value], place) => (
+            <tr key={place}>
+              <th scope="row">{name}</th>
+              <td>{value}</td>
+            </tr>
+          ))}
+        </tbody>
+      </table>
+      {happened.length > 0 && (
+        <>
+          <h3>{trans.__('What happened')}</h3>
+          <ol className="sg-Happened">
+            {[...happened].reverse().map(event => (
+              <li key={event.id}>
+                <time dateTime={event.time}>{moment(event.time)}</time> <b>{event.kind}</b> {event.text}
+              </li>
+            ))}
+          </ol>
+        </>
+      )}
+    </>
+  );
+}
+
+/** A small curve, from 0 to its largest value. */
+export function Sparkline({ values, label }: { values: readonly number[]; label: string }): JSX.Element | null {
+  if (values.length < 2) {
+    return null;
+  }
+  const top = Math.max(...values, 1);
+  const points = values.map((value, place) => `${(60 * place) / (values.length - 1)},${15 - (14 * value) / top}`);
+  return (
+    <svg className="sg-Sparkline" viewBox="0 0 60 16" role="img" aria-label={label}>
+      <polyline points={points.join(' ')} />
+    </svg>
+  );
+}

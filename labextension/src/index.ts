@@ -1,0 +1,10 @@
+/** The plugins of this extension. Each stands alone on the core, and can be disabled by its id. */
+import { chip } from './plugins/chip';
+import { commands } from './plugins/commands';
+import { core } from './plugins/core';
+import { fork } from './plugins/fork';
+import { notifications } from './plugins/notifications';
+import { panel } from './plugins/panel';
+
+export { ISandboxes } from './tokens';
+export default [core, commands, chip, panel, fork, notifications];

@@ -1,0 +1,529 @@
+/**
+ * The state of the user's sandboxes in this page: events as they come, and a poll for what no event tells (memory) and
+ * for events that were missed.
+ */
+import { Poll } from '@lumino/polling';
+import type { ISignal } from '@lumino/signaling';
+import { Signal } from '@lumino/signaling';
+import type { IDisposable } from '@lumino/disposable';
+import { DisposableDelegate } from '@lumino/disposable';
+
+import type { Children, Client, LoggedEvent, Operation, Sandbox, Snapshot, State } from './client';
+import { Refused, Unreachable } from './client';
+import type { OperationEvent, SandboxEvent } from './events';
+import { parse } from './events';
+
+/** How the page and the server stand. */
+export type Connection = 'absent' | 'connecting' | 'ok' | 'unreachable' | 'signed-out';
+
+/** A stream of events, as `ServiceManager.events.stream` is one. */
+export type Stream = ISignal<unknown, unknown>;
+
+/** Who looks at a sandbox's memory now; not asked for while `visible` says no. */
+export interface Watcher {
+  /** One sandbox's id; undefined for all of them. */
+  id?: string;
+  visible: () => boolean;
+}
+
+/** What the plugins share. Everything that changes a sandbox rejects with `Refused` or `Unreachable`. */
+export interface ISandboxes {
+  /** False for a server without our extension: there is nothing to show then, and nothing is asked. */
+  readonly available: boolean;
+  readonly connection: Connection;
+  /** Why the connection is not well; for people. */
+  readonly trouble: string;
+  /** Resolves when the first answer is there, or the first failure. */
+  readonly ready: Promise<void>;
+  /** Something of `get`, `all`, `snapshots`, `operation`, `history` or `connection` is not what it was. */
+  readonly changed: ISignal<ISandboxes, void>;
+  /** What happened, as it happens. */
+  readonly happened: ISignal<ISandboxes, SandboxEvent>;
+
+  /** Those that have not ended, oldest first, and those that ended while this page was open. */
+  all(): readonly Sandbox[];
+  get(id: string): Sandbox | undefined;
+  snapshots(): readonly Snapshot[];
+  /** What goes on with a sandbox now. */
+  operation(id: string): OperationEvent | undefined;
+  /** Its memory at the last looks, in bytes, oldest first. */
+  history(id: string): readonly number[];
+  watch(watcher: Watcher): IDisposable;
+  refresh(): Promise<void>;
+  /** Resolves when what is being asked about a sandbox now is answered. */
+  settled(id: string): Promise<void>;
+
+  suspend(id: string, reason?: string): Promise<Sandbox>;
+  resume(id: string): Promise<Sandbox>;
+  pause(id: string): Promise<Sandbox>;
+  restart(id: string): Promise<Sandbox>;
+  rename(id: string, name: string): Promise<Sandbox>;
+  /** Have it count as used, so that it is not paused, suspended or ended for idleness now. */
+  keep(id: string): Promise<void>;
+  /** The ids of those that run; rejects with the first error where none does. */
+  fork(id: string, count?: number): Promise<string[]>;
+  snapshot(id: string, name: string): Promise<Snapshot>;
+  /** End it and forget it. */
+  remove(id: string): Promise<void>;
+  logs(id: string): Promise<string>;
+  events(id: string): Promise<LoggedEvent[]>;
+  startSnapshot(id: string): Promise<string>;
+  removeSnapshot(id: string): Promise<void>;
+}
+
+/** States in which nothing lives any more. */
+export const ENDED: readonly State[] = ['expired', 'terminated', 'failed'];
+
+const KEPT = 40;
+/** How often it is asked what no event tells, in milliseconds. */
+const INTERVAL = 10_000;
+/** One wait of a request for an operation's end, in seconds; proxies end what is silent for a minute. */
+const PATIENCE = 30;
+/** Of those that left the list at once, how many are asked about one by one. */
+const LEFT = 20;
+
+export class SandboxesModel implements ISandboxes, IDisposable {
+  constructor(options: SandboxesModel.IOptions) {
+    this._client = options.client;
+    this.available = options.available;
+    this._stream = options.stream;
+    if (!this.available) {
+      this._connection = 'absent';
+      this._becomeReady();
+      return;
+    }
+    this._stream.connect(this._heard, this);
+    this._poll = new Poll({
+      name: 'sandbox-gateway:sandboxes',
+      auto: false,
+      factory: () => this._look(),
+      frequency: { interval: options.interval ?? INTERVAL, backoff: true, max: 60_000 },
+      standby: options.standby ?? 'when-hidden'
+    });
+    void this._poll.start();
+  }
+
+  readonly available: boolean;
+
+  get connection(): Connection {
+    return this._connection;
+  }
+
+  get trouble(): string {
+    return this._trouble;
+  }
+
+  get ready(): Promise<void> {
+    return this._ready;
+  }
+
+  get changed(): ISignal<this, void> {
+    return this._changed;
+  }
+
+  get happened(): ISignal<this, SandboxEvent> {
+    return this._happened;
+  }
+
+  get isDisposed(): boolean {
+    return this._isDisposed;
+  }
+
+  dispose(): void {
+    if (this._isDisposed) {
+      return;
+    }
+    this._isDisposed = true;
+    this._stream.disconnect(this._heard, this);
+    this._poll?.dispose();
+    Signal.clearData(this);
+  }
+
+  all(): readonly Sandbox[] {
+    return [...this._sandboxes.values()].sort((one, other) => one.created.localeCompare(other.created));
+  }
+
+  get(id: string): Sandbox | undefined {
+    return this._sandboxes.get(id);
+  }
+
+  snapshots(): readonly Snapshot[] {
+    return this._snapshots;
+  }
+
+  operation(id: string): OperationEvent | undefined {
+    return this._operations.get(id);
+  }
+
+  history(id: string): readonly number[] {
+    return this._histories.get(id) ?? [];
+  }
+
+  watch(watcher: Watcher): IDisposable {
+    this._watchers.add(watcher);
+    if (watcher.id !== undefined && this._sandboxes.get(watcher.id)?.memory === null) {
+      void this._fetch(watcher.id);
+    }
+    return new DisposableDelegate(() => this._watchers.delete(watcher));
+  }
+
+  async refresh(): Promise<void> {
+    if (this.available) {
+      await this._poll?.refresh();
+      await this._poll?.tick;
+    }
+  }
+
+  async settled(id: string): Promise<void> {
+    await this._fetching.get(id);
+  }
+
+  async suspend(id: string, reason = ''): Promise<Sandbox> {
+    return this._take(
+      await this._finish(this._client.post('/api/sandboxes/{id}/suspend', { path: { id }, body: { reason } }))
+    );
+  }
+
+  async resume(id: string): Promise<Sandbox> {
+    return this._take(await this._finish(this._client.post('/api/sandboxes/{id}/resume', { path: { id } })));
+  }
+
+  async pause(id: string): Promise<Sandbox> {
+    return this._take(await this._asked(this._client.post('/api/sandboxes/{id}/pause', { path: { id } })));
+  }
+
+  async restart(id: string): Promise<Sandbox> {
+    return this._take(await this._asked(this._client.post('/api/sandboxes/{id}/restart', { path: { id } })));
+  }
+
+  async rename(id: string, name: string): Promise<Sandbox> {
+    return this._take(await this._asked(this._client.patch('/api/sandboxes/{id}', { path: { id }, body: { name } })));
+  }
+
+  async keep(id: string): Promise<void> {
+    if (['paused', 'suspended'].includes(this.get(id)?.state ?? '')) {
+      await this.resume(id);
+    } else {
+      const body = { code: '', silent: true, stdin: false, timeout: 60 };
+      await this._asked(this._client.post('/api/sandboxes/{id}/execute', { path: { id }, body }));
+    }
+  }
+
+  async fork(id: string, count = 1): Promise<string[]> {
+    const made = await this._finish(this._client.post('/api/sandboxes/{id}/fork', { path: { id }, body: { count } }));
+    return this._children(made);
+  }
+
+  async snapshot(id: string, name: string): Promise<Snapshot> {
+    const made = await this._finish(
+      this._client.post('/api/sandboxes/{id}/snapshots', { path: { id }, body: { name } })
+    );
+    await this._lookAtSnapshots();
+    return made;
+  }
+
+  async remove(id: string): Promise<void> {
+    await this._asked(this._client.delete('/api/sandboxes/{id}', { path: { id }, query: { forget: true } }));
+    this._drop(id);
+  }
+
+  async logs(id: string): Promise<string> {
+    return this._asked(this._client.get('/api/sandboxes/{id}/logs', { path: { id } }));
+  }
+
+  async events(id: string): Promise<LoggedEvent[]> {
+    const query = { limit: 1000, since: 0 };
+    return (await this._asked(this._client.get('/api/sandboxes/{id}/events', { path: { id }, query }))).events;
+  }
+
+  async startSnapshot(id: string): Promise<string> {
+    const asked = this._client.post('/api/snapshots/{snapshot}/start', { path: { snapshot: id }, body: { count: 1 } });
+    const [made] = await this._children(await this._finish(asked));
+    return made ?? '';
+  }
+
+  async removeSnapshot(id: string): Promise<void> {
+    await this._asked(this._client.delete('/api/snapshots/{snapshot}', { path: { snapshot: id } }));
+    await this._lookAtSnapshots();
+  }
+
+  // What is asked
+
+  /** Wait for the outcome of what may take long. */
+  private async _finish<T>(asked: Promise<T | Operation>): Promise<Exclude<T, Operation>> {
+    let answer: T | Operation = await this._asked(asked);
+    while (isOperation(answer)) {
+      if (answer.error !== null) {
+        const { code, message, hint } = answer.error;
+        throw new Refused(409, code, message, hint);
+      }
+      if (answer.state === 'succeeded') {
+        answer = answer.result as T;
+        break;
+      }
+      const path = { operation: answer.id };
+      answer = await this._asked(this._client.get('/api/operations/{operation}', { path, query: { wait: PATIENCE } }));
+    }
+    return answer as Exclude<T, Operation>;
+  }
+
+  /** A request of a person's: what its failure tells of the connection, or of the sandbox's being gone, is shown. */
+  private async _asked<T>(request: Promise<T>): Promise<T> {
+    try {
+      return await request;
+    } catch (error) {
+      if (error instanceof Refused && !error.signedOut) {
+        void this.refresh();
+      } else {
+        this._note(error);
+      }
+      throw error;
+    }
+  }
+
+  private async _children(made: Children): Promise<string[]> {
+    const ids = made.children.filter(child => child.error === null).map(child => child.id);
+    const failed = made.children.find(child => child.error !== null)?.error;
+    if (ids.length === 0 && failed) {
+      throw new Refused(409, failed.code, failed.message, failed.hint);
+    }
+    await Promise.all(ids.map(id => this._fetch(id)));
+    return ids;
+  }
+
+  /** Everything once; the poll's factory. It fails where the next look should wait longer. */
+  private async _look(): Promise<void> {
+    try {
+      await this._list();
+      await this._lookAtSnapshots();
+      this._note(null);
+    } catch (error) {
+      this._note(error);
+      throw error;
+    } finally {
+      this._becomeReady();
+    }
+  }
+
+  private async _list(): Promise<void> {
+    const begun = this._clock;
+    const stats = this._looked(undefined);
+    const found = new Map<string, Sandbox>();
+    let cursor: string | null = null;
+    do {
+      const query: { limit: number; stats: boolean; cursor?: string } = { limit: 1000, stats };
+      if (cursor !== null) {
+        query.cursor = cursor;
+      }
+      const page = await this._client.get('/api/sandboxes', { query });
+      for (const sandbox of page.sandboxes) {
+        found.set(sandbox.id, sandbox);
+      }
+      cursor = page.next;
+    } while (cursor !== null);
+    const left: string[] = [];
+    for (const [id, known] of this._sandboxes) {
+      if (!found.has(id) && !this._newer(id, begun) && !ENDED.includes(known.state)) {
+        left.push(id);
+      }
+    }
+    for (const [id, sandbox] of found) {
+      if (!this._newer(id, begun)) {
+        this._put(sandbox);
+      }
+    }
+    await Promise.all(left.map((id, place) => (place < LEFT ? this._fetch(id) : this._drop(id))));
+    const alone = [...found.keys()].filter(id => !stats && this._looked(id));
+    await Promise.all(alone.map(id => this._fetch(id)));
+    this._tell();
+  }
+
+  private async _lookAtSnapshots(): Promise<void> {
+    const { snapshots } = await this._client.get('/api/snapshots');
+    this._snapshots = snapshots;
+    this._tell();
+  }
+
+  /** Look at one; several wishes while one is under way are one more look. */
+  private async _fetch(id: string): Promise<void> {
+    const running = this._fetching.get(id);
+    if (running !== undefined) {
+      this._again.add(id);
+      return running;
+    }
+    const looking = this._fetchNow(id).finally(() => this._fetching.delete(id));
+    this._fetching.set(id, looking);
+    await looking;
+    if (this._again.delete(id)) {
+      await this._fetch(id);
+    }
+  }
+
+  private async _fetchNow(id: string): Promise<void> {
+    const begun = this._clock;
+    try {
+      const sandbox = await this._client.get('/api/sandboxes/{id}', {
+        path: { id },
+        query: { stats: this._looked(id) }
+      });
+      if (!this._newer(id, begun)) {
+        this._put(sandbox);
+      }
+      this._tell();
+    } catch (error) {
+      if (error instanceof Refused && error.gone) {
+        this._drop(id);
+      } else if (!this._isDisposed) {
+        this._note(error);
+      }
+    }
+  }
+
+  // What is heard
+
+  private _heard(_: unknown, told: unknown): void {
+    const event = parse(told);
+    if (event === null) {
+      return;
+    }
+    if (this._connection === 'unreachable') {
+      void this._poll?.refresh();
+    }
+    if (event.type === 'operation') {
+      this._follow(event);
+    } else if (event.sandbox !== '') {
+      this._learn(event);
+    }
+  }
+
+  private _follow(event: OperationEvent): void {
+    if (event.sandbox === '') {
+      return;
+    }
+    if (event.phase === 'succeeded' || event.phase === 'failed') {
+      this._operations.delete(event.sandbox);
+      void this._fetch(event.sandbox);
+    } else {
+      this._operations.set(event.sandbox, event);
+    }
+    this._tell();
+  }
+
+  private _learn(event: SandboxEvent): void {
+    const known = this._sandboxes.get(event.sandbox);
+    if (known !== undefined && event.state !== '' && event.state !== known.state) {
+      this._touched.set(event.sandbox, ++this._clock);
+      const since = new Date(event.time).toISOString();
+      this._sandboxes.set(event.sandbox, { ...known, state: event.state as State, since });
+      this._tell();
+    }
+    void this._fetch(event.sandbox);
+    this._happened.emit(event);
+    if (event.kind === 'snapshot') {
+      this._lookAtSnapshots().catch((error: unknown) => this._note(error));
+    }
+  }
+
+  // What is known
+
+  private _take(sandbox: Sandbox): Sandbox {
+    this._touched.set(sandbox.id, ++this._clock);
+    this._put(sandbox);
+    this._tell();
+    return sandbox;
+  }
+
+  private _put(sandbox: Sandbox): void {
+    const before = this._sandboxes.get(sandbox.id);
+    let memory = sandbox.memory;
+    if (memory === null && ['running', 'paused'].includes(sandbox.state)) {
+      memory = before?.memory ?? null; // this answer was not asked for it
+    } else if (memory !== null) {
+      const history = this._histories.get(sandbox.id) ?? [];
+      this._histories.set(sandbox.id, [...history, memory].slice(-KEPT));
+    }
+    this._sandboxes.set(sandbox.id, { ...sandbox, memory });
+  }
+
+  private _drop(id: string): void {
+    this._sandboxes.delete(id);
+    this._histories.delete(id);
+    this._operations.delete(id);
+    this._touched.delete(id);
+    this._tell();
+  }
+
+  private _newer(id: string, begun: number): boolean {
+    return (this._touched.get(id) ?? 0) > begun;
+  }
+
+  private _looked(id: string | undefined): boolean {
+    return [...this._watchers].some(watcher => (watcher.id === undefined || watcher.id === id) && watcher.visible());
+  }
+
+  /** Take down how a request ended; null is well. */
+  private _note(error: unknown): void {
+    let next: Connection = 'ok';
+    let trouble = '';
+    if (error instanceof Refused && error.signedOut) {
+      next = 'signed-out';
+      trouble = error.message;
+    } else if (error instanceof Unreachable || (error instanceof Refused && error.status >= 500)) {
+      next = 'unreachable';
+      trouble = error.message;
+    } else if (error !== null && !(error instanceof Refused)) {
+      throw error;
+    }
+    if (next !== this._connection || trouble !== this._trouble) {
+      this._connection = next;
+      this._trouble = trouble;
+      this._tell();
+    }
+  }
+
+  private _tell(): void {
+    if (!this._isDisposed) {
+      this._changed.emit();
+    }
+  }
+
+  private readonly _client: Client;
+  private readonly _stream: Stream;
+  private readonly _poll: Poll | undefined;
+  private readonly _changed = new Signal<this, void>(this);
+  private readonly _happened = new Signal<this, SandboxEvent>(this);
+  private readonly _sandboxes = new Map<string, Sandbox>();
+  private readonly _histories = new Map<string, number[]>();
+  private readonly _operations = new Map<string, OperationEvent>();
+  private readonly _watchers = new Set<Watcher>();
+  private readonly _fetching = new Map<string, Promise<void>>();
+  private readonly _again = new Set<string>();
+  /** When something newer than any answer under way was learnt of a sandbox, by `_clock`. */
+  private readonly _touched = new Map<string, number>();
+  private _clock = 0;
+  private _snapshots: Snapshot[] = [];
+  private _connection: Connection = 'connecting';
+  private _trouble = '';
+  private _isDisposed = false;
+  private _becomeReady: () => void = () => undefined;
+  private readonly _ready = new Promise<void>(resolve => {
+    this._becomeReady = resolve;
+  });
+}
+
+export namespace SandboxesModel {
+  export interface IOptions {
+    client: Client;
+    /** The server's events. */
+    stream: Stream;
+    /** Whether the server has our extension. */
+    available: boolean;
+    /** Milliseconds between two looks. */
+    interval?: number;
+    standby?: Poll.Standby;
+  }
+}
+
+function isOperation(answer: unknown): answer is Operation {
+  return typeof answer === 'object' && answer !== null && 'progress' in answer && 'ended' in answer;
+}

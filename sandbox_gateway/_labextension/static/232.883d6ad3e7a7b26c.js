@@ -1,0 +1,298 @@
+"use strict";(self.rspackChunk_sandbox_gateway_labextension=self.rspackChunk_sandbox_gateway_labextension||[]).push([[232],{475(r,o,t){var e=t(601),a=t.n(e),n=t(314),i=(t.n(n))()(a());i.push([r.id,`/* Colours come from JupyterLab's themes. Each look has its form, too, so that no colour has to be told apart. */
+
+.sg-ChipHolder {
+  display: flex;
+  align-items: center;
+}
+
+.sg-Chip {
+  display: inline-flex;
+  align-items: center;
+  gap: 5px;
+  height: 22px;
+  margin: 0 4px;
+  padding: 0 6px;
+  border: var(--jp-border-width) solid var(--jp-border-color1);
+  border-radius: var(--jp-border-radius);
+  background: var(--jp-layout-color1);
+  color: var(--jp-ui-font-color1);
+  font-family: var(--jp-ui-font-family);
+  font-size: var(--jp-ui-font-size1);
+  line-height: 1;
+  white-space: nowrap;
+  cursor: pointer;
+}
+
+.sg-Chip:hover {
+  background: var(--jp-layout-color2);
+}
+
+.sg-Chip:focus-visible {
+  outline: 2px solid var(--jp-brand-color1);
+  outline-offset: -1px;
+}
+
+.sg-Chip-detail {
+  color: var(--jp-ui-font-color2);
+  font-variant-numeric: tabular-nums;
+}
+
+.sg-Chip-caret {
+  display: inline-flex;
+}
+
+.sg-Chip-caret svg {
+  width: 10px;
+  height: 10px;
+}
+
+.sg-Chip[data-look='failed'] .sg-Chip-label {
+  color: var(--jp-error-color0);
+}
+
+.sg-Chip[data-look='unknown'] {
+  opacity: 0.6;
+}
+
+.sg-Dot {
+  --sg-color: var(--jp-ui-font-color3);
+
+  box-sizing: border-box;
+  flex: none;
+  width: 9px;
+  height: 9px;
+  border: 2px solid var(--sg-color);
+  border-radius: 50%;
+  background: var(--sg-color);
+}
+
+.sg-Dot[data-look='running'] {
+  --sg-color: var(--jp-success-color1);
+}
+
+.sg-Dot[data-look='busy'] {
+  --sg-color: var(--jp-success-color1);
+
+  background: linear-gradient(90deg, var(--sg-color) 50%, transparent 50%);
+}
+
+.sg-Dot[data-look='paused'] {
+  --sg-color: var(--jp-warn-color1);
+
+  border-width: 0 3px;
+  border-radius: 0;
+  background: transparent;
+}
+
+.sg-Dot[data-look='suspended'] {
+  --sg-color: var(--jp-brand-color1);
+
+  background: transparent;
+}
+
+.sg-Dot[data-look='changing'] {
+  --sg-color: var(--jp-brand-color1);
+
+  border-right-color: transparent;
+  background: transparent;
+  animation: sg-turn 1s linear infinite;
+}
+
+.sg-Dot[data-look='failed'] {
+  --sg-color: var(--jp-error-color1);
+
+  border-radius: 1px;
+  transform: rotate(45deg);
+}
+
+.sg-Dot[data-look='ended'] {
+  border-radius: 1px;
+}
+
+.sg-Dot[data-look='unknown'] {
+  background: transparent;
+  border-style: dotted;
+}
+
+@keyframes sg-turn {
+  to {
+    transform: rotate(1turn);
+  }
+}
+
+@media (prefers-reduced-motion: reduce) {
+  .sg-Dot[data-look='changing'] {
+    animation: none;
+  }
+}
+
+.sg-Meter {
+  display: inline-block;
+  width: 32px;
+  height: 4px;
+  overflow: hidden;
+  border-radius: 2px;
+  background: var(--jp-layout-color3);
+}
+
+.sg-Meter > span {
+  display: block;
+  height: 100%;
+  background: var(--jp-brand-color1);
+}
+
+.sg-Chip[data-full='true'] .sg-Meter > span {
+  background: var(--jp-error-color1);
+}
+
+/* Where the notebook is narrow, the details go first. */
+.sg-ChipHolder[data-room='narrow'] .sg-Chip-detail,
+.sg-ChipHolder[data-room='narrow'] .sg-Meter,
+.sg-ChipHolder[data-room='tiny'] .sg-Chip-detail,
+.sg-ChipHolder[data-room='tiny'] .sg-Meter,
+.sg-ChipHolder[data-room='tiny'] .sg-Chip-label {
+  display: none;
+}
+
+.sg-Spoken {
+  position: absolute;
+  width: 1px;
+  height: 1px;
+  overflow: hidden;
+  clip-path: inset(50%);
+  white-space: nowrap;
+}
+
+.sg-Points {
+  max-width: 46em;
+  margin: 0;
+  padding-left: 1.4em;
+}
+
+.sg-Points li + li {
+  margin-top: 0.5em;
+}
+
+.sg-Details {
+  max-width: 60em;
+}
+
+.sg-Details th {
+  padding: 2px 16px 2px 0;
+  color: var(--jp-ui-font-color2);
+  font-weight: normal;
+  text-align: left;
+  vertical-align: top;
+}
+
+.sg-Details td {
+  padding: 2px 0;
+}
+
+.sg-Details h3 {
+  margin: 1em 0 0.4em;
+  font-size: var(--jp-ui-font-size1);
+}
+
+.sg-Happened {
+  margin: 0;
+  padding: 0;
+  list-style: none;
+}
+
+.sg-Happened time {
+  color: var(--jp-ui-font-color2);
+  font-variant-numeric: tabular-nums;
+}
+
+.sg-Sparkline {
+  width: 60px;
+  height: 16px;
+  margin-left: 8px;
+  vertical-align: middle;
+}
+
+.sg-Sparkline polyline {
+  fill: none;
+  stroke: var(--jp-brand-color1);
+  stroke-width: 1.2;
+}
+
+.sg-Log {
+  min-width: 30em;
+  max-width: 70em;
+  max-height: 60vh;
+  margin: 0;
+  padding: 8px;
+  overflow: auto;
+  background: var(--jp-layout-color2);
+  color: var(--jp-content-font-color1);
+  font-family: var(--jp-code-font-family);
+  font-size: var(--jp-code-font-size);
+  white-space: pre-wrap;
+}
+
+.sg-RunningItem::part(positioning-region),
+.sg-RunningItem::part(content-region),
+.sg-SnapshotItem::part(positioning-region),
+.sg-SnapshotItem::part(content-region) {
+  height: 42px;
+}
+
+.sg-Entry {
+  display: grid;
+  grid-template-columns: minmax(0, 1fr) auto;
+  align-items: center;
+  column-gap: 6px;
+  line-height: 1.35;
+}
+
+.sg-Entry-name,
+.sg-Entry-state {
+  overflow: hidden;
+  text-overflow: ellipsis;
+  white-space: nowrap;
+}
+
+.sg-Entry-state {
+  grid-row: 2;
+  color: var(--jp-ui-font-color2);
+  font-size: var(--jp-ui-font-size0);
+  font-variant-numeric: tabular-nums;
+}
+
+.sg-Entry-state .sg-Dot {
+  display: inline-block;
+  width: 8px;
+  height: 8px;
+  margin-right: 5px;
+}
+
+.sg-Entry-act {
+  display: inline-flex;
+  grid-row: 1 / span 2;
+  grid-column: 2;
+  align-items: center;
+  justify-content: center;
+  width: 24px;
+  height: 24px;
+  padding: 0;
+  border: 0;
+  border-radius: var(--jp-border-radius);
+  background: transparent;
+  cursor: pointer;
+}
+
+.sg-Entry-act:hover {
+  background: var(--jp-layout-color3);
+}
+
+.sg-Entry-act:focus-visible {
+  outline: 2px solid var(--jp-brand-color1);
+}
+
+.sg-Entry-act svg {
+  width: 14px;
+  height: 14px;
+}
+`,""]),t.d(o,{},{A:i})},314(r){r.exports=function(r){var o=[];return o.toString=function(){return this.map(function(o){var t="",e=void 0!==o[5];return o[4]&&(t+="@supports (".concat(o[4],") {")),o[2]&&(t+="@media ".concat(o[2]," {")),e&&(t+="@layer".concat(o[5].length>0?" ".concat(o[5]):""," {")),t+=r(o),e&&(t+="}"),o[2]&&(t+="}"),o[4]&&(t+="}"),t}).join("")},o.i=function(r,t,e,a,n){"string"==typeof r&&(r=[[null,r,void 0]]);var i={};if(e)for(var s=0;s<this.length;s++){var l=this[s][0];null!=l&&(i[l]=!0)}for(var p=0;p<r.length;p++){var d=[].concat(r[p]);e&&i[d[0]]||(void 0!==n&&(void 0===d[5]||(d[1]="@layer".concat(d[5].length>0?" ".concat(d[5]):""," {").concat(d[1],"}")),d[5]=n),t&&(d[2]&&(d[1]="@media ".concat(d[2]," {").concat(d[1],"}")),d[2]=t),a&&(d[4]?(d[1]="@supports (".concat(d[4],") {").concat(d[1],"}"),d[4]=a):d[4]="".concat(a)),o.push(d))}},o}},601(r){r.exports=function(r){return r[1]}},72(r){var o=[];function t(r){for(var t=-1,e=0;e<o.length;e++)if(o[e].identifier===r){t=e;break}return t}function e(r,e){for(var a={},n=[],i=0;i<r.length;i++){var s=r[i],l=e.base?s[0]+e.base:s[0],p=a[l]||0,d="".concat(l," ").concat(p);a[l]=p+1;var c=t(d),g={css:s[1],media:s[2],sourceMap:s[3],supports:s[4],layer:s[5]};if(-1!==c)o[c].references++,o[c].updater(g);else{var u=function(r,o){var t=o.domAPI(o);return t.update(r),function(o){o?(o.css!==r.css||o.media!==r.media||o.sourceMap!==r.sourceMap||o.supports!==r.supports||o.layer!==r.layer)&&t.update(r=o):t.remove()}}(g,e);e.byIndex=i,o.splice(i,0,{identifier:d,updater:u,references:1})}n.push(d)}return n}r.exports=function(r,a){var n=e(r=r||[],a=a||{});return function(r){r=r||[];for(var i=0;i<n.length;i++){var s=t(n[i]);o[s].references--}for(var l=e(r,a),p=0;p<n.length;p++){var d=t(n[p]);0===o[d].references&&(o[d].updater(),o.splice(d,1))}n=l}}},659(r){var o={};r.exports=function(r,t){var e=function(r){if(void 0===o[r]){var t=document.querySelector(r);if(window.HTMLIFrameElement&&t instanceof window.HTMLIFrameElement)try{t=t.contentDocument.head}catch(r){t=null}o[r]=t}return o[r]}(r);if(!e)throw Error("Couldn't find a style target. This probably means that the value for the 'insert' parameter is invalid.");e.appendChild(t)}},540(r){r.exports=function(r){var o=document.createElement("style");return r.setAttributes(o,r.attributes),r.insert(o,r.options),o}},56(r,o,t){r.exports=function(r){var o=t.nc;o&&r.setAttribute("nonce",o)}},825(r){r.exports=function(r){if("u"<typeof document)return{update:function(){},remove:function(){}};var o=r.insertStyleElement(r);return{update:function(t){var e,a,n;e="",t.supports&&(e+="@supports (".concat(t.supports,") {")),t.media&&(e+="@media ".concat(t.media," {")),(a=void 0!==t.layer)&&(e+="@layer".concat(t.layer.length>0?" ".concat(t.layer):""," {")),e+=t.css,a&&(e+="}"),t.media&&(e+="}"),t.supports&&(e+="}"),(n=t.sourceMap)&&"u">typeof btoa&&(e+="\n/*# sourceMappingURL=data:application/json;base64,".concat(btoa(unescape(encodeURIComponent(JSON.stringify(n))))," */")),r.styleTagTransform(e,o,r.options)},remove:function(){var r;null===(r=o).parentNode||r.parentNode.removeChild(r)}}}},113(r){r.exports=function(r,o){if(o.styleSheet)o.styleSheet.cssText=r;else{for(;o.firstChild;)o.removeChild(o.firstChild);o.appendChild(document.createTextNode(r))}}},579(r,o,t){var e=t(72),a=t.n(e),n=t(825),i=t.n(n),s=t(659),l=t.n(s),p=t(56),d=t.n(p),c=t(540),g=t.n(c),u=t(113),h=t.n(u),f=t(475),m={};m.styleTagTransform=h(),m.setAttributes=d(),m.insert=l().bind(null,"head"),m.domAPI=i(),m.insertStyleElement=g(),a()(f.A,m),f.A&&f.A.locals&&f.A.locals}}]);

@@ -1,0 +1,98 @@
+"""Where there is nothing to show, or nobody to ask: the page goes on working, and says what is the matter."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from acceptance import Product
+from browser import CutProxy, Lab, Window, window
+from conftest import KERNEL, make_lab
+from lab_page import chip, choose
+from playwright.async_api import Request, expect
+
+pytestmark = pytest.mark.timeout(300)
+CUT_OFF = ("net::ERR_", "Kernel connection is disposed", "Failed to fetch")
+"""What JupyterLab says while it cannot reach its server."""
+
+
+@pytest.fixture(scope="module")
+def bare_lab(browser_path: str, product: Product, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """A JupyterLab with the front end, whose server lacks our extension."""
+    started = make_lab(tmp_path_factory.mktemp("bare"), server_extension=False)
+    try:
+        asyncio.run(started.start())
+        yield started
+    finally:
+        started.stop()
+
+
+async def test_a_server_without_our_extension_is_asked_nothing_and_nothing_is_shown(
+    bare_lab: Lab, browser_path: str, tmp_path: Path
+) -> None:
+    async with window(bare_lab, browser_path, tmp_path, "bare") as page:
+        asked: list[str] = []
+
+        def note(request: Request) -> None:
+            asked.append(request.url)
+
+        page.page.on("request", note)
+        bare_lab.write("plain.ipynb", "6 * 7", kernel="python3")
+        await page.visit("plain.ipynb")
+        await page.ready("Python 3 (ipykernel)")
+        await page.run(0)
+        await page.printed(0, "42")
+        await expect(chip(page)).to_have_count(0)
+        await page.page.locator(".jp-SideBar .lm-TabBar-tab[data-id='jp-running-sessions']").click()
+        await expect(page.page.locator("#jp-running-sessions")).to_contain_text("Kernels")
+        await expect(page.page.locator("#jp-running-sessions")).not_to_contain_text("Sandboxes")
+        assert not [url for url in asked if "/api/sandboxes" in url or "/api/snapshots" in url]
+        assert page.errors() == []
+    await bare_lab.end_kernels()
+
+
+async def test_a_plain_kernel_shows_nothing(page: Window) -> None:
+    page.lab.write("plain.ipynb", "6 * 7", kernel="python3")
+    await page.visit("plain.ipynb")
+    await page.ready("Python 3 (ipykernel)")
+    await page.run(0)
+    await page.printed(0, "42")
+    await expect(chip(page)).to_have_count(0)
+    assert page.errors() == []
+
+
+async def test_a_server_that_is_away_is_told_and_its_return_is_seen(page: Window, tmp_path: Path) -> None:
+    page.lab.write("away.ipynb", "1 + 1", kernel=KERNEL)
+    proxy = CutProxy(page.lab.port)
+    try:
+        page.address = proxy.url
+        await page.shrug()
+        await page.visit("away.ipynb")
+        await page.ready()
+        await expect(chip(page)).to_have_attribute("data-look", "running")
+        proxy.refuse()
+        await expect(chip(page)).to_have_attribute("data-look", "unknown")
+        assert "does not answer" in str(await chip(page).get_attribute("aria-label"))
+        await page.picture(tmp_path / "away.png")
+        proxy.refuse(False)
+        await expect(chip(page)).to_have_attribute("data-look", "running")
+        await page.run(0)
+        await page.printed(0, "2")
+    finally:
+        proxy.close()
+    assert page.errors(*CUT_OFF) == []
+
+
+async def test_what_somebody_else_deleted_is_refused_with_the_reason(page: Window) -> None:
+    page.lab.write("gone.ipynb", "1 + 1", kernel=KERNEL)
+    await page.visit("gone.ipynb")
+    await page.ready()
+    await choose(page, "Suspend…")
+    (sandbox,) = (await page.lab.ask("GET", "sandboxes"))["sandboxes"]
+    await page.lab.ask("DELETE", f"sandboxes/{sandbox['id']}?forget=true")
+    await page.accept()
+    told = page.page.locator(".jp-Dialog", has_text="It could not be suspended")
+    await expect(told).to_contain_text("there is no sandbox")
+    assert page.errors("status of 404") == []

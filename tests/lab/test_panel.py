@@ -1,0 +1,74 @@
+"""The sandboxes in the panel "Running", forks, snapshots, and what is said of a death."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from browser import Window
+from conftest import KERNEL, TIGHT
+from lab_page import chip, choose, dark, entry, running
+from playwright.async_api import expect
+
+pytestmark = pytest.mark.timeout(300)
+
+
+async def test_a_fork_of_a_notebook_goes_its_own_way_and_stands_under_its_parent(page: Window, tmp_path: Path) -> None:
+    await page.page.set_viewport_size({"width": 1800, "height": 900})  # two notebooks side by side
+    page.lab.write("try.ipynb", "x = 1", "x += 1\nprint(x)", kernel=KERNEL)
+    await page.visit("try.ipynb")
+    await page.ready()
+    await page.run(0)
+    await page.done(0, 1)
+    await choose(page, "Fork This Notebook")
+    copy = page.page.locator(".jp-NotebookPanel:not(.lm-mod-hidden)", has=page.page.locator(".sg-Chip")).nth(1)
+    await expect(copy.locator(".sg-Chip")).to_have_attribute("data-look", "running")
+    await page.picture(tmp_path / "forked.png")
+    for notebook, expected in ((copy, "2"), (page.notebook.first, "2"), (copy, "3")):
+        await notebook.locator(".jp-Cell").nth(1).locator(".cm-content").click()
+        await page.page.keyboard.press("Control+Enter")
+        await expect(notebook.locator(".jp-Cell-outputArea pre").first).to_have_text(expected, use_inner_text=True)
+    assert (page.lab.folder / "try-fork1.ipynb").is_file()
+    await running(page)
+    child = entry(page, "try-fork1.ipynb")
+    await expect(entry(page, "try.ipynb").locator(".sg-RunningItem")).to_have_count(1)
+    await expect(child).to_contain_text("Running")
+    await page.picture(tmp_path / "panel.png")
+    await dark(page)
+    await page.picture(tmp_path / "panel-dark.png")
+    assert page.errors() == []
+
+
+async def test_a_snapshot_is_saved_listed_and_started_from(page: Window, tmp_path: Path) -> None:
+    page.lab.write("base.ipynb", "x = 'kept'", kernel=KERNEL)
+    await page.visit("base.ipynb")
+    await page.ready()
+    await page.run(0)
+    await page.done(0, 1)
+    await choose(page, "Save Snapshot…")
+    await page.picture(tmp_path / "name.png")
+    await page.page.locator(".jp-Dialog input").fill("prepared")
+    await page.accept()
+    await running(page)
+    saved = page.page.locator(".sg-SnapshotItem")
+    await expect(saved).to_contain_text("prepared")
+    await expect(saved).to_contain_text("MiB")
+    await page.picture(tmp_path / "snapshots.png")
+    await saved.get_by_role("button", name="Start “prepared”").click()
+    await expect(page.page.locator(".lm-TabBar-tab", has_text="Untitled.ipynb")).to_be_visible()
+    await expect(chip(page)).to_have_attribute("data-look", "running")
+    await page.run(0, "print(x)")
+    await page.printed(0, "kept")
+    assert page.errors() == []
+
+
+async def test_a_death_is_told_with_its_reason_and_what_to_do(page: Window, tmp_path: Path) -> None:
+    page.lab.write("bomb.ipynb", "x = bytearray(2 << 30)", kernel=TIGHT)
+    await page.visit("bomb.ipynb")
+    await page.ready("Tight limits")
+    await page.run(0)
+    told = page.page.locator(".Toastify__toast", has_text="“bomb.ipynb” died")
+    await expect(told).to_contain_text("out of memory")
+    await expect(told).to_contain_text("Hold less at once, or start one with more.")
+    await page.picture(tmp_path / "died.png")
+    assert page.errors() == []
