@@ -16,5 +16,5 @@ export default tseslint.config(
       '@typescript-eslint/no-namespace': 'off'
     }
   },
-  { files: ['*.mjs', 'tools/*.mjs'], languageOptions: { globals: { process: 'readonly', console: 'readonly' } } }
+  { files: ['*.cjs'], languageOptions: { globals: { module: 'readonly' } } }
 );

@@ -24,7 +24,7 @@ SOURCES: Final = ROOT / "labextension"
 BUNDLE: Final = ROOT / "sandbox_gateway" / "_labextension"
 DIGEST: Final = "sources.sha256"
 """The file in the bundle that says what it was built from."""
-INPUTS: Final = ("package.json", "package-lock.json", "tsconfig.json", "schema/*.json", "style/*", "src/**/*.ts*")
+INPUTS: Final = ("package.json", "rspack.config.cjs", "package-lock.json", "tsconfig.json", "schema/*.json", "style/*", "src/**/*.ts*")
 """All that the bundle depends on; the tests of ``src/test`` are no part of it."""
 
 
@@ -78,7 +78,7 @@ def check() -> list[str]:
     with tempfile.TemporaryDirectory(prefix="front-end-", dir=ROOT / "build") as base:
         # Names of modules come from where they lie below the folder: the tools have to be at the same place in it.
         copy = Path(base) / "labextension"
-        shutil.copytree(SOURCES, copy, symlinks=True, ignore=lambda folder, names: {"lib"}, copy_function=_link)
+        shutil.copytree(SOURCES, copy, symlinks=True, copy_function=_link)
         return differences(BUNDLE, build(copy))
 
 

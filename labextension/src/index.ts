@@ -5,6 +5,7 @@ import { core } from './plugins/core';
 import { fork } from './plugins/fork';
 import { notifications } from './plugins/notifications';
 import { panel } from './plugins/panel';
+import { picker } from './plugins/picker';
 
 export { ISandboxes } from './tokens';
-export default [core, commands, chip, panel, fork, notifications];
+export default [core, commands, chip, panel, fork, notifications, picker];

@@ -8,7 +8,7 @@ import { Signal } from '@lumino/signaling';
 import type { IDisposable } from '@lumino/disposable';
 import { DisposableDelegate } from '@lumino/disposable';
 
-import type { Children, Client, LoggedEvent, Operation, Sandbox, Snapshot, State } from './client';
+import type { Children, Client, LoggedEvent, Operation, Profile, Resources, Sandbox, Snapshot, State } from './client';
 import { Refused, Unreachable } from './client';
 import type { OperationEvent, SandboxEvent } from './events';
 import { parse } from './events';
@@ -53,6 +53,8 @@ export interface ISandboxes {
   /** Resolves when what is being asked about a sandbox now is answered. */
   settled(id: string): Promise<void>;
 
+  profiles(): Promise<Profile[]>;
+  create(profile: string, resources: Resources, name: string): Promise<Sandbox>;
   suspend(id: string, reason?: string): Promise<Sandbox>;
   resume(id: string): Promise<Sandbox>;
   pause(id: string): Promise<Sandbox>;
@@ -176,6 +178,15 @@ export class SandboxesModel implements ISandboxes, IDisposable {
 
   async settled(id: string): Promise<void> {
     await this._fetching.get(id);
+  }
+
+  async profiles(): Promise<Profile[]> {
+    return (await this._asked(this._client.get('/api/profiles'))).profiles;
+  }
+
+  async create(profile: string, resources: Resources, name: string): Promise<Sandbox> {
+    const body = { profile, resources, name };
+    return this._take(await this._finish(this._client.post('/api/sandboxes', { query: { wait: 0 }, body })));
   }
 
   async suspend(id: string, reason = ''): Promise<Sandbox> {

@@ -32,8 +32,13 @@ export function sandbox(changes: Partial<Sandbox> = {}): Sandbox {
 
 /** Strings as they are, with what belongs into them. */
 export const trans = {
-  __: (text: string, ...values: unknown[]) => text.replace(/%(\d)/g, (_, place: string) => String(values[+place - 1]))
+  __: filled,
+  _n: (one: string, many: string, count: number) => filled(count === 1 ? one : many, count)
 } as never;
+
+function filled(text: string, ...values: unknown[]): string {
+  return text.replace(/%(\d)/g, (_, place: string) => String(values[+place - 1]));
+}
 
 type Handler = (query: URLSearchParams, init: RequestInit) => Response | Promise<Response>;
 

@@ -1,0 +1,196 @@
+/** What a notebook can run on, in groups: decided without a page, shown by the kernel picker. */
+import type { KernelSpec } from '@jupyterlab/services';
+import type { TranslationBundle } from '@jupyterlab/translation';
+
+import type { Profile, Resources, Sandbox, Snapshot } from './client';
+import { age, bytes, moment } from './format';
+import { ENDED } from './model';
+import { title, view } from './view';
+
+export type Choice =
+  | { kind: 'none' }
+  /** A new kernel of this kernelspec; with resources, of a profile's sandbox. */
+  | { kind: 'spec'; name: string; profile: string | null; resources: Resources }
+  | { kind: 'kernel'; id: string }
+  | { kind: 'snapshot'; id: string };
+
+export interface Offer {
+  key: string;
+  text: string;
+  /** One line below it. */
+  detail: string;
+  choice: Choice;
+  /** What can be chosen for it. */
+  fields: readonly Field[];
+}
+
+export interface Group {
+  label: string;
+  offers: Offer[];
+}
+
+/** A number that can be chosen for a sandbox. */
+export interface Field {
+  name: 'memory' | 'cpu' | 'disk' | 'suspend';
+  label: string;
+  /** What one of it is: bytes of a MiB, seconds of a minute. */
+  unit: number;
+  minimum: number;
+  /** Null where there is no bound. */
+  maximum: number | null;
+  /** What the profile has; null where that is no limit. */
+  preset: number | null;
+}
+
+export interface Stock {
+  specs: KernelSpec.ISpecModels | null;
+  profiles: readonly Profile[];
+  sandboxes: readonly Sandbox[];
+  snapshots: readonly Snapshot[];
+  /** Kernels that run and are in no sandbox: id and name for people. */
+  kernels: readonly { id: string; text: string }[];
+  /** Ids of kernels to which a session is attached. */
+  attached: ReadonlySet<string>;
+  now: number;
+}
+
+/** The profile of a kernelspec of ours; null for any other. */
+export function profileOf(spec: KernelSpec.ISpecModel | undefined): string | null {
+  const stanza = spec?.metadata?.['kernel_provisioner'] as
+    { provisioner_name?: unknown; config?: { profile?: unknown } } | undefined;
+  const profile = stanza?.config?.profile;
+  return stanza?.provisioner_name === 'sandbox' && typeof profile === 'string' ? profile : null;
+}
+
+/** All that there is to choose from; groups without offers are left out. */
+export function offers(stock: Stock, trans: TranslationBundle): Group[] {
+  const inside: Offer[] = [];
+  const plain: Offer[] = [];
+  for (const spec of Object.values(stock.specs?.kernelspecs ?? {})) {
+    if (spec === undefined) {
+      continue;
+    }
+    const name = profileOf(spec);
+    const profile = stock.profiles.find(one => one.name === name);
+    const choice: Choice = { kind: 'spec', name: spec.name, profile: profile?.name ?? null, resources: {} };
+    const offer = { key: `spec:${spec.name}`, text: spec.display_name, choice };
+    if (profile !== undefined && profile.isolated) {
+      inside.push({ ...offer, detail: described(profile, trans), fields: fields(profile, trans) });
+    } else {
+      plain.push({ ...offer, detail: trans.__('Runs on the server itself, with all that it can reach'), fields: [] });
+    }
+  }
+  const free = stock.sandboxes.filter(({ id, state }) => !ENDED.includes(state) && !stock.attached.has(id));
+  const asleep = free.map(sandbox => ({
+    key: `kernel:${sandbox.id}`,
+    text: title(sandbox),
+    detail: [
+      view({ sandbox, busy: false, connection: 'ok', trouble: '' }, trans).label,
+      trans.__('since %1', age(sandbox.since, stock.now, trans)),
+      sandbox.profile
+    ].join(' · '),
+    choice: { kind: 'kernel', id: sandbox.id } as const,
+    fields: []
+  }));
+  const saved = stock.snapshots
+    .filter(({ id }) => !stock.sandboxes.some(sandbox => sandbox.snapshot === id))
+    .map(snapshot => ({
+      key: `snapshot:${snapshot.id}`,
+      text: snapshot.name || snapshot.id,
+      detail: [bytes(snapshot.size), moment(snapshot.created), snapshot.profile].join(' · '),
+      choice: { kind: 'snapshot', id: snapshot.id } as const,
+      fields: []
+    }));
+  const running = stock.kernels.map(({ id, text }) => ({
+    key: `kernel:${id}`,
+    text,
+    detail: '',
+    choice: { kind: 'kernel', id } as const,
+    fields: []
+  }));
+  const none: Offer = { key: 'none', text: trans.__('No kernel'), detail: '', choice: { kind: 'none' }, fields: [] };
+  return [
+    { label: trans.__('New sandbox'), offers: sorted(inside) },
+    { label: trans.__('Go on with one of your sandboxes'), offers: asleep },
+    { label: trans.__('Start from a snapshot'), offers: saved },
+    { label: trans.__('Not in a sandbox'), offers: [...sorted(plain), ...running] },
+    { label: '', offers: [none] }
+  ].filter(group => group.offers.length > 0);
+}
+
+function sorted(found: Offer[]): Offer[] {
+  return found.sort((one, other) => one.text.localeCompare(other.text));
+}
+
+/** A profile in one line: what isolates it, its image, its limits, its network. */
+export function described(profile: Profile, trans: TranslationBundle): string {
+  const { memory, cpu } = profile.limits;
+  return [
+    trans.__('isolated by %1', profile.runtime === 'gvisor' ? 'gVisor' : profile.runtime),
+    trans.__('image %1', profile.image),
+    memory === null ? '' : bytes(memory),
+    cpu === null ? '' : trans._n('%1 core', '%1 cores', cpu),
+    profile.network === 'none' ? trans.__('no network') : profile.network,
+    profile.workspace === 'none'
+      ? trans.__('does not see your files')
+      : profile.workspace === 'ro'
+        ? trans.__('reads the notebook’s folder')
+        : trans.__('reads and writes the notebook’s folder'),
+    profile.description
+  ]
+    .filter(Boolean)
+    .join(' · ');
+}
+
+const MEBIBYTE = 1 << 20;
+
+/** The numbers that a profile's schema lets a caller choose. */
+export function fields(profile: Profile, trans: TranslationBundle): Field[] {
+  const properties = part(profile.choices, 'properties');
+  const found: Field[] = [];
+  const add = (name: Field['name'], label: string, unit: number, schema: Readonly<Record<string, unknown>>) => {
+    // Where there is no bound, "none" can be chosen beside a number.
+    const either = Array.isArray(schema['anyOf']) ? (schema['anyOf'] as Record<string, unknown>[]) : null;
+    const { minimum, maximum } = either?.find(rule => 'minimum' in rule) ?? schema;
+    if (typeof minimum === 'number' && (typeof maximum !== 'number' || maximum > minimum)) {
+      const preset = typeof schema['default'] === 'number' ? schema['default'] / unit : null;
+      const most = either === null && typeof maximum === 'number' ? Math.floor((maximum / unit) * 100) / 100 : null;
+      found.push({
+        name,
+        label,
+        unit,
+        minimum: unit === 1 ? minimum : Math.ceil(minimum / unit),
+        maximum: most,
+        preset
+      });
+    }
+  };
+  add('memory', trans.__('Memory (MiB)'), MEBIBYTE, part(properties, 'memory'));
+  add('cpu', trans.__('Cores'), 1, part(properties, 'cpu'));
+  add('disk', trans.__('Disk (MiB)'), MEBIBYTE, part(properties, 'disk'));
+  add(
+    'suspend',
+    trans.__('Suspend when idle for (min)'),
+    60,
+    part(part(part(properties, 'idle'), 'properties'), 'suspend')
+  );
+  return found;
+}
+
+function part(of: Readonly<Record<string, unknown>>, name: string): Readonly<Record<string, unknown>> {
+  const found = of[name];
+  return typeof found === 'object' && found !== null ? (found as Record<string, unknown>) : {};
+}
+
+/** What was written into the fields, as the server takes it; empty ones are as the profile has them. */
+export function resources(chosen: ReadonlyMap<Field, number>): Resources {
+  const wanted: Resources = {};
+  for (const [field, value] of chosen) {
+    if (field.name === 'suspend') {
+      wanted.idle = { suspend: value * field.unit };
+    } else {
+      wanted[field.name] = field.unit === 1 ? value : Math.round(value * field.unit);
+    }
+  }
+  return wanted;
+}
