@@ -63,10 +63,10 @@ def install() -> None:
 def build(folder: Path = SOURCES) -> Path:
     """Compile and bundle ``folder``, a labextension folder in a checkout; gives where the bundle is."""
     bundle = folder.parent / "sandbox_gateway" / "_labextension"
-    for stale in (folder / "lib", bundle):
-        shutil.rmtree(stale, ignore_errors=True)
-    bundle.parent.mkdir(exist_ok=True)
+    shutil.rmtree(folder / "lib", ignore_errors=True)
     run(["npx", "tsc"], folder)
+    shutil.rmtree(bundle, ignore_errors=True)  # names of old files hold old hashes
+    bundle.parent.mkdir(exist_ok=True)
     run([str(Path(sys.executable).with_name("jupyter-builder")), "build", str(folder)], folder)
     (bundle / DIGEST).write_text(digest(folder) + "\n")
     return bundle

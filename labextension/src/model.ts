@@ -89,6 +89,7 @@ export class SandboxesModel implements ISandboxes, IDisposable {
     this._client = options.client;
     this.available = options.available;
     this._stream = options.stream;
+    this._nameOf = options.nameOf;
     if (!this.available) {
       this._connection = 'absent';
       this._becomeReady();
@@ -446,6 +447,7 @@ export class SandboxesModel implements ISandboxes, IDisposable {
 
   private _put(sandbox: Sandbox): void {
     const before = this._sandboxes.get(sandbox.id);
+    const name = sandbox.name === '' ? (this._nameOf?.(sandbox.id) ?? '') : sandbox.name;
     let memory = sandbox.memory;
     if (memory === null && ['running', 'paused'].includes(sandbox.state)) {
       memory = before?.memory ?? null; // this answer was not asked for it
@@ -453,7 +455,7 @@ export class SandboxesModel implements ISandboxes, IDisposable {
       const history = this._histories.get(sandbox.id) ?? [];
       this._histories.set(sandbox.id, [...history, memory].slice(-KEPT));
     }
-    this._sandboxes.set(sandbox.id, { ...sandbox, memory });
+    this._sandboxes.set(sandbox.id, { ...sandbox, name, memory });
   }
 
   private _drop(id: string): void {
@@ -500,6 +502,7 @@ export class SandboxesModel implements ISandboxes, IDisposable {
 
   private readonly _client: Client;
   private readonly _stream: Stream;
+  private readonly _nameOf: ((id: string) => string | undefined) | undefined;
   private readonly _poll: Poll | undefined;
   private readonly _changed = new Signal<this, void>(this);
   private readonly _happened = new Signal<this, SandboxEvent>(this);
@@ -529,6 +532,8 @@ export namespace SandboxesModel {
     stream: Stream;
     /** Whether the server has our extension. */
     available: boolean;
+    /** What the page knows as the name of a sandbox that has none of its own: a gateway is told no notebook. */
+    nameOf?: (id: string) => string | undefined;
     /** Milliseconds between two looks. */
     interval?: number;
     standby?: Poll.Standby;

@@ -7,6 +7,7 @@ is left as it is, and says so in its log.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, Final
 
 from jupyter_server.gateway.gateway_client import GatewayClient
@@ -24,7 +25,8 @@ from sandbox_gateway.server.kernel_handlers import kernel_handlers
 from sandbox_gateway.server.kernels import SandboxMappingKernelManager
 from sandbox_gateway.server.metrics import Metrics, MetricsHandler
 from sandbox_gateway.server.operations import operations_of
-from sandbox_gateway.server.rest import rest_handlers
+from sandbox_gateway.server.passing import PassedHandler, Relay
+from sandbox_gateway.server.rest import ROOTS, rest_handlers
 from sandbox_gateway.server.session_handlers import session_handlers
 from sandbox_gateway.server.sessions import SandboxSessionManager
 from sandbox_gateway.server.websocket import SandboxWebSocketConnection, SandboxWebSocketHandler
@@ -54,7 +56,10 @@ def link(serverapp: ServerApp) -> None:
 
 
 def load(serverapp: ServerApp) -> None:
-    """Add our routes, and take over what an earlier server left."""
+    """Add our routes, and take over what an earlier server left; where the kernels are on a gateway, pass them on."""
+    if GatewayClient.instance().gateway_enabled:
+        _pass_on(serverapp)
+        return
     manager = serverapp.kernel_manager
     if not isinstance(manager, SandboxMappingKernelManager):
         return
@@ -74,21 +79,33 @@ def load(serverapp: ServerApp) -> None:
         # A JupyterLab of one's own goes on telling its address as it always did.
         logs.install(serverapp.log, serverapp.identity_provider, as_json=manager.config_of_gateway.log_json)
     add_routes(serverapp, [*rest_handlers(), *event_handlers(), (r"/metrics", MetricsHandler)])
-    _tell_pages(serverapp)
+    _tell_pages(serverapp, lambda: True)
     channels = rf"/api/kernels/{_kernel_id_regex}/channels"
     add_routes(serverapp, [(channels, SandboxWebSocketHandler), *kernel_handlers(), *session_handlers()])
     _begin(serverapp, manager)
 
 
-def _tell_pages(serverapp: ServerApp) -> None:
-    """Have the pages of JupyterLab and Notebook know that these routes are here, so that they ask no server without."""
+def _pass_on(serverapp: ServerApp) -> None:
+    assert serverapp.event_logger is not None
+    relay = Relay(serverapp.event_logger)
+    add_routes(serverapp, [(rf"/api/(?:{'|'.join(ROOTS)})((?:/.*)?)", PassedHandler)])
+    _tell_pages(serverapp, lambda: relay.ours)
+
+    async def run() -> None:
+        serverapp._sandbox_gateway_relay = asyncio.create_task(relay.run())  # type: ignore[attr-defined]
+
+    serverapp.io_loop.add_callback(run)
+
+
+def _tell_pages(serverapp: ServerApp, here: Callable[[], bool]) -> None:
+    """Have the pages of JupyterLab and Notebook know whether our routes are ``here``, so that none asks in vain."""
     settings = serverapp.web_app.settings
     earlier = settings.get("page_config_hook")
 
     def hook(handler: Any, page_config: dict[str, Any]) -> dict[str, Any]:
         if earlier is not None:
             page_config = earlier(handler, page_config)
-        return {**page_config, "sandboxGateway": "1"}
+        return {**page_config, "sandboxGateway": "1"} if here() else page_config
 
     settings["page_config_hook"] = hook
 

@@ -6,7 +6,7 @@ import asyncio
 import os
 import shutil
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -50,10 +50,10 @@ def enabled(base: Path) -> Path:
     return base / "etc"
 
 
-def make_lab(base: Path, *options: str, server_extension: bool = True) -> Lab:
+def make_lab(base: Path, *options: str, server_extension: bool = True, environment: Mapping[str, str] = {}) -> Lab:
     """A JupyterLab as `pip install sandbox_gateway` makes it, or one whose server lacks our extension."""
     search = os.pathsep.join(filter(None, [str(installed_front_end(base)), os.environ.get("JUPYTER_PATH", "")]))
-    environment = {"JUPYTER_PATH": search}
+    environment = {"JUPYTER_PATH": search, **environment}
     if server_extension:
         environment["JUPYTER_CONFIG_PATH"] = str(enabled(base))
     else:

@@ -18,7 +18,10 @@ export const core: JupyterFrontEndPlugin<ISandboxes> = {
     // whether a stored answer still holds does as well.
     const send = (path: string, init: RequestInit) =>
       ServerConnection.makeRequest(URLExt.join(settings.baseUrl, path), { ...init, cache: 'no-cache' }, settings);
+    const nameOf = (id: string) =>
+      [...app.serviceManager.sessions.running()].find(session => session.kernel?.id === id)?.name;
     return new SandboxesModel({
+      nameOf,
       client: new Client(send),
       stream: app.serviceManager.events.stream,
       // Our server extension says so in the page, so that a server without it is never asked.

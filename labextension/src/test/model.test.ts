@@ -66,6 +66,14 @@ describe('the list', () => {
     expect(made.get('goes')).toBeUndefined();
   });
 
+  it('names what has no name as the page does', async () => {
+    const server = new Server();
+    server.sandboxes = [sandbox({ name: '' }), sandbox({ id: 'two', name: 'own' })];
+    const made = model(server, { nameOf: () => 'far.ipynb' });
+    await made.ready;
+    expect(made.all().map(({ name }) => name)).toEqual(['far.ipynb', 'own']);
+  });
+
   it('does not undo what an event told while it was on its way', async () => {
     const server = new Server();
     server.sandboxes = [sandbox()];

@@ -26,7 +26,7 @@ const profile: Profile = {
       disk: { type: 'integer', minimum: 5, maximum: 5, default: 5 },
       idle: { properties: { suspend: { type: 'number', minimum: 1, maximum: 3600, default: 600 } } }
     }
-  }
+  } as never
 };
 
 function spec(name: string, metadata: object = {}) {

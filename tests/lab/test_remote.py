@@ -1,0 +1,101 @@
+"""The same interface where the kernels are on a gateway (``--gateway-url``)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from acceptance import Product
+from browser import Lab, window
+from conftest import KERNEL, make_lab
+from lab_page import chip, choose, entry, running
+from playwright.async_api import expect
+from served import Served
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def gateway(product: Product, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    served = Served(tmp_path_factory.mktemp("gateway") / "gateway.log")
+    asyncio.run(served.start())
+    try:
+        yield served
+    finally:
+        if served.process is not None and served.process.poll() is None:
+            asyncio.run(served.clear())
+        served.stop()
+
+
+@pytest.fixture(scope="module")
+def remote_lab(browser_path: str, gateway: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """A JupyterLab whose kernels are on the gateway, with our extension."""
+    started = make_lab(
+        tmp_path_factory.mktemp("remote"),
+        f"--gateway-url={gateway.url}",
+        environment={"JUPYTER_GATEWAY_AUTH_TOKEN": gateway.token},
+    )
+    try:
+        asyncio.run(started.start())
+        yield started
+    finally:
+        started.stop()
+    assert "Task was destroyed" not in started.log.read_text()
+
+
+@pytest.fixture
+async def ended(remote_lab: Lab, gateway: Served) -> AsyncIterator[None]:
+    yield
+    await remote_lab.end_kernels()
+    await gateway.clear()
+
+
+async def test_a_notebook_on_a_gateway_is_suspended_resumed_and_forked(
+    remote_lab: Lab, gateway: Served, browser_path: str, tmp_path: Path, ended: None
+) -> None:
+    async with window(remote_lab, browser_path, tmp_path, "remote") as page:
+        remote_lab.write("far.ipynb", "x = 41", "print(x + 1)", kernel=KERNEL)
+        await page.visit("far.ipynb")
+        await page.ready()
+        await expect(chip(page)).to_have_attribute("data-look", "running")
+        await page.run(0)
+        await page.done(0, 1)
+        await choose(page, "Suspend…")
+        await page.accept()
+        await expect(chip(page)).to_have_attribute("data-look", "suspended")
+        await page.run(1)
+        await page.printed(1, "42")
+        await expect(chip(page)).to_contain_text("resumed in")  # told by the gateway's events
+        await choose(page, "Fork This Notebook")
+        await expect(page.page.locator(".lm-TabBar-tab", has_text="far-fork1.ipynb")).to_be_visible()
+        await running(page)
+        await expect(entry(page, "far.ipynb").locator(".sg-RunningItem")).to_have_count(1)
+        assert page.errors() == []
+
+
+async def test_what_the_gateway_refuses_is_passed_on_as_it_is(remote_lab: Lab, gateway: Served, ended: None) -> None:
+    served = Served(Path(remote_lab.log), token=remote_lab.token)  # its way to ask, of another server
+    served.port = remote_lab.port
+    missing = await served.ask("GET", "/api/sandboxes/none")
+    assert (missing.status, missing.body["code"]) == (404, "unknown_sandbox")
+    assert missing.headers["Content-Type"].startswith("application/problem+json")
+    wrong = await served.ask("GET", "/api/sandboxes?limit=no")
+    assert (wrong.status, wrong.body["field"]) == (400, "limit")
+    stranger = await served.ask("GET", "/api/sandboxes", token="wrong")
+    assert stranger.status in (401, 403)
+    made = await served.ok("POST", "/api/sandboxes", {"profile": "python3-gvisor", "name": "by hand"})
+    assert [one["name"] for one in (await served.ok("GET", "/api/sandboxes"))["sandboxes"]] == ["by hand"]
+    assert (await served.ask("DELETE", f"/api/sandboxes/{made['id']}?forget=true")).status == 204
+
+
+async def test_a_gateway_that_is_away_is_no_refusal(remote_lab: Lab, gateway: Served) -> None:
+    served = Served(Path(remote_lab.log), token=remote_lab.token)
+    served.port = remote_lab.port
+    await asyncio.to_thread(gateway.stop)
+    try:
+        assert (await served.ask("GET", "/api/sandboxes")).status == 502
+    finally:
+        await gateway.start()
+    assert (await served.ask("GET", "/api/sandboxes")).status == 200
