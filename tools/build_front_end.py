@@ -24,7 +24,8 @@ SOURCES: Final = ROOT / "labextension"
 BUNDLE: Final = ROOT / "sandbox_gateway" / "_labextension"
 DIGEST: Final = "sources.sha256"
 """The file in the bundle that says what it was built from."""
-INPUTS: Final = ("package.json", "rspack.config.cjs", "package-lock.json", "tsconfig.json", "schema/*.json", "style/*", "src/**/*.ts*")
+_SETTINGS: Final = ("package.json", "package-lock.json", "rspack.config.cjs", "tsconfig.json")
+INPUTS: Final = (*_SETTINGS, "schema/*.json", "style/*", "src/**/*.ts*")
 """All that the bundle depends on; the tests of ``src/test`` are no part of it."""
 
 
