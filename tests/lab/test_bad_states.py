@@ -96,3 +96,25 @@ async def test_what_somebody_else_deleted_is_refused_with_the_reason(page: Windo
     told = page.page.locator(".jp-Dialog", has_text="It could not be suspended")
     await expect(told).to_contain_text("there is no sandbox")
     assert page.errors("status of 404") == []
+
+
+async def test_a_server_that_is_killed_and_comes_back_has_its_sandboxes_and_the_page_goes_on(
+    page: Window, tmp_path: Path
+) -> None:
+    page.lab.write("killed.ipynb", "x = 'still there'", "print(x)", kernel=KERNEL)
+    await page.shrug()
+    await page.visit("killed.ipynb")
+    await page.ready()
+    await page.run(0)
+    await page.done(0, 1)
+    await expect(chip(page)).to_have_attribute("data-look", "running")
+    assert page.lab.process is not None
+    page.lab.process.kill()
+    page.lab.process.wait()
+    await expect(chip(page)).to_have_attribute("data-look", "unknown")
+    await page.lab.start()
+    await expect(chip(page)).to_have_attribute("data-look", "running")
+    await page.picture(tmp_path / "back.png")
+    await page.run(1)
+    await page.printed(1, "still there")
+    assert page.errors(*CUT_OFF) == []

@@ -41,3 +41,51 @@ async def test_a_notebook_is_suspended_by_its_chip_and_running_a_cell_resumes_it
     await expect(chip(page)).to_have_attribute("data-look", "running")
     await page.picture(tmp_path / "resumed-dark.png")
     assert page.errors() == []
+
+
+async def test_the_chip_is_worked_with_keys_alone_and_shows_details_and_the_log(page: Window, tmp_path: Path) -> None:
+    page.lab.write("keys.ipynb", "import os\n_ = os.write(1, b'<b>past Jupyter</b>\\n')", kernel=KERNEL)
+    await page.visit("keys.ipynb")
+    await page.ready()
+    await page.run(0)
+    await page.done(0, 1)
+    keyboard = page.page.keyboard
+    await chip(page).focus()
+    await keyboard.press("ArrowDown")
+    menu = page.page.locator(".sg-Menu")
+    await expect(menu.locator(".lm-mod-active .lm-Menu-itemLabel")).to_have_text("Pause")
+    await keyboard.press("Escape")
+    await expect(menu).to_have_count(0)
+    await expect(chip(page)).to_be_focused()
+    await keyboard.press("Enter")
+    await keyboard.press("Enter")
+    await expect(chip(page)).to_have_attribute("data-look", "paused")
+    await page.picture(tmp_path / "paused.png")
+    await choose(page, "Resume")
+    await expect(chip(page)).to_have_attribute("data-look", "running")
+    await choose(page, "Details")
+    dialog = page.page.locator(".jp-Dialog")
+    for text in ("gvisor", "What happened", "paused", "resumed"):
+        await expect(dialog).to_contain_text(text)
+    await page.picture(tmp_path / "details.png")
+    await page.accept()
+    await choose(page, "Show Log")
+    await expect(dialog.locator("pre")).to_contain_text("<b>past Jupyter</b>")  # as text: it comes from inside
+    await page.picture(tmp_path / "log.png")
+    await page.accept()
+    assert page.errors() == []
+
+
+async def test_the_commands_are_in_the_menu_and_the_palette(page: Window, tmp_path: Path) -> None:
+    page.lab.write("menu.ipynb", "1", kernel=KERNEL)
+    await page.visit("menu.ipynb")
+    await page.ready()
+    await page.page.locator(".lm-MenuBar-itemLabel", has_text="Kernel").click()
+    await expect(page.page.locator(".lm-Menu-itemLabel", has_text="Suspend Sandbox…")).to_be_visible()
+    await page.picture(tmp_path / "menu.png")
+    await page.page.keyboard.press("Escape")
+    await page.page.keyboard.press("Control+Shift+C")
+    await page.page.keyboard.insert_text("pause sandbox")
+    await page.page.keyboard.press("Enter")
+    await expect(chip(page)).to_have_attribute("data-look", "paused")
+    assert page.errors() == []

@@ -91,10 +91,10 @@ class Lab:
         return f"http://127.0.0.1:{self.port}"
 
     async def start(self) -> None:
-        """Start it, and return when it answers."""
-        self.folder.mkdir(parents=True)
+        """Start it, and return when it answers; again after it was killed: same port, same token, same folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         settings = self._config / "lab" / "user-settings" / "@jupyterlab" / "apputils-extension"
-        settings.mkdir(parents=True)
+        settings.mkdir(parents=True, exist_ok=True)
         # The one question that a first start asks: news from the project's site.
         (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
         arguments = [

@@ -219,7 +219,12 @@ export class Chip extends ReactWidget {
     }
     menu.aboutToClose.connect(() => {
       button.setAttribute('aria-expanded', 'false');
-      button.focus();
+      // Where the menu opened no dialog, the focus goes back to where it was.
+      requestAnimationFrame(() => {
+        if (document.activeElement === null || document.activeElement === document.body) {
+          button.focus();
+        }
+      });
     });
     const box = button.getBoundingClientRect();
     menu.open(box.left, box.bottom);
