@@ -140,10 +140,9 @@ interface IDetails {
 
 function Details({ sandbox, happened, history, trans }: IDetails): JSX.Element {
   const { limits, idle } = sandbox;
-  const none = trans.__('no limit');
   const memory = sandbox.memory === null ? '' : bytes(sandbox.memory);
   const bound = (value: number | null | undefined, text: (value: number) => string) =>
-    value === null || value === undefined ? none : text(value);
+    value === null || value === undefined ? trans.__('no limit') : trans.__('limit %1', text(value));
   const rows: [string, React.ReactNode][] = [
     [trans.__('Id'), <code key="id">{sandbox.id}</code>],
     [trans.__('State'), `${sandbox.state}, ${moment(sandbox.since)}`],
@@ -152,13 +151,13 @@ function Details({ sandbox, happened, history, trans }: IDetails): JSX.Element {
     [
       trans.__('Memory'),
       <span key="memory">
-        {[memory, trans.__('limit %1', bound(limits?.memory, bytes))].filter(Boolean).join(', ')}
+        {[memory, bound(limits?.memory, bytes)].filter(Boolean).join(', ')}
         <Sparkline values={history} label={trans.__('Memory in the last minutes')} />
       </span>
     ],
-    [trans.__('Disk'), trans.__('limit %1', bound(limits?.disk, bytes))],
-    [trans.__('Processors'), trans.__('limit %1', bound(limits?.cpu, String))],
-    [trans.__('Processes'), trans.__('limit %1', bound(limits?.processes, String))],
+    [trans.__('Disk'), bound(limits?.disk, bytes)],
+    [trans.__('Processors'), bound(limits?.cpu, String)],
+    [trans.__('Processes'), bound(limits?.processes, String)],
     [trans.__('Made'), [moment(sandbox.created), sandbox.parent ?? ''].filter(Boolean).join(', ')]
   ];
   if (idle !== null) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -71,4 +72,19 @@ async def test_a_death_is_told_with_its_reason_and_what_to_do(page: Window, tmp_
     await expect(told).to_contain_text("out of memory")
     await expect(told).to_contain_text("Hold less at once, or start one with more.")
     await page.picture(tmp_path / "died.png")
+    assert page.errors() == []
+
+
+async def test_an_idle_sandbox_that_ends_soon_is_told_and_kept(page: Window, tmp_path: Path) -> None:
+    await page.visit()
+    made = await page.lab.ask(
+        "POST", "sandboxes", {"profile": KERNEL, "name": "idle.ipynb", "resources": {"idle": {"expire": 20}}}
+    )
+    warning = page.page.locator(".Toastify__toast", has_text="“idle.ipynb” is not used")
+    await expect(warning).to_contain_text("is lost at")
+    await page.picture(tmp_path / "idle.png")
+    await warning.get_by_role("button", name="Keep").click()
+    await expect(warning).to_have_count(0)
+    await asyncio.sleep(12)  # it would have ended
+    assert (await page.lab.ask("GET", f"sandboxes/{made['id']}"))["state"] == "running"
     assert page.errors() == []

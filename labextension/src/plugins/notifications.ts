@@ -60,11 +60,7 @@ export const notifications: JupyterFrontEndPlugin<void> = {
             .catch((error: unknown) => explain(trans.__('It could not be kept'), error, trans));
         }
       };
-      const text = trans.__(
-        '“%1” is not used and ends at %2. Nothing of it is kept then.',
-        title(sandbox),
-        moment(due * 1000)
-      );
+      const text = trans.__('“%1” is not used, and is lost at %2.', title(sandbox), moment(due * 1000));
       forget(event.sandbox);
       warned.set(event.sandbox, Notification.warning(text, { autoClose: false, actions: [keep] }));
     };
