@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
 TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS / "server")]
+sys.path[:0] = [str(TESTS), str(TESTS / "server"), str(TESTS / "lab")]
 
 from acceptance import Product, product, profile_kernelspec  # noqa: E402
 from browser import PATIENCE, Lab, Window, chromium, window  # noqa: E402
+from lab_server import make_lab  # noqa: E402
 from playwright.async_api import expect  # noqa: E402
 
 __all__ = ["product"]
 
-ROOT = TESTS.parent
-NAME = "@sandbox-gateway/labextension"
-KERNEL = "python3-gvisor"
-TIGHT = "own-tight"
-"""The kernel of a profile with 512 MiB."""
 THEMES = "settings/@jupyterlab/apputils-extension:themes"
 expect.set_options(timeout=PATIENCE * 1000)
 
@@ -32,33 +26,6 @@ expect.set_options(timeout=PATIENCE * 1000)
 @pytest.fixture(scope="session")
 def browser_path() -> str:
     return chromium()
-
-
-def installed_front_end(base: Path) -> Path:
-    """A folder for ``JUPYTER_PATH`` in which JupyterLab finds this checkout's bundle as a wheel's."""
-    place = base / "share" / "labextensions" / NAME
-    place.parent.mkdir(parents=True)
-    place.symlink_to(ROOT / "sandbox_gateway" / "_labextension")
-    return base / "share"
-
-
-def enabled(base: Path) -> Path:
-    """A folder for ``JUPYTER_CONFIG_PATH`` that enables our server extension, as a wheel does."""
-    place = base / "etc" / "jupyter_server_config.d"
-    place.mkdir(parents=True)
-    shutil.copy(ROOT / "jupyter-config" / "sandbox_gateway.json", place)
-    return base / "etc"
-
-
-def make_lab(base: Path, *options: str, server_extension: bool = True, environment: Mapping[str, str] = {}) -> Lab:
-    """A JupyterLab as `pip install sandbox_gateway` makes it, or one whose server lacks our extension."""
-    search = os.pathsep.join(filter(None, [str(installed_front_end(base)), os.environ.get("JUPYTER_PATH", "")]))
-    environment = {"JUPYTER_PATH": search, **environment}
-    if server_extension:
-        environment["JUPYTER_CONFIG_PATH"] = str(enabled(base))
-    else:
-        options = (*options, "--ServerApp.jpserver_extensions={'sandbox_gateway': False}")
-    return Lab(base, *options, environment=environment)
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from acceptance import Product
 from browser import CutProxy, Lab, Window, window
-from conftest import KERNEL, make_lab
 from lab_page import chip, choose
+from lab_server import KERNEL, make_lab
 from playwright.async_api import Request, expect
 
 pytestmark = pytest.mark.timeout(300)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from browser import Window
-from conftest import KERNEL
 from lab_page import chip, choose, dark
+from lab_server import KERNEL
 from playwright.async_api import expect
 
 pytestmark = pytest.mark.timeout(300)

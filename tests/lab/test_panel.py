@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from browser import Window
-from conftest import KERNEL, TIGHT
 from lab_page import chip, choose, dark, entry, running
+from lab_server import KERNEL, TIGHT
 from playwright.async_api import expect
 
 pytestmark = pytest.mark.timeout(300)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from browser import Window
-from conftest import KERNEL, TIGHT
 from lab_page import chip, dark
+from lab_server import KERNEL, TIGHT
 from playwright.async_api import Locator, expect
 
 pytestmark = pytest.mark.timeout(300)

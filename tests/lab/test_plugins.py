@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from acceptance import Product
 from browser import Lab, window
-from conftest import KERNEL, NAME, make_lab
 from lab_page import chip
+from lab_server import KERNEL, NAME, make_lab
 from playwright.async_api import expect
 
 pytestmark = pytest.mark.timeout(300)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from acceptance import Product
 from browser import Lab, window
-from conftest import KERNEL, make_lab
 from lab_page import chip, choose, entry, running
+from lab_server import KERNEL, make_lab
 from playwright.async_api import expect
 from served import Served
 
