@@ -6,6 +6,7 @@ import type { TranslationBundle } from '@jupyterlab/translation';
 import { ITranslator, nullTranslator } from '@jupyterlab/translation';
 import type { LabIcon } from '@jupyterlab/ui-components';
 import { runIcon } from '@jupyterlab/ui-components';
+import { MessageLoop } from '@lumino/messaging';
 import { Throttler } from '@lumino/polling';
 import { Signal } from '@lumino/signaling';
 import { Widget } from '@lumino/widgets';
@@ -27,6 +28,7 @@ import { title, tree, view } from '../view';
 const AGES = 30_000;
 /** Within what many changes are shown at once. */
 const SOON = 200;
+const LATE = 3000;
 
 export const panel: JupyterFrontEndPlugin<void> = {
   id: '@sandbox-gateway/labextension:panel',
@@ -51,11 +53,24 @@ export const panel: JupyterFrontEndPlugin<void> = {
     const saved = new Snapshots(app, sandboxes, trans);
     running.add(listed);
     running.add(saved);
-    const changed = new Throttler(() => {
+    const show = () => {
       listed.runningChanged.emit();
       saved.runningChanged.emit();
-    }, SOON);
+    };
+    // A list of hundreds takes a while to draw: one that nobody sees may wait. (Its sections may have been moved to
+    // another place than the sidebar, so it is drawn all the same.)
+    const soon = new Throttler(show, SOON);
+    const late = new Throttler(show, { limit: LATE, edge: 'trailing' });
+    const changed = { invoke: () => (visible() ? soon : late).invoke() };
     sandboxes.changed.connect(() => void changed.invoke());
+    if (sidebar instanceof Widget) {
+      MessageLoop.installMessageHook(sidebar, (_, message) => {
+        if (message.type === 'after-show') {
+          void soon.invoke();
+        }
+        return true;
+      });
+    }
     window.setInterval(() => visible() && void changed.invoke(), AGES);
   }
 };
