@@ -53,6 +53,10 @@ AT_A_TIME = 4
 """Restores under way at the same time."""
 
 
+def _unheard(step: Progress) -> None:
+    """Nobody wants to know how far it is."""
+
+
 @dataclass(frozen=True, slots=True)
 class ForkOutcome:
     """What became of one child."""
@@ -156,7 +160,9 @@ class Lifecycle:
         await self._clear(wanted.id)
         start = await self.templates.find(wanted, launch, runtime, report)
         record = replace(self._record(launch, wanted.profile), name=wanted.name, notes=notes, owner=wanted.owner)
+        say = progress or _unheard
         if start.saved is not None and start.plan is not None:
+            say(Progress("sandbox", 0, 0, "restoring it from its template"))
             warm = replace(record, parent=f"template:{start.plan.key.short}", epoch=start.saved.epoch)
             sandbox = await self._from_pool(start.plan, start.saved, warm, launch, seat)
             if sandbox is not None:
@@ -167,6 +173,7 @@ class Lifecycle:
                 if isinstance(error, _Ended):
                     raise
                 start = await asyncio.to_thread(self.templates.failed, start, error)
+        say(Progress("sandbox", 0, 0, "starting it without a template"))
         record = replace(record, notes=(*notes, *start.notes))
         sandbox = await self._new(record, launch, seat, runtime, report)
         await self._made(sandbox, sandbox.create(launch.kernel))

@@ -164,8 +164,8 @@ export interface paths {
         put?: never;
         /**
          * Start the kernel anew
-         * @description Files stay, variables go. Where the whole sandbox died (out of memory), a new one is made under the same id,
-         *     without its files.
+         * @description Files stay, variables go. Where the whole sandbox died (out of memory), or with `clean`, a new one of the same
+         *     profile and resources is made under the same id, without its files.
          */
         post: operations["restartSandbox"];
         delete?: never;
@@ -527,6 +527,8 @@ export interface components {
             resources?: components["schemas"]["Resources"];
             /** @description A label for people. */
             name?: components["schemas"]["Label"];
+            /** @description The notebook's path, for a profile that opens its folder; without effect on a gateway. */
+            path?: string;
             /** @description An id of the caller's choice, which must be free. */
             id?: string;
         };
@@ -559,6 +561,13 @@ export interface components {
         Label: string;
         RenameSandbox: {
             name: components["schemas"]["Label"];
+        };
+        Restart: {
+            /**
+             * @description Whether its files go too.
+             * @default false
+             */
+            clean: boolean;
         };
         Suspend: {
             /** @description For people. */
@@ -792,6 +801,13 @@ export interface components {
             idle: components["schemas"]["Idle"];
             /** @enum {unknown} */
             network: "none";
+            /** @description How a kernel of it starts now, as it is offered. */
+            start: {
+                /** @description Whether it has a template, from which new ones are restored. */
+                template: boolean;
+                /** @description What the last such start took here; null before the first. */
+                seconds: number | null;
+            };
             client_environment: string[];
             /** @description A JSON Schema (draft 2020-12) of `resources` in `POST /api/sandboxes`. */
             choices: Record<string, never>;
@@ -1333,7 +1349,16 @@ export interface operations {
             };
             cookie?: never;
         };
-        requestBody?: components["requestBodies"]["Nothing"];
+        requestBody?: {
+            content: {
+                /**
+                 * @example {
+                 *       "clean": true
+                 *     }
+                 */
+                "application/json": components["schemas"]["Restart"];
+            };
+        };
         responses: {
             200: components["responses"]["Sandbox"];
             400: components["responses"]["BadRequest"];

@@ -85,11 +85,12 @@ class RestHandler(APIHandler):
         wait: float,
         *,
         sandbox: str | None = None,
+        name: str = "",
         status: int = 200,
         location: Callable[[Mapping[str, Any]], str] = lambda result: "",
     ) -> None:
         """Begin an operation, and answer with its outcome if it comes within ``wait`` seconds, else with itself."""
-        operation = self.operations.start(self.caller, kind, work, sandbox=sandbox)
+        operation = self.operations.start(self.caller, kind, work, sandbox=sandbox, name=name)
         operation = await self.operations.wait(operation, wait)
         if operation.error is not None and wait > 0:
             raise operation.error

@@ -132,6 +132,7 @@ class EventBridge:
         owner: str,
         *,
         sandbox: str = "",
+        name: str = "",
         text: str = "",
         done: int | None = None,
         total: int | None = None,
@@ -140,11 +141,11 @@ class EventBridge:
         """Tell how far a long operation is.
 
         ``kind`` is its name (``create``, ``suspend``, ``fork``...), ``phase`` one of :data:`PHASES`, ``owner`` whose it
-        is, ``text`` one line for people, ``done`` of ``total`` its progress (bytes, or children), and ``error`` why it
-        failed. Never raises.
+        is, ``name`` the label of a sandbox that is being made, ``text`` one line for people, ``done`` of ``total`` its
+        progress (bytes, or children), and ``error`` why it failed. Never raises.
         """
         data: dict[str, Any] = {"operation": operation_id, "kind": kind, "phase": phase, "owner": owner}
-        more = {"sandbox": sandbox, "text": text[:1000], "done": done, "total": total}
+        more = {"sandbox": sandbox, "name": name, "text": text[:1000], "done": done, "total": total}
         data |= {key: value for key, value in more.items() if value not in ("", None)}
         if error is not None:
             data["error"] = {"code": error.code, "message": error.message[:1000], "hint": error.hint[:1000]}

@@ -67,7 +67,7 @@ def load(serverapp: ServerApp) -> None:
     logs.warn_of_arguments(serverapp.log)
     logs.quiet_pings()
     assert serverapp.event_logger is not None
-    bridge = EventBridge(gateway, serverapp.event_logger)
+    bridge = manager.bridge = EventBridge(gateway, serverapp.event_logger)
     serverapp.web_app.settings |= {
         "sandbox_gateway": gateway,
         "sandbox_events": bridge,

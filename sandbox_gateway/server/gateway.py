@@ -11,6 +11,7 @@ import asyncio
 import logging
 import os
 import secrets
+import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
@@ -67,6 +68,16 @@ class Wanted:
     """The folder that a profile with a workspace opens."""
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    """How a kernel of a profile starts."""
+
+    template: bool
+    """Whether there is a template, from which it is restored."""
+    seconds: float | None
+    """What the last restore from it took here; None before the first one."""
+
+
 class Gateway:
     """Use it on one event loop."""
 
@@ -89,6 +100,8 @@ class Gateway:
         self._listeners: list[Callable[[ServedKernel, bool], None]] = []
         self.before_close: list[Callable[[], Awaitable[object]]] = []
         """Awaited before any sandbox is left."""
+        self._took: dict[str, float] = {}
+        """Seconds of the last restore from the template of each profile as it is offered."""
         self._closers: list[Callable[[], object]] = []
         self._started: asyncio.Task[None] | None = None
         self._closed = False
@@ -199,6 +212,12 @@ class Gateway:
         """What the administrator offers here."""
         return tuple((await self._offers()).values())
 
+    async def starts(self) -> Callable[[Profile], Start]:
+        """How a kernel of a profile, as it is offered, starts now."""
+        records = await asyncio.to_thread(self.lifecycle.templates.records.list)
+        ready = {record.profile for record in records if record.snapshot is not None}
+        return lambda profile: Start(profile.name in ready, self._took.get(profile.name))
+
     async def profile(self, name: str) -> Profile:
         """An offer by its name, or by one that means the default; raises ``unknown_profile``."""
         offers = await self._offers()
@@ -226,7 +245,11 @@ class Gateway:
         usage = self._usage(caller.name)
         async with self.quotas.create(caller.name, usage, memory=profile.limits.memory, ids=[kernel_id]):
             kernel = ServedKernel(self, kernel_id, caller.name, self._directory(wanted, profile, caller))
+            began = time.monotonic()
             await kernel.launch(profile, wanted, progress)
+            if kernel.live.record.parent is not None and not profile.chosen:
+                # A cold start goes on when this returns: its kernel still boots.
+                self._took[profile.name] = time.monotonic() - began
         self.kernels[kernel_id] = kernel
         self._announce(kernel, True)
         return kernel.live.record
@@ -333,10 +356,11 @@ class Gateway:
         """Interrupt what runs; wakes it."""
         await (await self.live(caller, sandbox_id)).interrupt()
 
-    async def restart(self, caller: Caller, sandbox_id: str) -> SandboxRecord:
-        """Start the kernel anew, files kept; of one whose sandbox died, a new sandbox under the same id."""
+    async def restart(self, caller: Caller, sandbox_id: str, *, clean: bool = False) -> SandboxRecord:
+        """Start the kernel anew, files kept; of one whose sandbox died, or ``clean``, a new sandbox under the same
+        id."""
         kernel = self.kernel(caller, sandbox_id)
-        await kernel.restart()
+        await kernel.restart(clean=clean)
         return kernel.live.record
 
     async def rename(self, caller: Caller, sandbox_id: str, name: str) -> SandboxRecord:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from sandbox_gateway import request as requests
+from sandbox_gateway.choices import images
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.images.service import Progress
 from sandbox_gateway.kernelspecs import kernel_argv
@@ -137,8 +138,11 @@ class ServedKernel:
 
     # The kernel inside
 
-    async def restart(self) -> None:
-        """Start the kernel anew; raises ``expired`` for one whose time was over."""
+    async def restart(self, *, clean: bool = False) -> None:
+        """Start the kernel anew; raises ``expired`` for one whose time was over.
+
+        ``clean``: in a new sandbox, with nothing of the old one.
+        """
         live = self.live
         if live.death is None:
             live = await self.ours()
@@ -146,6 +150,8 @@ class ServedKernel:
         async with self._order, self._gateway.admission(live) if comes_back else contextlib.nullcontext():
             self._unwatch()
             try:
+                if clean and live.death is None:
+                    await live.destroy(Death(DeathKind.STOPPED, "restarted clean"))
                 if live.death is not None or not await self._rebooted(live):
                     self.hub.publish_restart()
                     await self._make_again(live)
@@ -171,6 +177,8 @@ class ServedKernel:
         launch = dead.launch
         profiles = await asyncio.to_thread(load_profiles, self._gateway.paths)
         profile = replace(profiles.get(dead.record.profile), limits=launch.spec.limits, required_limits=frozenset())
+        if launch.spec.image.name in images(profile):
+            profile = replace(profile, image=launch.spec.image.name)
         if dead.record.idle is not None:
             profile = replace(profile, idle=dead.record.idle, chosen=frozenset({"idle"}))
         environment = launch.kernel.environment

@@ -6,6 +6,7 @@ is answered as one that does not exist. Values are passed on; nothing that is sh
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,13 +24,16 @@ from traitlets import Instance, default
 
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host.paths import discover
+from sandbox_gateway.images.service import Progress
 from sandbox_gateway.kernelspecs import PROVISIONER
 from sandbox_gateway.server.callers import EVERYBODY, Caller
 from sandbox_gateway.server.config import SandboxGateway
+from sandbox_gateway.server.events import EventBridge
 from sandbox_gateway.server.gateway import Gateway, Wanted
 from sandbox_gateway.server.identity import caller_of
 from sandbox_gateway.server.kernel import ServedKernel
 from sandbox_gateway.server.kernel_manager import SandboxKernelManager
+from sandbox_gateway.server.starts import telling
 
 
 def current_caller() -> Caller:
@@ -48,6 +52,8 @@ class SandboxMappingKernelManager(AsyncMappingKernelManager):
 
     gateway = Instance(Gateway)
     config_of_gateway = Instance(SandboxGateway)
+    bridge: EventBridge | None = None
+    """Tells of starts; there is none until the routes are."""
 
     @default("config_of_gateway")
     def _default_config_of_gateway(self) -> SandboxGateway:
@@ -156,6 +162,7 @@ class SandboxMappingKernelManager(AsyncMappingKernelManager):
             return started
         if kernel_id is not None and kernel_id in self:
             raise DuplicateKernelError(f"Kernel already exists: {kernel_id}")
+        kernel_id, caller = kernel_id or str(uuid.uuid4()), current_caller()
         offered = {str(key): str(value) for key, value in (options.get("env") or {}).items()}
         wanted = Wanted(
             profile=profile,
@@ -163,12 +170,17 @@ class SandboxMappingKernelManager(AsyncMappingKernelManager):
             offered=offered,
             name=str(offered.get("JPY_SESSION_NAME", "")),
             id=kernel_id,
-            directory=self._folder(path),
+            directory=self.folder(path),
         )
         try:
-            record = await self.gateway.create(
-                current_caller(), wanted, lambda step: self.log.info("%s", step.message) if step.message else None
-            )
+            with telling(self.bridge, caller.name, kernel_id, wanted.name) as tell:
+
+                def progress(step: Progress) -> None:
+                    if step.message:
+                        self.log.info("%s", step.message)
+                    tell(step)
+
+                record = await self.gateway.create(caller, wanted, progress)
         except SandboxGatewayError as error:
             if error.code == "id_taken":
                 # Of one that has ended: in the same words, for whoever asks.
@@ -180,7 +192,8 @@ class SandboxMappingKernelManager(AsyncMappingKernelManager):
             made.tell("start", f"Kernel {record.id} was started.")
         return record.id
 
-    def _folder(self, path: str | None) -> Path | None:
+    def folder(self, path: str | None) -> Path | None:
+        """Where a kernel of the notebook of this path starts; nowhere on a gateway, which has no notebooks."""
         if self.gateway.settings.headless:
             return None
         return Path(self.cwd_for_path(path) if path is not None else self.root_dir)

@@ -61,6 +61,8 @@ class Operation:
     """Seconds since the epoch."""
     sandbox: str | None = None
     """The sandbox that it is about, also before there is one."""
+    name: str = ""
+    """The label of a sandbox that is being made."""
     state: OperationState = OperationState.RUNNING
     message: str = ""
     done: int | None = None
@@ -110,14 +112,14 @@ class Operations:
 
         return unlisten
 
-    def start(self, caller: Caller, kind: str, work: Work, *, sandbox: str | None = None) -> Operation:
+    def start(self, caller: Caller, kind: str, work: Work, *, sandbox: str | None = None, name: str = "") -> Operation:
         """Begin ``work``. Raises ``rate_limited`` when too many of the caller's are under way."""
         running = sum(self._known[one].owner == caller.name for one in self._tasks)
         if running >= MAX_RUNNING:
             text = f"{running} operations of yours are under way"
             raise SandboxGatewayError("rate_limited", text, "Wait for some of them to end.")
         self._tidy()
-        operation = Operation(uuid.uuid4().hex, kind, caller.name, self._clock(), sandbox)
+        operation = Operation(uuid.uuid4().hex, kind, caller.name, self._clock(), sandbox, name)
         self._known[operation.id] = operation
         self._tasks[operation.id] = asyncio.create_task(self._run(operation.id, work))
         self._tell(operation)
@@ -254,6 +256,7 @@ class _Telling:
             phase,
             operation.owner,
             sandbox=operation.sandbox or "",
+            name=operation.name,
             text=operation.message,
             done=operation.done,
             total=operation.total,

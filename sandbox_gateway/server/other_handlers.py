@@ -49,7 +49,9 @@ class ProfilesHandler(RestHandler):
     async def get(self) -> None:
         """The list."""
         self.query()
-        self.answer({"profiles": [views.profile(one) for one in await self.gateway.profiles(self.caller)]})
+        start = await self.gateway.starts()
+        found = await self.gateway.profiles(self.caller)
+        self.answer({"profiles": [views.profile(one, start(one)) for one in found]})
 
 
 class ProfileHandler(RestHandler):
@@ -64,7 +66,7 @@ class ProfileHandler(RestHandler):
         self.query()
         for one in await self.gateway.profiles(self.caller):
             if one.name == profile:
-                self.answer(views.profile(one))
+                self.answer(views.profile(one, (await self.gateway.starts())(one)))
                 return
         raise SandboxGatewayError(
             "unknown_profile", f"there is no profile {profile[:80]!r} here", "`GET /api/profiles` lists them."

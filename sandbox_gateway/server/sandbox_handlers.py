@@ -7,6 +7,7 @@ import binascii
 import math
 import uuid
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from jupyter_server.auth.decorator import authorized
@@ -19,14 +20,9 @@ from sandbox_gateway.server import views
 from sandbox_gateway.server.api_handler import RestHandler, unless_reached, view_of, views_of
 from sandbox_gateway.server.gateway import Wanted
 from sandbox_gateway.server.operations import Report
+from sandbox_gateway.server.starts import said
 
 _ENDED = frozenset({State.TERMINATED, State.FAILED, State.EXPIRED})
-
-
-def _said(how_far: Progress) -> str:
-    """What is being built, for people who are not to know where things are on this machine."""
-    part = how_far.what.partition(" ")[0]
-    return how_far.message.replace(how_far.what, part) or f"building {part}"
 
 
 class SandboxesHandler(RestHandler):
@@ -55,19 +51,31 @@ class SandboxesHandler(RestHandler):
             resources=body.get("resources", {}),
             name=body.get("name", ""),
             id=body.get("id") or str(uuid.uuid4()),
+            directory=self._folder(body.get("path")),
         )
         gateway, caller, settings = self.gateway, self.caller, self.settings
 
         async def work(report: Report) -> Mapping[str, Any]:
             def progress(how_far: Progress) -> None:
-                report({"message": _said(how_far), "done": how_far.done_bytes, "total": how_far.total_bytes or None})
+                report({"message": said(how_far), "done": how_far.done_bytes, "total": how_far.total_bytes or None})
 
             record = await gateway.create(caller, wanted, progress)
             return await view_of(gateway, settings, caller, record.id)
 
         await self.long(
-            "create", work, query["wait"], sandbox=wanted.id, status=201, location=lambda made: _address(made["id"])
+            "create",
+            work,
+            query["wait"],
+            sandbox=wanted.id,
+            name=wanted.name,
+            status=201,
+            location=lambda made: _address(made["id"]),
         )
+
+    def _folder(self, path: str | None) -> Path | None:
+        """Where a notebook of this path is; nowhere on a gateway, which has no notebooks."""
+        manager = self.settings.get("kernel_manager")
+        return None if path is None or manager is None else manager.folder(path)
 
 
 class SandboxHandler(RestHandler):
@@ -180,8 +188,8 @@ class RestartHandler(RestHandler):
     @authorized
     async def post(self, sandbox_id: str) -> None:
         """Start the kernel anew."""
-        self.query(), self.read("Nothing")
-        await self.gateway.restart(self.caller, sandbox_id)
+        self.query()
+        await self.gateway.restart(self.caller, sandbox_id, clean=self.read("Restart").get("clean", False))
         self.answer(await self.shown(sandbox_id))
 
 

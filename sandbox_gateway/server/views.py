@@ -12,6 +12,7 @@ from sandbox_gateway.lifecycle import ForkOutcome
 from sandbox_gateway.model import NOT_ISOLATED, Idle, Limits, SandboxRecord, timestamp
 from sandbox_gateway.profiles import Profile
 from sandbox_gateway.server.callers import Caller
+from sandbox_gateway.server.gateway import Start
 from sandbox_gateway.snapshots import Snapshot
 
 
@@ -61,7 +62,7 @@ def snapshot(found: Snapshot, owner: str, published: bool, caller: Caller) -> di
     }
 
 
-def profile(found: Profile) -> dict[str, Any]:
+def profile(found: Profile, start: Start) -> dict[str, Any]:
     """An offer, without what is the administrator's own business: mounts' places and variables' values."""
     return {
         "name": found.name,
@@ -76,6 +77,7 @@ def profile(found: Profile) -> dict[str, Any]:
         "limits": asdict(found.limits),
         "idle": _idle(found.idle),
         "network": "none",
+        "start": asdict(start),
         "client_environment": list(found.client_environment),
         "choices": choice_schema(found),
     }

@@ -223,7 +223,7 @@ class Window:
         """Take down what goes wrong in the page."""
         self.page.on("console", self._heard)
         self.page.on("websocket", self._follow)
-        self.page.on("pageerror", lambda error: self.said.append(f"uncaught: {error}"))
+        self.page.on("pageerror", lambda error: self.said.append(f"uncaught: {error.stack or error}"))
 
     def errors(self, *expected: str) -> list[str]:
         """What was said beyond what is harmless or ``expected`` (patterns)."""

@@ -35,7 +35,7 @@ from sandbox_gateway.owner import report_progress
 from sandbox_gateway.profiles import Profile
 from sandbox_gateway.runtimes.base import Stats
 from sandbox_gateway.server.callers import Caller
-from sandbox_gateway.server.gateway import Wanted
+from sandbox_gateway.server.gateway import Start, Wanted
 from sandbox_gateway.snapshots import Kind, Manifest, Snapshot
 from sandbox_gateway.store import Store
 from sandbox_gateway.wire.frames import Channel
@@ -254,7 +254,7 @@ class FakeGateway:
     async def interrupt(self, caller: Caller, sandbox_id: str) -> None:
         await (await self.live(caller, sandbox_id)).interrupt()
 
-    async def restart(self, caller: Caller, sandbox_id: str) -> SandboxRecord:
+    async def restart(self, caller: Caller, sandbox_id: str, *, clean: bool = False) -> SandboxRecord:
         return (await self.live(caller, sandbox_id)).record
 
     async def rename(self, caller: Caller, sandbox_id: str, name: str) -> SandboxRecord:
@@ -310,6 +310,9 @@ class FakeGateway:
 
     async def profiles(self, caller: Caller) -> tuple[Profile, ...]:
         return (PROFILE,)
+
+    async def starts(self) -> Callable[[Profile], Start]:
+        return lambda profile: Start(True, 0.2)
 
     async def logs(self, caller: Caller, sandbox_id: str) -> bytes:
         await self.record(caller, sandbox_id)

@@ -14,7 +14,7 @@ from served import Served
 from tornado.httpclient import HTTPRequest
 from tornado.websocket import WebSocketClientConnection, websocket_connect
 
-from sandbox_gateway.server.events import KERNEL_ACTIONS, SANDBOX
+from sandbox_gateway.server.events import KERNEL_ACTIONS, OPERATION, SANDBOX
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -93,6 +93,22 @@ async def test_jupyters_own_events_tell_of_kernels_that_start_and_are_shut_down(
                 assert event["status"] == "success"
                 actions.append(event["action"])
     assert actions == ["start", "restart", "shutdown"]
+
+
+async def test_a_start_by_jupyters_own_route_is_told_by_its_phases(
+    gateway: Served, told: WebSocketClientConnection
+) -> None:
+    kernel_id = (await gateway.ok("POST", "/api/kernels", {"name": "python3-gvisor"}))["id"]
+    phases: list[str] = []
+    async with asyncio.timeout(60):
+        while "succeeded" not in phases:
+            raw = await told.read_message()
+            assert isinstance(raw, str)
+            event = json.loads(raw)
+            if event["schema_id"] == OPERATION and event["sandbox"] == kernel_id:
+                assert (event["kind"], event["owner"]) == ("create", "default")
+                phases.append(event["phase"])
+    assert phases[0] == "started" and "progress" in phases
 
 
 async def test_the_token_is_in_no_log_no_event_and_no_command_line(

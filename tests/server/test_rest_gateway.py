@@ -131,6 +131,21 @@ async def test_a_kernel_that_ends_in_a_cell_is_told_and_another_follows(gateway:
                 await asyncio.sleep(0.2)
 
 
+async def test_a_clean_restart_leaves_nothing_but_the_id_and_what_was_chosen(gateway: Served) -> None:
+    one = await gateway.create(name="report", resources={"memory": "300MiB"})
+    address = f"/api/sandboxes/{one}"
+    assert (await run(gateway, one, "x = 1\nopen('file', 'w').close()"))[-1]["status"] == "ok"
+    for _ in range(2):
+        made = await gateway.ok("POST", f"{address}/restart", {"clean": True})
+        assert (made["id"], made["state"], made["name"]) == (one, "running", "report")
+        assert made["limits"]["memory"] == 300 << 20
+        told = await run(gateway, one, "import os\nprint('x' in globals(), os.path.exists('file'))")
+        assert told[0] == {"type": "stdout", "text": "False False\n"}
+        await gateway.ok("POST", f"{address}/suspend?wait=60")  # the second time it is asleep
+    profiles = {each["name"]: each for each in (await gateway.ok("GET", "/api/profiles"))["profiles"]}
+    assert profiles["python3-gvisor"]["start"]["template"] in (True, False)
+
+
 async def test_a_restart_ends_the_cell_that_runs(gateway: Served) -> None:
     one = await gateway.create()
     told = []
