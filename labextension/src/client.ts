@@ -34,7 +34,9 @@ export class Refused extends Error {
     readonly status: number,
     readonly code: string,
     message: string,
-    readonly hint: string
+    readonly hint: string,
+    /** What of the request is wrong, dotted; empty where it is nothing of it. */
+    readonly field = ''
   ) {
     super(message);
     this.name = 'Refused';
@@ -132,5 +134,6 @@ async function refusal(response: Response): Promise<Refused | Unreachable> {
     return new Unreachable(`${response.status} ${response.statusText}`);
   }
   const message = typeof told?.message === 'string' ? told.message : `${response.status} ${response.statusText}`;
-  return new Refused(response.status, code, message, typeof told?.hint === 'string' ? told.hint : '');
+  const hint = typeof told?.hint === 'string' ? told.hint : '';
+  return new Refused(response.status, code, message, hint, typeof told?.field === 'string' ? told.field : '');
 }

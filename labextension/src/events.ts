@@ -29,6 +29,10 @@ export interface OperationEvent {
   text: string;
   done: number | null;
   total: number | null;
+  /** The label of a sandbox that is being made. */
+  name?: string;
+  /** Why it failed. */
+  error?: { code: string; message: string; hint: string } | null;
 }
 
 /** An event of ours, or null for anything else. */
@@ -57,10 +61,20 @@ export function parse(told: unknown): SandboxEvent | OperationEvent | null {
       sandbox: text(found.sandbox),
       text: text(found.text),
       done: typeof found.done === 'number' ? found.done : null,
-      total: typeof found.total === 'number' ? found.total : null
+      total: typeof found.total === 'number' ? found.total : null,
+      name: text(found.name),
+      error: reason(found.error)
     };
   }
   return null;
+}
+
+function reason(value: unknown): { code: string; message: string; hint: string } | null {
+  if (typeof value !== 'object' || value === null) {
+    return null;
+  }
+  const found = value as Record<string, unknown>;
+  return { code: text(found.code), message: text(found.message), hint: text(found.hint) };
 }
 
 function text(value: unknown): string {

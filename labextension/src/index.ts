@@ -6,6 +6,9 @@ import { fork } from './plugins/fork';
 import { notifications } from './plugins/notifications';
 import { panel } from './plugins/panel';
 import { picker } from './plugins/picker';
+import { remember } from './plugins/remember';
+import { saved } from './plugins/saved';
+import { starts } from './plugins/starts';
 
 export { ISandboxes } from './tokens';
-export default [core, commands, chip, panel, fork, notifications, picker];
+export default [core, commands, chip, panel, fork, notifications, picker, remember, saved, starts];

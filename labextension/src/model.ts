@@ -39,6 +39,8 @@ export interface ISandboxes {
   readonly changed: ISignal<ISandboxes, void>;
   /** What happened, as it happens. */
   readonly happened: ISignal<ISandboxes, SandboxEvent>;
+  /** How far what takes long is, as it goes on; also what has no sandbox yet. */
+  readonly progressed: ISignal<ISandboxes, OperationEvent>;
 
   /** Those that have not ended, oldest first, and those that ended while this page was open. */
   all(): readonly Sandbox[];
@@ -54,16 +56,18 @@ export interface ISandboxes {
   settled(id: string): Promise<void>;
 
   profiles(): Promise<Profile[]>;
-  create(profile: string, resources: Resources, name: string): Promise<Sandbox>;
+  /** `path` is the notebook's, for a profile that opens its folder. */
+  create(profile: string, resources: Resources, name: string, path?: string): Promise<Sandbox>;
   suspend(id: string, reason?: string): Promise<Sandbox>;
   resume(id: string): Promise<Sandbox>;
   pause(id: string): Promise<Sandbox>;
-  restart(id: string): Promise<Sandbox>;
+  /** Start its kernel anew; `clean` is with nothing of what is there, files included. */
+  restart(id: string, clean?: boolean): Promise<Sandbox>;
   rename(id: string, name: string): Promise<Sandbox>;
   /** Have it count as used, so that it is not paused, suspended or ended for idleness now. */
   keep(id: string): Promise<void>;
-  /** The ids of those that run; rejects with the first error where none does. */
-  fork(id: string, count?: number): Promise<string[]>;
+  /** Rejects with the first error where no child runs. */
+  fork(id: string, count?: number): Promise<Forked>;
   snapshot(id: string, name: string): Promise<Snapshot>;
   /** End it and forget it. */
   remove(id: string): Promise<void>;
@@ -71,6 +75,12 @@ export interface ISandboxes {
   events(id: string): Promise<LoggedEvent[]>;
   startSnapshot(id: string): Promise<string>;
   removeSnapshot(id: string): Promise<void>;
+}
+
+/** What became of a fork: the ids of the children that run, and why the others do not. */
+export interface Forked {
+  ids: string[];
+  failures: Refused[];
 }
 
 /** States in which nothing lives any more. */
@@ -126,6 +136,10 @@ export class SandboxesModel implements ISandboxes, IDisposable {
 
   get happened(): ISignal<this, SandboxEvent> {
     return this._happened;
+  }
+
+  get progressed(): ISignal<this, OperationEvent> {
+    return this._progressed;
   }
 
   get isDisposed(): boolean {
@@ -185,8 +199,8 @@ export class SandboxesModel implements ISandboxes, IDisposable {
     return (await this._asked(this._client.get('/api/profiles'))).profiles;
   }
 
-  async create(profile: string, resources: Resources, name: string): Promise<Sandbox> {
-    const body = { profile, resources, name };
+  async create(profile: string, resources: Resources, name: string, path?: string): Promise<Sandbox> {
+    const body = { profile, resources, name, ...(path === undefined ? {} : { path }) };
     return this._take(await this._finish(this._client.post('/api/sandboxes', { query: { wait: 0 }, body })));
   }
 
@@ -204,8 +218,9 @@ export class SandboxesModel implements ISandboxes, IDisposable {
     return this._take(await this._asked(this._client.post('/api/sandboxes/{id}/pause', { path: { id } })));
   }
 
-  async restart(id: string): Promise<Sandbox> {
-    return this._take(await this._asked(this._client.post('/api/sandboxes/{id}/restart', { path: { id } })));
+  async restart(id: string, clean = false): Promise<Sandbox> {
+    const how = clean ? { path: { id }, body: { clean } } : { path: { id } };
+    return this._take(await this._asked(this._client.post('/api/sandboxes/{id}/restart', how)));
   }
 
   async rename(id: string, name: string): Promise<Sandbox> {
@@ -221,7 +236,7 @@ export class SandboxesModel implements ISandboxes, IDisposable {
     }
   }
 
-  async fork(id: string, count = 1): Promise<string[]> {
+  async fork(id: string, count = 1): Promise<Forked> {
     const made = await this._finish(this._client.post('/api/sandboxes/{id}/fork', { path: { id }, body: { count } }));
     return this._children(made);
   }
@@ -250,8 +265,8 @@ export class SandboxesModel implements ISandboxes, IDisposable {
 
   async startSnapshot(id: string): Promise<string> {
     const asked = this._client.post('/api/snapshots/{snapshot}/start', { path: { snapshot: id }, body: { count: 1 } });
-    const [made] = await this._children(await this._finish(asked));
-    return made ?? '';
+    const { ids } = await this._children(await this._finish(asked));
+    return ids[0] ?? '';
   }
 
   async removeSnapshot(id: string): Promise<void> {
@@ -266,8 +281,8 @@ export class SandboxesModel implements ISandboxes, IDisposable {
     let answer: T | Operation = await this._asked(asked);
     while (isOperation(answer)) {
       if (answer.error !== null) {
-        const { code, message, hint } = answer.error;
-        throw new Refused(409, code, message, hint);
+        const { code, message, hint, field } = answer.error;
+        throw new Refused(409, code, message, hint, field);
       }
       if (answer.state === 'succeeded') {
         answer = answer.result as T;
@@ -293,14 +308,16 @@ export class SandboxesModel implements ISandboxes, IDisposable {
     }
   }
 
-  private async _children(made: Children): Promise<string[]> {
+  private async _children(made: Children): Promise<Forked> {
     const ids = made.children.filter(child => child.error === null).map(child => child.id);
-    const failed = made.children.find(child => child.error !== null)?.error;
-    if (ids.length === 0 && failed) {
-      throw new Refused(409, failed.code, failed.message, failed.hint);
+    const failures = made.children.flatMap(({ error }) =>
+      error === null ? [] : [new Refused(409, error.code, error.message, error.hint)]
+    );
+    if (ids.length === 0 && failures[0] !== undefined) {
+      throw failures[0];
     }
     await Promise.all(ids.map(id => this._fetch(id)));
-    return ids;
+    return { ids, failures };
   }
 
   /** Everything once; the poll's factory. It fails where the next look should wait longer. */
@@ -409,12 +426,17 @@ export class SandboxesModel implements ISandboxes, IDisposable {
   }
 
   private _follow(event: OperationEvent): void {
+    this._progressed.emit(event);
     if (event.sandbox === '') {
       return;
     }
     if (event.phase === 'succeeded' || event.phase === 'failed') {
       this._operations.delete(event.sandbox);
-      void this._fetch(event.sandbox);
+      if (event.kind === 'create' && event.phase === 'failed') {
+        this._drop(event.sandbox); // nothing is left of it
+      } else {
+        void this._fetch(event.sandbox);
+      }
     } else {
       this._operations.set(event.sandbox, event);
     }
@@ -506,6 +528,7 @@ export class SandboxesModel implements ISandboxes, IDisposable {
   private readonly _poll: Poll | undefined;
   private readonly _changed = new Signal<this, void>(this);
   private readonly _happened = new Signal<this, SandboxEvent>(this);
+  private readonly _progressed = new Signal<this, OperationEvent>(this);
   private readonly _sandboxes = new Map<string, Sandbox>();
   private readonly _histories = new Map<string, number[]>();
   private readonly _operations = new Map<string, OperationEvent>();

@@ -7,8 +7,12 @@ export const CommandIDs = {
   resume: 'sandboxes:resume',
   pause: 'sandboxes:pause',
   fork: 'sandboxes:fork-notebook',
+  forkSeveral: 'sandboxes:fork-several',
   snapshot: 'sandboxes:snapshot',
+  saveState: 'sandboxes:save-state',
+  pick: 'sandboxes:pick-kernel',
   restart: 'sandboxes:restart',
+  restartClean: 'sandboxes:restart-clean',
   logs: 'sandboxes:logs',
   details: 'sandboxes:details',
   end: 'sandboxes:end'

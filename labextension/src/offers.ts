@@ -4,6 +4,8 @@ import type { TranslationBundle } from '@jupyterlab/translation';
 
 import type { Profile, Resources, Sandbox, Snapshot } from './client';
 import { age, bytes, moment } from './format';
+import type { Field } from './fields';
+import { fields } from './fields';
 import { ENDED } from './model';
 import { title, view } from './view';
 
@@ -27,19 +29,6 @@ export interface Offer {
 export interface Group {
   label: string;
   offers: Offer[];
-}
-
-/** A number that can be chosen for a sandbox. */
-export interface Field {
-  name: 'memory' | 'cpu' | 'disk' | 'suspend';
-  label: string;
-  /** What one of it is: bytes of a MiB, seconds of a minute. */
-  unit: number;
-  minimum: number;
-  /** Null where there is no bound. */
-  maximum: number | null;
-  /** What the profile has; null where that is no limit. */
-  preset: number | null;
 }
 
 export interface Stock {
@@ -122,7 +111,7 @@ function sorted(found: Offer[]): Offer[] {
   return found.sort((one, other) => one.text.localeCompare(other.text));
 }
 
-/** A profile in one line: what isolates it, its image, its limits, its network. */
+/** A profile in one line: what isolates it, its image, its limits, its network, how long it takes to start. */
 export function described(profile: Profile, trans: TranslationBundle): string {
   const { memory, cpu } = profile.limits;
   return [
@@ -131,6 +120,7 @@ export function described(profile: Profile, trans: TranslationBundle): string {
     memory === null ? '' : bytes(memory),
     cpu === null ? '' : trans._n('%1 core', '%1 cores', cpu),
     profile.network === 'none' ? trans.__('no network') : profile.network,
+    started(profile, trans),
     profile.workspace === 'none'
       ? trans.__('does not see your files')
       : profile.workspace === 'ro'
@@ -142,55 +132,10 @@ export function described(profile: Profile, trans: TranslationBundle): string {
     .join(' · ');
 }
 
-const MEBIBYTE = 1 << 20;
-
-/** The numbers that a profile's schema lets a caller choose. */
-export function fields(profile: Profile, trans: TranslationBundle): Field[] {
-  const properties = part(profile.choices, 'properties');
-  const found: Field[] = [];
-  const add = (name: Field['name'], label: string, unit: number, schema: Readonly<Record<string, unknown>>) => {
-    // Where there is no bound, "none" can be chosen beside a number.
-    const either = Array.isArray(schema['anyOf']) ? (schema['anyOf'] as Record<string, unknown>[]) : null;
-    const { minimum, maximum } = either?.find(rule => 'minimum' in rule) ?? schema;
-    if (typeof minimum === 'number' && (typeof maximum !== 'number' || maximum > minimum)) {
-      const preset = typeof schema['default'] === 'number' ? schema['default'] / unit : null;
-      const most = either === null && typeof maximum === 'number' ? Math.floor((maximum / unit) * 100) / 100 : null;
-      found.push({
-        name,
-        label,
-        unit,
-        minimum: unit === 1 ? minimum : Math.ceil(minimum / unit),
-        maximum: most,
-        preset
-      });
-    }
-  };
-  add('memory', trans.__('Memory (MiB)'), MEBIBYTE, part(properties, 'memory'));
-  add('cpu', trans.__('Cores'), 1, part(properties, 'cpu'));
-  add('disk', trans.__('Disk (MiB)'), MEBIBYTE, part(properties, 'disk'));
-  add(
-    'suspend',
-    trans.__('Suspend when idle for (min)'),
-    60,
-    part(part(part(properties, 'idle'), 'properties'), 'suspend')
-  );
-  return found;
-}
-
-function part(of: Readonly<Record<string, unknown>>, name: string): Readonly<Record<string, unknown>> {
-  const found = of[name];
-  return typeof found === 'object' && found !== null ? (found as Record<string, unknown>) : {};
-}
-
-/** What was written into the fields, as the server takes it; empty ones are as the profile has them. */
-export function resources(chosen: ReadonlyMap<Field, number>): Resources {
-  const wanted: Resources = {};
-  for (const [field, value] of chosen) {
-    if (field.name === 'suspend') {
-      wanted.idle = { suspend: value * field.unit };
-    } else {
-      wanted[field.name] = field.unit === 1 ? value : Math.round(value * field.unit);
-    }
+function started({ start }: Profile, trans: TranslationBundle): string {
+  if (!start.template) {
+    return trans.__('its first start takes longer');
   }
-  return wanted;
+  const { seconds } = start;
+  return seconds === null ? trans.__('starts from a template') : trans.__('starts in %1 s', seconds.toFixed(1));
 }

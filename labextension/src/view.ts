@@ -110,7 +110,8 @@ function state(about: About, trans: TranslationBundle): [Look, string] {
   }
 }
 
-function progress(operation: OperationEvent | undefined): string {
+/** How far an operation is: in percent, or how much is done. */
+export function progress(operation: OperationEvent | undefined): string {
   if (operation === undefined) {
     return '';
   }

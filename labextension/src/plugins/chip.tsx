@@ -44,12 +44,15 @@ const ENTRIES: readonly (string | null)[] = [
   CommandIDs.suspend,
   null,
   CommandIDs.fork,
+  CommandIDs.forkSeveral,
+  CommandIDs.saveState,
   CommandIDs.snapshot,
   null,
   CommandIDs.logs,
   CommandIDs.details,
   null,
-  CommandIDs.restart
+  CommandIDs.restart,
+  CommandIDs.restartClean
 ];
 /** For how long the chip says that it was woken, in milliseconds. */
 const NEWS = 5000;

@@ -135,6 +135,22 @@ export const commands: JupyterFrontEndPlugin<void> = {
         }
       }
     });
+    add(CommandIDs.restartClean, {
+      deed: 'restart',
+      label: trans.__('Restart Sandbox Clean…'),
+      short: trans.__('Restart Clean…'),
+      caption: trans.__('Put a new sandbox of the same profile and limits in its place: variables and files go'),
+      failed: trans.__('It could not be restarted'),
+      execute: async sandbox => {
+        const text = trans.__(
+          'A new sandbox of the same profile and limits takes its place. Its variables are lost, and so are all files ' +
+            'inside the sandbox and what was installed there. Files of the notebook’s folder and snapshots stay.'
+        );
+        if (await confirm(trans.__('Restart “%1” clean?', title(sandbox)), text, trans.__('Restart Clean'))) {
+          await sandboxes.restart(sandbox.id, true);
+        }
+      }
+    });
     add(CommandIDs.end, {
       deed: 'end',
       label: trans.__('End Sandbox…'),

@@ -1,13 +1,16 @@
 /** "Fork this notebook": the kernel goes on twice, each with a notebook of its own. */
 import type { JupyterFrontEnd, JupyterFrontEndPlugin } from '@jupyterlab/application';
-import { ICommandPalette } from '@jupyterlab/apputils';
+import { Dialog, ICommandPalette, showDialog } from '@jupyterlab/apputils';
 import { PathExt } from '@jupyterlab/coreutils';
 import { IDocumentManager } from '@jupyterlab/docmanager';
 import type { DocumentRegistry } from '@jupyterlab/docregistry';
 import type { Contents } from '@jupyterlab/services';
+import type { TranslationBundle } from '@jupyterlab/translation';
 import { ITranslator, nullTranslator } from '@jupyterlab/translation';
-import type { Widget } from '@lumino/widgets';
+import type { ReadonlyPartialJSONObject } from '@lumino/coreutils';
+import { Widget } from '@lumino/widgets';
 
+import type { Sandbox } from '../client';
 import { told } from '../progress';
 import { explain } from '../dialogs';
 import { attached, kernelOf, sessionOf } from '../find';
@@ -47,21 +50,28 @@ export const fork: JupyterFrontEndPlugin<void> = {
         const sandbox = sandboxes.get(kernelOf(notebook(args)) ?? '');
         return sandbox !== undefined && sandboxes.connection === 'ok' && possible('fork', sandbox);
       },
-      execute: async args => {
-        const widget = notebook(args);
-        const context = widget === null ? null : contextOf(documents, widget);
-        const sandbox = sandboxes.get(kernelOf(widget) ?? '');
-        if (widget === null || context === null || sandbox === undefined) {
-          return;
+      execute: args => multiply(args, typeof args['count'] === 'number' ? args['count'] : 1),
+      describedBy: {
+        args: {
+          type: 'object',
+          properties: {
+            id: { type: 'string', description: trans.__('The sandbox’s id; else the one in front') },
+            count: { type: 'integer', description: trans.__('How many forks; one where it is not said') }
+          }
         }
-        try {
-          await told(
-            forked(sandboxes, documents, app.serviceManager.contents, context, sandbox.id, widget),
-            trans.__('Forking “%1”…', title(sandbox)),
-            path => trans.__('Forked: “%1” goes on by itself', PathExt.basename(path))
-          );
-        } catch (error) {
-          await explain(trans.__('The notebook could not be forked'), error, trans);
+      }
+    });
+    app.commands.addCommand(CommandIDs.forkSeveral, {
+      label: args =>
+        args['short'] === true ? trans.__('Fork Several Times…') : trans.__('Fork Notebook and Sandbox Several Times…'),
+      caption: trans.__('Several copies of the notebook beside it, each attached to a copy of its kernel'),
+      isVisible: args => app.commands.isVisible(CommandIDs.fork, args),
+      isEnabled: args => app.commands.isEnabled(CommandIDs.fork, args),
+      execute: async args => {
+        const sandbox = sandboxes.get(kernelOf(notebook(args)) ?? '');
+        const count = sandbox === undefined ? null : await askForCount(sandbox, trans);
+        if (count !== null) {
+          await multiply(args, count);
         }
       },
       describedBy: {
@@ -71,35 +81,116 @@ export const fork: JupyterFrontEndPlugin<void> = {
         }
       }
     });
+
+    const multiply = async (args: ReadonlyPartialJSONObject, count: number): Promise<void> => {
+      const widget = notebook(args);
+      const context = widget === null ? null : contextOf(documents, widget);
+      const sandbox = sandboxes.get(kernelOf(widget) ?? '');
+      if (widget === null || context === null || sandbox === undefined) {
+        return;
+      }
+      const { contents } = app.serviceManager;
+      try {
+        const { paths, failures } = await told(
+          forked({ sandboxes, documents, contents, context, id: sandbox.id, widget, count }),
+          trans._n('Forking “%2”…', 'Forking “%2” %1 times…', count, title(sandbox)),
+          made => trans.__('Forked: %1', made.paths.map(path => `“${PathExt.basename(path)}”`).join(', '))
+        );
+        if (failures.length > 0) {
+          const what = trans.__('%1 of %2 forks were made', paths.length, count);
+          await explain(what, failures[0], trans);
+        }
+      } catch (error) {
+        await explain(trans.__('The notebook could not be forked'), error, trans);
+      }
+    };
+
     palette?.addItem({ command: CommandIDs.fork, category: trans.__('Sandbox') });
+    palette?.addItem({ command: CommandIDs.forkSeveral, category: trans.__('Sandbox') });
   }
 };
 
-/** Fork the kernel, save the copy and open it attached to the child; gives the copy's path. */
-async function forked(
-  sandboxes: ISandboxes,
-  documents: IDocumentManager,
-  contents: Contents.IManager,
-  context: DocumentRegistry.Context,
-  id: string,
-  widget: Widget
-): Promise<string> {
+/** More at once is asked for by a program, not by a person who wants to look at each. */
+const MOST = 20;
+
+/** Ask for the number of forks; null is no. */
+async function askForCount(sandbox: Sandbox, trans: TranslationBundle): Promise<number | null> {
+  const body = new CountField(trans);
+  const result = await showDialog<number>({
+    title: trans.__('Fork “%1” several times', title(sandbox)),
+    body,
+    focusNodeSelector: 'input',
+    buttons: [Dialog.cancelButton(), Dialog.okButton({ label: trans.__('Fork') })]
+  });
+  return result.button.accept && body.valid ? result.value : null;
+}
+
+class CountField extends Widget implements Dialog.IBodyWidget<number> {
+  constructor(trans: TranslationBundle) {
+    super();
+    const label = document.createElement('label');
+    label.textContent = trans.__('How many copies, from 1 to %1; each is opened beside the notebook', MOST);
+    this._input.className = 'jp-mod-styled';
+    Object.assign(this._input, { type: 'number', required: true, min: '1', max: String(MOST), step: '1', value: '2' });
+    label.append(this._input);
+    this.node.append(label);
+  }
+
+  /** Whether the number is one that can be asked for. */
+  get valid(): boolean {
+    return this._input.validity.valid;
+  }
+
+  getValue(): number {
+    return this._input.valueAsNumber;
+  }
+
+  private readonly _input = document.createElement('input');
+}
+
+interface IForking {
+  sandboxes: ISandboxes;
+  documents: IDocumentManager;
+  contents: Contents.IManager;
+  context: DocumentRegistry.Context;
+  id: string;
+  widget: Widget;
+  count: number;
+}
+
+interface IMade {
+  /** Of the copies. */
+  paths: string[];
+  /** Why there are not as many as were asked for. */
+  failures: unknown[];
+}
+
+/** Fork the kernel, save the copies and open each attached to its child; rejects where there is none at all. */
+async function forked(forking: IForking): Promise<IMade> {
+  const { sandboxes, documents, contents, context, id, widget, count } = forking;
   const content = context.model.toJSON(); // as it is at the fork, saved or not
   const name = sessionOf(widget)?.session?.kernel?.name ?? '';
-  const [child] = await sandboxes.fork(id);
-  if (child === undefined) {
-    throw new Error('the gateway made no child');
+  const { ids, failures } = await sandboxes.fork(id, count);
+  const made: IMade = { paths: [], failures: [...failures] };
+  for (const child of ids) {
+    try {
+      const path = await free(contents, context.path);
+      await contents.save(path, { type: 'notebook', format: 'json', content });
+      await sandboxes.rename(child, PathExt.basename(path));
+      // The first beside the notebook, the others as tabs of the first.
+      const first = made.paths[0] === undefined ? null : (documents.findWidget(made.paths[0], 'Notebook') ?? null);
+      const place = first === null ? { mode: 'split-right', ref: widget.id } : { mode: 'tab-after', ref: first.id };
+      documents.open(path, 'Notebook', { id: child, name }, place as DocumentRegistry.IOpenOptions);
+      made.paths.push(path);
+    } catch (error) {
+      made.failures.push(error);
+      await sandboxes.remove(child).catch((again: unknown) => made.failures.push(again)); // nobody would know of it
+    }
   }
-  try {
-    const path = await free(contents, context.path);
-    await contents.save(path, { type: 'notebook', format: 'json', content });
-    await sandboxes.rename(child, PathExt.basename(path));
-    documents.open(path, 'Notebook', { id: child, name }, { mode: 'split-right', ref: widget.id });
-    return path;
-  } catch (error) {
-    await sandboxes.remove(child); // nobody would know of it
-    throw error;
+  if (made.paths.length === 0) {
+    throw made.failures[0];
   }
+  return made;
 }
 
 /** A path beside `path` that no file has: `day-fork1.ipynb`, `day-fork2.ipynb`... */

@@ -5,7 +5,8 @@ import { ITranslator, nullTranslator } from '@jupyterlab/translation';
 
 import type { SandboxEvent } from '../events';
 import { explain } from '../dialogs';
-import { moment } from '../format';
+import { bytes, moment } from '../format';
+import { moreMemory } from '../more';
 import { CommandIDs, DOMAIN } from '../names';
 import { ISandboxes } from '../tokens';
 import { advice, title } from '../view';
@@ -24,8 +25,12 @@ export const notifications: JupyterFrontEndPlugin<void> = {
     /** The notification of each sandbox's end to come. */
     const warned = new Map<string, string>();
 
-    const act = (label: string, command: string, id: string): Notification.IAction[] =>
-      app.commands.hasCommand(command) ? [{ label, callback: () => void app.commands.execute(command, { id }) }] : [];
+    const act = (label: string, command: string, id: string, memory?: number): Notification.IAction[] => {
+      const args = memory === undefined ? { id } : { id, memory };
+      return app.commands.hasCommand(command)
+        ? [{ label, callback: () => void app.commands.execute(command, args) }]
+        : [];
+    };
 
     const died = async (event: SandboxEvent): Promise<void> => {
       await sandboxes.settled(event.sandbox); // its record says more than the event
@@ -34,11 +39,14 @@ export const notifications: JupyterFrontEndPlugin<void> = {
         return;
       }
       const why = sandbox.death?.reason ?? event.text; // one that was started anew has its death behind it
+      const more = event.data['kind'] === 'out_of_memory' ? await moreMemory(sandboxes, sandbox) : null;
       const first = trans.__('“%1” died: %2.', title(sandbox), why.replace(/\.$/, ''));
       Notification.error(`${first} ${advice(String(event.data['kind'] ?? ''), sandbox, trans)}`, {
         autoClose: false,
         actions: [
-          ...act(trans.__('Restart'), CommandIDs.restart, sandbox.id),
+          ...(more === null
+            ? act(trans.__('Restart'), CommandIDs.restart, sandbox.id)
+            : act(trans.__('Start with %1…', bytes(more)), CommandIDs.pick, sandbox.id, more)),
           ...act(trans.__('Show Log'), CommandIDs.logs, sandbox.id)
         ]
       });

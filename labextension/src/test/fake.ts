@@ -1,7 +1,7 @@
 /** A server that answers from memory, and a bus that tests speak on. */
 import { Signal } from '@lumino/signaling';
 
-import type { Sandbox, Snapshot } from '../client';
+import type { Profile, Sandbox, Snapshot } from '../client';
 import { Client } from '../client';
 import { SandboxesModel } from '../model';
 
@@ -29,6 +29,43 @@ export function sandbox(changes: Partial<Sandbox> = {}): Sandbox {
     ...changes
   };
 }
+
+/** An offer that lets one choose some of its limits. */
+export const profile: Profile = {
+  name: 'analysis',
+  display_name: 'Analysis',
+  description: '',
+  language: 'python',
+  interrupt_mode: 'signal',
+  runtime: 'gvisor',
+  isolated: true,
+  image: 'host',
+  workspace: 'none',
+  limits: { cpu: 2, memory: 1 << 30, disk: null, processes: null },
+  idle: { pause: null, suspend: null, expire: null },
+  network: 'none',
+  start: { template: true, seconds: null },
+  client_environment: [],
+  choices: {
+    properties: {
+      processes: { type: 'integer', minimum: 16, maximum: 256, default: 256 },
+      image: { title: 'Image', enum: ['host', 'oci:lab'], default: 'host' },
+      network: { title: 'Network', enum: ['none'], default: 'none' },
+      gpu: { title: 'GPUs', type: 'integer', minimum: 0, maximum: 0, default: 0 },
+      memory: { type: 'integer', minimum: 64 << 20, maximum: 1 << 30, default: 1 << 30 },
+      cpu: { anyOf: [{ type: 'number', minimum: 0.1, maximum: 4096 }, { const: 'none' }], default: 'none' },
+      disk: { type: 'integer', minimum: 5, maximum: 5, default: 5 },
+      idle: {
+        type: 'object',
+        properties: {
+          suspend: { type: 'number', minimum: 1, maximum: 3600, default: 600 },
+          expire: { anyOf: [{ type: 'number', minimum: 1, maximum: 1e9 }, { const: 'never' }], default: 'never' }
+        }
+      },
+      licence: { title: 'Licence', type: 'integer', minimum: 1, maximum: 3, default: 1 }
+    }
+  } as never
+};
 
 /** Strings as they are, with what belongs into them. */
 export const trans = {

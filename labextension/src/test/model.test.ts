@@ -261,7 +261,7 @@ describe('long operations', () => {
     server.handlers.set('GET api/operations/op', () =>
       (looks += 1) < 3 ? json(running) : json({ ...running, state: 'succeeded', result, ended: '' })
     );
-    expect(await made.fork('one')).toEqual(['child']);
+    expect(await made.fork('one')).toEqual({ ids: ['child'], failures: [] });
     expect(looks).toBe(3);
     expect(made.get('child')?.parent).toBe('sandbox:one');
   });
@@ -276,6 +276,50 @@ describe('long operations', () => {
       json({ ...operation, state: 'failed', result: null, error, ended: '' }, 202)
     );
     await expect(made.suspend('one')).rejects.toMatchObject({ code: 'disk_full', hint: 'Remove snapshots.' });
+  });
+
+  it('a fork of which some children run has those, and why the others do not', async () => {
+    const server = new Server();
+    server.sandboxes = [sandbox(), sandbox({ id: 'child', parent: 'sandbox:one' })];
+    const made = model(server);
+    await made.ready;
+    const error = { code: 'over_quota', message: 'too many', hint: '' };
+    const children = [
+      { id: 'child', error: null },
+      { id: 'x', error }
+    ];
+    server.handlers.set('POST api/sandboxes/one/fork', () => json({ children }, 201));
+    const { ids, failures } = await made.fork('one', 2);
+    expect(ids).toEqual(['child']);
+    expect(failures.map(({ message }) => message)).toEqual(['too many']);
+  });
+
+  it('that are refused name the field that is wrong', async () => {
+    const server = new Server();
+    const made = model(server);
+    await made.ready;
+    const error = { code: 'invalid_request', message: 'too much', hint: '', field: 'resources.memory' };
+    server.handlers.set('POST api/sandboxes', () =>
+      json({ ...operation, kind: 'create', state: 'failed', result: null, error, ended: '' }, 202)
+    );
+    await expect(made.create('p', { memory: 5 }, 'x')).rejects.toMatchObject({ field: 'resources.memory' });
+  });
+
+  it('are told as they go on, also before there is a sandbox', async () => {
+    const server = new Server();
+    const made = model(server);
+    await made.ready;
+    const heard: unknown[] = [];
+    made.progressed.connect((_, { phase, name, error }) => heard.push([phase, name, error?.code]));
+    const schema_id = 'https://events.jupyter.org/sandbox_gateway/operation/v1';
+    const event = { schema_id, operation: 'op', kind: 'create', owner: 'me', name: 'report.ipynb' };
+    server.stream.emit({ ...event, phase: 'started' });
+    const error = { code: 'over_quota', message: 'too many', hint: '' };
+    server.stream.emit({ ...event, phase: 'failed', error });
+    expect(heard).toEqual([
+      ['started', 'report.ipynb', undefined],
+      ['failed', 'report.ipynb', 'over_quota']
+    ]);
   });
 
   it('a fork of which no child runs is refused with the first reason', async () => {

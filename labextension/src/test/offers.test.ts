@@ -1,33 +1,8 @@
 import { describe, expect, it } from 'vitest';
 
-import type { Profile } from '../client';
 import type { Stock } from '../offers';
-import { fields, offers, profileOf, resources } from '../offers';
-import { sandbox, trans } from './fake';
-
-const profile: Profile = {
-  name: 'analysis',
-  display_name: 'Analysis',
-  description: '',
-  language: 'python',
-  interrupt_mode: 'signal',
-  runtime: 'gvisor',
-  isolated: true,
-  image: 'host',
-  workspace: 'none',
-  limits: { cpu: 2, memory: 1 << 30, disk: null, processes: null },
-  idle: { pause: null, suspend: null, expire: null },
-  network: 'none',
-  client_environment: [],
-  choices: {
-    properties: {
-      memory: { type: 'integer', minimum: 64 << 20, maximum: 1 << 30, default: 1 << 30 },
-      cpu: { anyOf: [{ type: 'number', minimum: 0.1, maximum: 4096 }, { const: 'none' }], default: 'none' },
-      disk: { type: 'integer', minimum: 5, maximum: 5, default: 5 },
-      idle: { properties: { suspend: { type: 'number', minimum: 1, maximum: 3600, default: 600 } } }
-    }
-  } as never
-};
+import { offers, profileOf } from '../offers';
+import { profile, sandbox, trans } from './fake';
 
 function spec(name: string, metadata: object = {}) {
   return { name, language: 'python', argv: [], display_name: name, resources: {}, metadata } as never;
@@ -106,29 +81,13 @@ describe('a kernelspec', () => {
   });
 });
 
-describe('fields', () => {
-  const found = fields(profile, trans);
-
-  it('are what the profile lets one choose, with its bounds', () => {
-    expect(found.map(({ name, minimum, maximum, preset }) => [name, minimum, maximum, preset])).toEqual([
-      ['memory', 64, 1024, 1024],
-      ['cpu', 0.1, null, null],
-      ['suspend', 1, 60, 10]
-    ]);
-  });
-
-  it('become what the server takes', () => {
-    const [memory, cpu, suspend] = found;
-    if (memory && cpu && suspend) {
-      const wanted = resources(
-        new Map([
-          [memory, 300],
-          [cpu, 1.5],
-          [suspend, 5]
-        ])
-      );
-      expect(wanted).toEqual({ memory: 300 << 20, cpu: 1.5, idle: { suspend: 300 } });
-    }
-    expect(resources(new Map())).toEqual({});
+describe('a profile', () => {
+  it('says how long its start took, or what there is to expect', () => {
+    const told = (start: { template: boolean; seconds: number | null }) =>
+      offers(stock({ profiles: [{ ...profile, start }] }), trans)[0]?.offers[0]?.detail;
+    expect(told({ template: true, seconds: 0.234 })).toContain('starts in 0.2 s');
+    expect(told({ template: false, seconds: 0.2 })).toContain('its first start takes longer');
+    expect(told({ template: true, seconds: null })).toContain('starts from a template');
+    expect(told({ template: false, seconds: null })).toContain('its first start takes longer');
   });
 });
