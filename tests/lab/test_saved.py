@@ -9,8 +9,8 @@ import pytest
 from browser import Window
 from lab_page import choose, dark
 from lab_server import KERNEL
+from notebook_files import remember, until_saved
 from playwright.async_api import Locator, expect
-from test_starts import remember, until_saved
 
 pytestmark = pytest.mark.timeout(300)
 

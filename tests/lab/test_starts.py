@@ -14,6 +14,7 @@ from acceptance import Product
 from browser import Lab, Window, window
 from lab_page import chip
 from lab_server import KERNEL, make_lab
+from notebook_files import remember, until_saved
 from playwright.async_api import Locator, WebSocketRoute, expect
 
 pytestmark = pytest.mark.timeout(300)
@@ -37,26 +38,6 @@ async def picker(page: Window) -> Locator:
     shown = page.page.locator(".sg-Picker")
     await expect(shown).to_be_visible()
     return shown
-
-
-def remembered(lab: Lab, name: str) -> Any:
-    """What the notebook's file remembers of its sandbox."""
-    return json.loads((lab.folder / name).read_text())["metadata"].get("sandbox")
-
-
-async def until_saved(lab: Lab, name: str) -> Any:
-    """As :func:`remembered`, once there is something."""
-    async with asyncio.timeout(30):
-        while not (found := remembered(lab, name)):
-            await asyncio.sleep(0.1)
-    return found
-
-
-def remember(lab: Lab, name: str, **metadata: Any) -> None:
-    """Write what a notebook remembers, as somebody who sends one might."""
-    notebook = json.loads((lab.folder / name).read_text())
-    notebook["metadata"]["sandbox"] = metadata
-    (lab.folder / name).write_text(json.dumps(notebook))
 
 
 async def test_a_profile_has_cards_with_its_logo_and_what_was_chosen_for_a_notebook_holds_when_it_is_opened_again(
