@@ -1,38 +1,66 @@
 import { Notification } from '@jupyterlab/apputils';
 
-function dismiss(id: string): void {
-  if (id !== '') {
-    Notification.dismiss(id);
+/** After how long it is worth saying that something goes on, in milliseconds: most is done by then. */
+const SOON = 1000;
+/** For how long a notification stays as it is: one that changes while JupyterLab puts it up would stay so for good. */
+const STILL = 1000;
+
+/** Says that something goes on, unless it is over soon, and how it ended. */
+export class Pending {
+  /** `wanted` says, when it is time, whether to say it at all. */
+  constructor(
+    private _text: string,
+    private readonly _wanted: () => boolean = () => true
+  ) {}
+
+  /** How far it is. */
+  tell(text: string): void {
+    this._text = text;
+    this._later(() => this._over || Notification.update({ id: this._id, message: this._text }));
   }
+
+  /** It is over; an empty text is nothing worth saying. */
+  end(message = ''): void {
+    this._over = true;
+    window.clearTimeout(this._timer);
+    if (this._id === '' && message !== '') {
+      Notification.success(message, { autoClose: 4000 });
+    }
+    this._later(() => {
+      if (message === '') {
+        Notification.dismiss(this._id);
+      } else {
+        Notification.update({ id: this._id, message, type: 'success', autoClose: 4000 });
+      }
+    });
+  }
+
+  private _later(change: () => void): void {
+    if (this._id !== '') {
+      window.setTimeout(change, Math.max(0, this._since + STILL - Date.now()));
+    }
+  }
+
+  private _id = '';
+  private _since = 0;
+  private _over = false;
+  private readonly _timer = window.setTimeout(() => {
+    if (this._wanted()) {
+      this._since = Date.now();
+      this._id = Notification.emit(this._text, 'in-progress', { autoClose: false });
+    }
+  }, SOON);
 }
 
-/** After how long it is worth saying that something goes on, in milliseconds: most is done by then. */
-export const SOON = 1000;
-
-/**
- * Say that something goes on, unless it is done at once, and how it ended (an empty text is nothing worth saying); a
- * failure is for the caller to explain.
- */
+/** Say that something goes on, and how it ended; a failure is for the caller to explain. */
 export async function told<T>(promise: Promise<T>, pending: string, done: (value: T) => string): Promise<T> {
-  let id = '';
-  const timer = window.setTimeout(() => {
-    id = Notification.emit(pending, 'in-progress', { autoClose: false });
-  }, SOON);
+  const shown = new Pending(pending);
   try {
     const value = await promise;
-    const message = done(value);
-    if (message === '') {
-      dismiss(id);
-    } else if (id === '') {
-      Notification.success(message, { autoClose: 4000 });
-    } else {
-      Notification.update({ id, message, type: 'success', autoClose: 4000 });
-    }
+    shown.end(done(value));
     return value;
   } catch (error) {
-    dismiss(id);
+    shown.end();
     throw error;
-  } finally {
-    window.clearTimeout(timer);
   }
 }

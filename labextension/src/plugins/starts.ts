@@ -6,7 +6,7 @@ import { ITranslator, nullTranslator } from '@jupyterlab/translation';
 
 import type { OperationEvent } from '../events';
 import { CommandIDs, DOMAIN } from '../names';
-import { SOON } from '../progress';
+import { Pending } from '../progress';
 import { named, reliefs } from '../quota';
 import { ISandboxes } from '../tokens';
 import { progress, title } from '../view';
@@ -22,16 +22,19 @@ export const starts: JupyterFrontEndPlugin<void> = {
       return;
     }
     const trans = (translator ?? nullTranslator).load(DOMAIN);
-    const shown = new Map<string, Start>();
+    const shown = new Map<string, Pending>();
     let refused = '';
     sandboxes.progressed.connect((_, event) => {
       const ended = event.phase === 'succeeded' || event.phase === 'failed';
       if (event.kind === 'create' && !ended) {
-        let start = shown.get(event.operation);
+        const start = shown.get(event.operation);
         if (start === undefined) {
-          shown.set(event.operation, (start = new Start(trans)));
+          // Another page of the same user has its own starts to tell of.
+          const visible = () => document.visibilityState === 'visible';
+          shown.set(event.operation, new Pending(saying(event, trans), visible));
+        } else {
+          start.tell(saying(event, trans));
         }
-        start.tell(event);
       } else if (ended) {
         shown.get(event.operation)?.end();
         shown.delete(event.operation);
@@ -46,34 +49,11 @@ export const starts: JupyterFrontEndPlugin<void> = {
   }
 };
 
-/** What is said of one start: nothing at first, for most are done at once. */
-class Start {
-  constructor(private readonly _trans: TranslationBundle) {}
-
-  tell(event: OperationEvent): void {
-    const name = event.name ? `“${event.name.replace(/^.*\//, '')}”` : this._trans.__('a sandbox');
-    const first = this._trans.__('Starting %1', name);
-    this._text = [first, phase(event.text, this._trans), progress(event)].filter(Boolean).join(' · ');
-    if (this._id !== '') {
-      Notification.update({ id: this._id, message: this._text });
-    }
-  }
-
-  end(): void {
-    window.clearTimeout(this._timer);
-    if (this._id !== '') {
-      Notification.dismiss(this._id);
-    }
-  }
-
-  private _text = '';
-  private _id = '';
-  private readonly _timer = window.setTimeout(() => {
-    // Another page of the same user has its own starts to tell of.
-    if (document.visibilityState === 'visible') {
-      this._id = Notification.emit(this._text, 'in-progress', { autoClose: false });
-    }
-  }, SOON);
+/** What is said of one start. */
+function saying(event: OperationEvent, trans: TranslationBundle): string {
+  const name = event.name ? `“${event.name.replace(/^.*\//, '')}”` : trans.__('a sandbox');
+  const first = trans.__('Starting %1', name);
+  return [first, phase(event.text, trans), progress(event)].filter(Boolean).join(' · ');
 }
 
 /** The server's word for a phase, in the user's language where it is a known one. */
