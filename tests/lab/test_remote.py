@@ -11,6 +11,7 @@ from acceptance import Product
 from browser import Lab, window
 from lab_page import chip, choose, entry, running
 from lab_server import KERNEL, make_lab
+from notebook_files import remember
 from playwright.async_api import expect
 from served import Served
 
@@ -57,9 +58,11 @@ async def test_a_notebook_on_a_gateway_is_suspended_resumed_and_forked(
 ) -> None:
     async with window(remote_lab, browser_path, tmp_path, "remote") as page:
         remote_lab.write("far.ipynb", "x = 41", "print(x + 1)", kernel=KERNEL)
+        remember(remote_lab, "far.ipynb", profile=KERNEL, resources={"memory": 700 << 20})
         await page.visit("far.ipynb")
         await page.ready()
         await expect(chip(page)).to_have_attribute("data-look", "running")
+        await expect(chip(page)).to_contain_text("of 700 MiB")
         await page.run(0)
         await page.done(0, 1)
         await choose(page, "Suspend…")

@@ -84,6 +84,8 @@ async def test_several_forks_are_made_at_once_and_a_clean_restart_leaves_nothing
     await page.accept()
     for number in (1, 2):
         await expect(page.page.locator(".lm-TabBar-tab", has_text=f"many-fork{number}.ipynb")).to_be_visible()
+    told = page.page.locator(".Toastify__toast", has_text="Forked: “many-fork1.ipynb”, “many-fork2.ipynb”")
+    await expect(told).to_be_visible()
     await page.picture(tmp_path / "forked.png")
     sandboxes = (await page.lab.ask("GET", "sandboxes"))["sandboxes"]
     names = sorted(one["name"].rpartition("/")[2] for one in sandboxes)
