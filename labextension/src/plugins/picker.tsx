@@ -164,7 +164,7 @@ async function ask(session: ISessionContext, body: Picker, trans: TranslationBun
   const dialog = new PickerDialog(body, {
     title: trans.__('Select a kernel for “%1”', session.name),
     body,
-    focusNodeSelector: '[aria-invalid=true], input:checked',
+    focusNodeSelector: body.refused ? '[aria-invalid=true]' : 'input:checked',
     buttons: [Dialog.cancelButton(), Dialog.okButton({ label: trans.__('Select') })],
     checkbox:
       typeof auto === 'boolean'
@@ -259,6 +259,11 @@ class Picker extends ReactWidget implements Dialog.IBodyWidget<Choice> {
     return choice.kind === 'spec' ? { ...choice, resources: resources(this._written) } : choice;
   }
 
+  /** Whether it is shown again, because the server refused what was written. */
+  get refused(): boolean {
+    return this._refused !== null;
+  }
+
   /** Whether nothing is wrong; else it is shown, and the first wrong field has the focus. */
   well(): boolean {
     const bad = [...this._written].find(([field, value]) => wrong(field, value, this._trans) !== '')?.[0];
@@ -344,7 +349,9 @@ class Picker extends ReactWidget implements Dialog.IBodyWidget<Choice> {
     const value = this._written.get(field);
     const ours = value === undefined ? '' : wrong(field, value, this._trans);
     // What the server found wrong holds until something else is written there.
-    const theirs = this._refused?.field === `resources.${field.name}` && !this._touched ? this._refused.message : '';
+    const place = `resources.${field.name}`;
+    const theirs =
+      this._refused?.field === place && !this._touched ? this._refused.message.replace(`${place}: `, '') : '';
     const bad = ours || theirs;
     const about = `sg-field-${field.name}`;
     const shared = {
