@@ -32,7 +32,16 @@ from sandbox_gateway.kernel_watch import KernelWatch, Preparation
 from sandbox_gateway.ledger import Ledger
 from sandbox_gateway.link.host import Link
 from sandbox_gateway.messages import Buffer
-from sandbox_gateway.model import Death, DeathKind, KernelSpec, Launch, OnOwnerExit, SandboxRecord, State
+from sandbox_gateway.model import (
+    NOT_ISOLATED,
+    Death,
+    DeathKind,
+    KernelSpec,
+    Launch,
+    OnOwnerExit,
+    SandboxRecord,
+    State,
+)
 from sandbox_gateway.runtimes.base import Handle, Runtime, Stats
 from sandbox_gateway.seat import Seat
 from sandbox_gateway.snapshots import Kind, Snapshot
@@ -49,6 +58,8 @@ PREPARATION = 600.0
 """Seconds that a kernel may take until it has imported everything that its template is to hold."""
 STILLNESS = 0.2
 """Seconds that a kernel is left alone before it is saved as a template."""
+_LOOK = 0.5
+"""Seconds in which the agent tells what its files take; it does in some milliseconds."""
 _PROMPT = 0.5
 """Seconds in which a restored kernel normally takes its identity."""
 _AWAKE = frozenset({State.RUNNING, State.RESTARTING})
@@ -766,6 +777,19 @@ class LiveSandbox:
     async def stats(self) -> Stats:
         """Resource use of the sandbox now."""
         return await self._runtime.stats(self._handle) if self._handle is not None else Stats()
+
+    async def usage(self) -> Stats:
+        """As :meth:`stats`, with what only its agent sees: the files inside. Not known while it does not run."""
+        stats = await self.stats()
+        if stats.disk is not None or self.state is not State.RUNNING or self.record.runtime in NOT_ISOLATED:
+            return stats
+        try:
+            told = await self.link.call("stats", timeout=_LOOK, disk=True)
+        except SandboxGatewayError:
+            return stats
+        found = told.get("disk")
+        known = isinstance(found, int) and not isinstance(found, bool) and 0 <= found < 2**63
+        return replace(stats, disk=found if known else None)
 
     async def log(self) -> bytes:
         """What the kernel wrote to its raw stdout and stderr, up to the agent's bound."""

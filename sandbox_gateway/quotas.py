@@ -291,13 +291,17 @@ class CreateRate:
     def __init__(self) -> None:
         self._made: deque[tuple[float, int]] = deque()
 
-    def admit(self, limit: int | None, count: int, now: float) -> None:
-        """Raise ``rate_limited``, with how long to wait, unless ``count`` more may be made at ``now`` (seconds)."""
+    def made(self, now: float) -> int:
+        """How many were granted within the minute before ``now`` (seconds)."""
         while self._made and self._made[0][0] <= now - WINDOW:
             self._made.popleft()
+        return sum(each for _, each in self._made)
+
+    def admit(self, limit: int | None, count: int, now: float) -> None:
+        """Raise ``rate_limited``, with how long to wait, unless ``count`` more may be made at ``now`` (seconds)."""
+        made = self.made(now)
         if limit is None or not count:
             return
-        made = sum(each for _, each in self._made)
         if made + count <= limit:
             return
         text = f"you made {made} sandboxes in the last minute, of at most {limit}{_wanted(count)}"
@@ -376,6 +380,11 @@ class Quotas:
         """What holds for ``owner``."""
         found = self._of(owner)
         return self._default if found is None else found
+
+    def made(self, owner: str) -> int:
+        """Sandboxes that ``owner`` made in the last minute."""
+        account = self._accounts.get(owner)
+        return 0 if account is None else account.rate.made(self._clock())
 
     def create(
         self,

@@ -438,6 +438,23 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/api/quota": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** What the caller has, and what he may have */
+        get: operations["getQuota"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/api/operations": {
         parameters: {
             query?: never;
@@ -644,6 +661,7 @@ export interface components {
          *       "created": "2025-01-01T12:00:00.000Z",
          *       "since": "2025-01-01T12:00:00.210Z",
          *       "memory": null,
+         *       "usage": null,
          *       "limits": {
          *         "cpu": null,
          *         "memory": 8589934592,
@@ -681,6 +699,8 @@ export interface components {
             since: string;
             /** @description Bytes in use; null where it was not asked for, or is not known. */
             memory: number | null;
+            /** @description Null where it was not asked for. */
+            usage: components["schemas"]["Usage"] | null;
             limits: components["schemas"]["Limits"] | null;
             /** @description The idle times that were chosen for it; null where its profile's hold. */
             idle: components["schemas"]["Idle"] | null;
@@ -730,6 +750,36 @@ export interface components {
             /** @description Open WebSockets. */
             connections: number | null;
         };
+        /**
+         * @description All host processes of a sandbox counted; null is not known, or none.
+         * @example {
+         *       "memory": 73400320,
+         *       "cpu_seconds": 1.25,
+         *       "disk": 4096,
+         *       "saved": null,
+         *       "gpu": null
+         *     }
+         */
+        Usage: {
+            /** @description Bytes in use, the files inside included. */
+            memory: number | null;
+            /** @description Processor time since it was started or resumed; of two answers the difference tells the cores. */
+            cpu_seconds: number | null;
+            /** @description Bytes of the files written inside; `limits.disk` holds for each file system of them. */
+            disk: number | null;
+            /** @description Bytes on the server's disk that it is suspended in. */
+            saved: number | null;
+            gpu: components["schemas"]["GpuUse"] | null;
+        };
+        /** @description What it uses of its GPUs, all together; null is not known. */
+        GpuUse: {
+            /** @description How much of the time they worked lately, from 0 to 1. */
+            busy: number | null;
+            /** @description Bytes of their own memory. */
+            memory: number | null;
+            /** @description Bytes. */
+            memory_limit: number | null;
+        };
         Stats: {
             /** @description Bytes. */
             memory: number | null;
@@ -737,6 +787,58 @@ export interface components {
             memory_limit: number | null;
             cpu_seconds: number | null;
             processes: number | null;
+            /** @description Bytes of the files written inside. */
+            disk: number | null;
+            gpu: components["schemas"]["GpuUse"] | null;
+        };
+        /**
+         * @example {
+         *       "owner": "ann",
+         *       "live": {
+         *         "used": 2,
+         *         "limit": 4
+         *       },
+         *       "suspended": {
+         *         "used": 1,
+         *         "limit": null
+         *       },
+         *       "memory": {
+         *         "used": 2147483648,
+         *         "limit": 8589934592
+         *       },
+         *       "disk": {
+         *         "used": 73400320,
+         *         "limit": null
+         *       },
+         *       "gpus": {
+         *         "used": 0,
+         *         "limit": null
+         *       },
+         *       "creates_per_minute": {
+         *         "used": 0,
+         *         "limit": 30
+         *       }
+         *     }
+         */
+        Quota: {
+            owner: string;
+            /** @description Sandboxes that have processes. */
+            live: components["schemas"]["Share"];
+            /** @description Suspended sandboxes. */
+            suspended: components["schemas"]["Share"];
+            /** @description Bytes that the limits of live sandboxes add up to; null in use where one of them has no limit. */
+            memory: components["schemas"]["Share"];
+            /** @description Bytes of suspended sandboxes and snapshots. */
+            disk: components["schemas"]["Share"];
+            /** @description GPUs of live sandboxes. */
+            gpus: components["schemas"]["Share"];
+            /** @description Made within the last minute, forks and starts from snapshots included. */
+            creates_per_minute: components["schemas"]["Share"];
+        };
+        Share: {
+            used: number | null;
+            /** @description Null is no limit. */
+            limit: number | null;
         };
         Event: {
             /** @description Grows from event to event. */
@@ -1040,7 +1142,7 @@ export interface components {
         snapshot: string;
         /** @description Seconds to wait for the outcome. */
         wait: number;
-        /** @description Whether the memory in use is told. */
+        /** @description Whether it is told what they use; `memory` and `usage` are null otherwise. */
         stats: boolean;
         /** @description The most that one answer holds. */
         limit: number;
@@ -1073,7 +1175,7 @@ export interface operations {
                 owner?: string;
                 /** @description Only with exactly this label. */
                 name?: string;
-                /** @description Whether the memory in use is told. */
+                /** @description Whether it is told what they use; `memory` and `usage` are null otherwise. */
                 stats?: components["parameters"]["stats"];
                 /** @description The most that one answer holds. */
                 limit?: components["parameters"]["limit"];
@@ -1142,7 +1244,7 @@ export interface operations {
     getSandbox: {
         parameters: {
             query?: {
-                /** @description Whether the memory in use is told. */
+                /** @description Whether it is told what they use; `memory` and `usage` are null otherwise. */
                 stats?: components["parameters"]["stats"];
             };
             header?: never;
@@ -1876,6 +1978,30 @@ export interface operations {
             401: components["responses"]["Unauthenticated"];
             403: components["responses"]["Forbidden"];
             404: components["responses"]["NotFound"];
+            default: components["responses"]["Problem"];
+        };
+    };
+    getQuota: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Each with its limit; null is no limit */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Quota"];
+                };
+            };
+            400: components["responses"]["BadRequest"];
+            401: components["responses"]["Unauthenticated"];
+            403: components["responses"]["Forbidden"];
             default: components["responses"]["Problem"];
         };
     };

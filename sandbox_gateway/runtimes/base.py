@@ -80,6 +80,17 @@ class Handle:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuUse:
+    """What one sandbox uses of the GPUs that it was given, all together; None is not known."""
+
+    busy: float | None = None
+    """How much of their time they worked lately, from 0 to 1."""
+    memory: int | None = None
+    """Bytes now, of their own memory."""
+    memory_limit: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Stats:
     """Resource use of one sandbox, all its host processes counted."""
 
@@ -90,6 +101,10 @@ class Stats:
     """Processor time since the start."""
     processes: int | None = None
     """Host threads or processes, as the runtime counts them."""
+    disk: int | None = None
+    """Bytes of the files written inside; a runtime that cannot see them leaves it to the agent."""
+    gpu: GpuUse | None = None
+    """None where it has no GPU."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from jupyter_server.base.handlers import APIHandler
 from tornado import web
 
 from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.runtimes.base import Stats
 from sandbox_gateway.server import openapi, views
 from sandbox_gateway.server.callers import Caller
 from sandbox_gateway.server.gateway import Gateway
@@ -27,10 +28,60 @@ METHODS = ("get", "post", "patch", "delete")
 _FORM = "application/x-www-form-urlencoded"
 
 
-class RestHandler(APIHandler):
-    """One route of ``openapi.yaml``. All methods of subclasses are ``@web.authenticated`` and ``@authorized``."""
+class ProblemHandler(APIHandler):
+    """Tells what went wrong as a problem (RFC 9457)."""
 
     auth_resource = "sandboxes"
+
+    def check_xsrf_cookie(self) -> None:
+        """Only of who is known: anybody else is told that he is not, and not of a cookie that he would need."""
+        if getattr(self, "_jupyter_current_user", None) is not None:
+            super().check_xsrf_cookie()
+
+    def send_error(self, status_code: int = 500, **kwargs: Any) -> None:
+        """Ours have a status of their own; who is not authenticated is told so."""
+        error = _error(kwargs)
+        if isinstance(error, SandboxGatewayError):
+            status_code = error.status
+        elif status_code == 403 and getattr(self, "_jupyter_current_user", None) is None and self.check_host():
+            status_code = 401
+        super().send_error(status_code, **kwargs)
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        """A problem (RFC 9457)."""
+        error = _error(kwargs)
+        if not isinstance(error, SandboxGatewayError):
+            # What goes wrong in the server itself is for its log, not for the caller.
+            message = (error.log_message or "") if isinstance(error, web.HTTPError) and status_code < 500 else ""
+            error = of_http(status_code, message)
+        if status_code == 401:
+            self.set_header("WWW-Authenticate", "Bearer")
+        if status_code == 405:
+            self.set_header("Allow", ", ".join(self.allowed()))
+        self.finish(json.dumps(problem(error, status_code)), set_content_type=MEDIA_TYPE)
+
+    def allowed(self) -> list[str]:
+        """The methods of this route."""
+        own = [name.upper() for name in METHODS if getattr(type(self), name) is not getattr(web.RequestHandler, name)]
+        return [*own, "OPTIONS"]
+
+    def log_exception(
+        self,
+        typ: type[BaseException] | None,
+        value: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        """An error of ours is an answer; only what is our fault belongs in the log."""
+        if isinstance(value, SandboxGatewayError):
+            if value.status >= 500:
+                self.log.warning("%s %s: %s", self.request.method, self.request.path, value.message)
+            return
+        super().log_exception(typ, value, tb)
+
+
+class RestHandler(ProblemHandler):
+    """One route of ``openapi.yaml``. All methods of subclasses are ``@web.authenticated`` and ``@authorized``."""
+
     path: ClassVar[str] = ""
     """As the description names it."""
 
@@ -107,53 +158,6 @@ class RestHandler(APIHandler):
         """A sandbox as JSON."""
         return await view_of(self.gateway, self.settings, self.caller, sandbox_id, stats=stats)
 
-    # Problems
-
-    def check_xsrf_cookie(self) -> None:
-        """Only of who is known: anybody else is told that he is not, and not of a cookie that he would need."""
-        if getattr(self, "_jupyter_current_user", None) is not None:
-            super().check_xsrf_cookie()
-
-    def send_error(self, status_code: int = 500, **kwargs: Any) -> None:
-        """Ours have a status of their own; who is not authenticated is told so."""
-        error = _error(kwargs)
-        if isinstance(error, SandboxGatewayError):
-            status_code = error.status
-        elif status_code == 403 and getattr(self, "_jupyter_current_user", None) is None and self.check_host():
-            status_code = 401
-        super().send_error(status_code, **kwargs)
-
-    def write_error(self, status_code: int, **kwargs: Any) -> None:
-        """A problem (RFC 9457)."""
-        error = _error(kwargs)
-        if not isinstance(error, SandboxGatewayError):
-            # What goes wrong in the server itself is for its log, not for the caller.
-            message = (error.log_message or "") if isinstance(error, web.HTTPError) and status_code < 500 else ""
-            error = of_http(status_code, message)
-        if status_code == 401:
-            self.set_header("WWW-Authenticate", "Bearer")
-        if status_code == 405:
-            self.set_header("Allow", ", ".join(self.allowed()))
-        self.finish(json.dumps(problem(error, status_code)), set_content_type=MEDIA_TYPE)
-
-    def allowed(self) -> list[str]:
-        """The methods of this route."""
-        own = [name.upper() for name in METHODS if getattr(type(self), name) is not getattr(web.RequestHandler, name)]
-        return [*own, "OPTIONS"]
-
-    def log_exception(
-        self,
-        typ: type[BaseException] | None,
-        value: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        """An error of ours is an answer; only what is our fault belongs in the log."""
-        if isinstance(value, SandboxGatewayError):
-            if value.status >= 500:
-                self.log.warning("%s %s: %s", self.request.method, self.request.path, value.message)
-            return
-        super().log_exception(typ, value, tb)
-
 
 def _error(kwargs: Mapping[str, Any]) -> BaseException | None:
     found = kwargs.get("exc_info")
@@ -164,7 +168,7 @@ def _error(kwargs: Mapping[str, Any]) -> BaseException | None:
 # Looking at sandboxes
 
 STATS_TIMEOUT = 1.0
-"""Seconds in which a sandbox has to tell its memory; without an answer it is not shown."""
+"""Seconds in which it has to be found what a sandbox uses; without an answer it is not shown."""
 
 
 async def view_of(
@@ -180,11 +184,10 @@ async def views_of(
 ) -> list[dict[str, Any]]:
     """Sandboxes as JSON, with their limits and what Jupyter knows of their kernels."""
     limits = await asyncio.to_thread(_limits, gateway, [record.id for record in records])
-    memory = await asyncio.gather(*(_memory(gateway, caller, record) if stats else _nothing() for record in records))
+    used = await _usages(gateway, caller, records) if stats else {}
     kernels = settings.get("kernel_manager")
     return [
-        views.sandbox(record, limits[record.id], _model(kernels, record.id), used)
-        for record, used in zip(records, memory, strict=True)
+        views.sandbox(record, limits[record.id], _model(kernels, record.id), used.get(record.id)) for record in records
     ]
 
 
@@ -201,18 +204,22 @@ def _limits(gateway: Gateway, ids: list[str]) -> dict[str, Any]:
     return found
 
 
-async def _memory(gateway: Gateway, caller: Caller, record: Any) -> int | None:
+async def _usages(gateway: Gateway, caller: Caller, records: Any) -> dict[str, dict[str, Any]]:
+    sizes = await gateway.sizes([record.snapshot for record in records if record.snapshot is not None])
+    found = await asyncio.gather(*(_stats(gateway, caller, record) for record in records))
+    return {
+        record.id: views.usage(stats, sizes.get(record.snapshot)) for record, stats in zip(records, found, strict=True)
+    }
+
+
+async def _stats(gateway: Gateway, caller: Caller, record: Any) -> Stats:
     if record.id not in gateway.lifecycle.live or record.snapshot is not None:
-        return None
+        return Stats()
     try:
         async with asyncio.timeout(STATS_TIMEOUT):
-            return (await gateway.stats(caller, record.id)).memory
+            return await gateway.stats(caller, record.id)
     except (SandboxGatewayError, TimeoutError):
-        return None
-
-
-async def _nothing() -> None:
-    return None
+        return Stats()
 
 
 def _model(kernels: Any, sandbox_id: str) -> Mapping[str, Any] | None:

@@ -8,12 +8,13 @@ administrators see all.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -380,7 +381,19 @@ class Gateway:
 
     async def stats(self, caller: Caller, sandbox_id: str) -> Stats:
         """What it uses now."""
-        return await (await self.live(caller, sandbox_id)).stats()
+        return await (await self.live(caller, sandbox_id)).usage()
+
+    async def sizes(self, ids: Collection[str]) -> dict[str, int]:
+        """Bytes that snapshots take, by their ids; without those that are gone or damaged."""
+
+        def look() -> dict[str, int]:
+            found = {}
+            for snapshot_id in ids:
+                with contextlib.suppress(SandboxGatewayError):
+                    found[snapshot_id] = self.lifecycle.snapshots.get(snapshot_id).size
+            return found
+
+        return await asyncio.to_thread(look) if ids else {}
 
     # Multiplying
 
@@ -481,6 +494,10 @@ class Gateway:
     async def usage(self, owner: str) -> Usage:
         """What an owner has now."""
         return await asyncio.to_thread(self._measure, owner, dict(self.lifecycle.live))
+
+    async def quota(self, caller: Caller) -> tuple[Quota, Usage, int]:
+        """What a caller may have, what he has, and how many sandboxes he made in the last minute."""
+        return self.quotas.quota(caller.name), await self.usage(caller.name), self.quotas.made(caller.name)
 
     def _usage(self, owner: str) -> Read:
         return lambda: self.usage(owner)

@@ -73,6 +73,19 @@ class ProfileHandler(RestHandler):
         )
 
 
+class QuotaHandler(RestHandler):
+    """What the caller may have."""
+
+    path = "/api/quota"
+
+    @web.authenticated
+    @authorized
+    async def get(self) -> None:
+        """What he has of it."""
+        self.query()
+        self.answer(views.quota(self.caller.name, *await self.gateway.quota(self.caller)))
+
+
 class YamlHandler(RestHandler):
     """The description as it was written."""
 

@@ -14,6 +14,7 @@ from sandbox_gateway.server.other_handlers import (
     OperationsHandler,
     ProfileHandler,
     ProfilesHandler,
+    QuotaHandler,
     YamlHandler,
 )
 from sandbox_gateway.server.sandbox_handlers import (
@@ -58,11 +59,12 @@ HANDLERS: tuple[type[RestHandler], ...] = (
     StartHandler,
     ProfilesHandler,
     ProfileHandler,
+    QuotaHandler,
     OperationsHandler,
     OperationHandler,
 )
 """One for each path of the description; those with a name come before those that match any."""
-ROOTS = ("sandboxes", "snapshots", "profiles", "operations")
+ROOTS = ("sandboxes", "snapshots", "profiles", "operations", "quota")
 """The first parts of our addresses, behind ``/api/``."""
 
 

@@ -7,6 +7,7 @@ import binascii
 import math
 import uuid
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -237,8 +238,7 @@ class StatsHandler(RestHandler):
         """What it uses now."""
         self.query()
         stats = await self.gateway.stats(self.caller, sandbox_id)
-        names = ("memory", "memory_limit", "cpu_seconds", "processes")
-        self.answer({name: getattr(stats, name) for name in names})
+        self.answer(asdict(stats))
 
 
 class EventsHandler(RestHandler):

@@ -11,6 +11,8 @@ from sandbox_gateway.events import Event
 from sandbox_gateway.lifecycle import ForkOutcome
 from sandbox_gateway.model import NOT_ISOLATED, Idle, Limits, SandboxRecord, timestamp
 from sandbox_gateway.profiles import Profile
+from sandbox_gateway.quotas import Quota, Usage
+from sandbox_gateway.runtimes.base import Stats
 from sandbox_gateway.server.callers import Caller
 from sandbox_gateway.server.gateway import Start
 from sandbox_gateway.snapshots import Snapshot
@@ -20,9 +22,9 @@ def sandbox(
     record: SandboxRecord,
     limits: Limits | None = None,
     kernel: Mapping[str, Any] | None = None,
-    memory: int | None = None,
+    used: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """A sandbox; ``kernel`` is Jupyter's model of its kernel, ``memory`` the bytes in use."""
+    """A sandbox; ``kernel`` is Jupyter's model of its kernel, ``used`` its :func:`usage`."""
     return {
         "id": record.id,
         "state": str(record.state),
@@ -33,7 +35,8 @@ def sandbox(
         "isolated": record.runtime not in NOT_ISOLATED,
         "created": timestamp(record.created),
         "since": timestamp(record.changed),
-        "memory": memory,
+        "memory": None if used is None else used["memory"],
+        "usage": None if used is None else dict(used),
         "limits": None if limits is None else asdict(limits),
         "idle": None if record.idle is None else _idle(record.idle),
         "parent": record.parent,
@@ -42,6 +45,34 @@ def sandbox(
         "death": None if record.death is None else {**record.death.as_dict(), "reason": record.death.describe()},
         "notes": list(record.notes),
         "kernel": None if kernel is None else _kernel(kernel),
+    }
+
+
+def usage(stats: Stats, saved: int | None = None) -> dict[str, Any]:
+    """What a sandbox uses now; ``saved`` are the bytes that it is suspended in."""
+    return {
+        "memory": stats.memory,
+        "cpu_seconds": stats.cpu_seconds,
+        "disk": stats.disk,
+        "saved": saved,
+        "gpu": None if stats.gpu is None else asdict(stats.gpu),
+    }
+
+
+def quota(owner: str, allowed: Quota, used: Usage, made: int) -> dict[str, Any]:
+    """What a user has of what he may have; the memory is that of limits, and not known where one has none."""
+    memory = [one.memory for one in used.live]
+    counts: dict[str, int | None] = {
+        "live": len(used.live),
+        "suspended": len(used.suspended),
+        "memory": None if None in memory else sum(each or 0 for each in memory),
+        "disk": used.disk,
+        "gpus": sum(one.gpus for one in used.live),
+        "creates_per_minute": made,
+    }
+    return {
+        "owner": owner,
+        **{name: {"used": count, "limit": getattr(allowed, name)} for name, count in counts.items()},
     }
 
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from sandbox_gateway.kernel_client import IDENTITY
 from sandbox_gateway.lifecycle import ForkOutcome
 from sandbox_gateway.messages import Buffer
 from sandbox_gateway.model import (
+    LIVE,
     Death,
     DeathKind,
     Image,
@@ -33,7 +34,8 @@ from sandbox_gateway.model import (
 )
 from sandbox_gateway.owner import report_progress
 from sandbox_gateway.profiles import Profile
-from sandbox_gateway.runtimes.base import Stats
+from sandbox_gateway.quotas import Live, Quota, Stored, Usage
+from sandbox_gateway.runtimes.base import GpuUse, Stats
 from sandbox_gateway.server.callers import Caller
 from sandbox_gateway.server.gateway import Start, Wanted
 from sandbox_gateway.snapshots import Kind, Manifest, Snapshot
@@ -320,7 +322,16 @@ class FakeGateway:
 
     async def stats(self, caller: Caller, sandbox_id: str) -> Stats:
         await self.live(caller, sandbox_id)
-        return Stats(memory=1 << 20, cpu_seconds=0.5, processes=3)
+        gpu = GpuUse(busy=0.25, memory=1 << 30, memory_limit=1 << 33)
+        return Stats(memory=1 << 20, cpu_seconds=0.5, processes=3, disk=4096, gpu=gpu)
+
+    async def sizes(self, ids: Collection[str]) -> dict[str, int]:
+        return dict.fromkeys(ids, 5 << 20)
+
+    async def quota(self, caller: Caller) -> tuple[Quota, Usage, int]:
+        found = [one for one in await self.records(caller) if one.owner == caller.name]
+        live = tuple(Live(one.id, 1 << 30) for one in found if one.state in LIVE)
+        return Quota(live=4, disk=1 << 34), Usage(live=live, stored=(Stored("saved", 7),)), 2
 
     async def events(self, caller: Caller, *, since: int = 0, sandbox: str | None = None) -> tuple[Event, ...]:
         if sandbox is not None:

@@ -133,6 +133,34 @@ async def test_memory_is_told_when_asked_for(rest: Rest) -> None:
     assert (await rest.ok("GET", f"/api/sandboxes/{running}/stats"))["processes"] == 3
 
 
+async def test_what_a_sandbox_uses_is_told_with_its_gpus_and_of_a_suspended_one_what_it_is_saved_in(rest: Rest) -> None:
+    running, asleep = rest.gateway.add("ann").id, rest.gateway.add("ann", State.SUSPENDED, snapshot="saved").id
+    assert (await rest.ok("GET", f"/api/sandboxes/{running}"))["usage"] is None
+    rest.gateway.lifecycle.live.pop(asleep, None)
+    listed = (await rest.ok("GET", "/api/sandboxes?stats=true"))["sandboxes"]
+    used = {one["id"]: one["usage"] for one in listed}
+    gpu = {"busy": 0.25, "memory": 1 << 30, "memory_limit": 1 << 33}
+    assert used[running] == {"memory": 1 << 20, "cpu_seconds": 0.5, "disk": 4096, "saved": None, "gpu": gpu}
+    assert used[asleep] == {"memory": None, "cpu_seconds": None, "disk": None, "saved": 5 << 20, "gpu": None}
+    stats = await rest.ok("GET", f"/api/sandboxes/{running}/stats")
+    assert (stats["disk"], stats["gpu"]) == (4096, gpu)
+
+
+async def test_a_quota_is_told_with_what_is_used_of_it(rest: Rest) -> None:
+    rest.gateway.add("ann")
+    rest.gateway.add("bob")
+    assert await rest.ok("GET", "/api/quota") == {
+        "owner": "ann",
+        "live": {"used": 1, "limit": 4},
+        "suspended": {"used": 1, "limit": None},
+        "memory": {"used": 1 << 30, "limit": None},
+        "disk": {"used": 7, "limit": 1 << 34},
+        "gpus": {"used": 0, "limit": None},
+        "creates_per_minute": {"used": 2, "limit": None},
+    }
+    assert (await rest.problem("GET", "/api/quota?owner=bob"))["status"] == 400
+
+
 async def test_logs_are_plain_text_and_events_have_numbers(rest: Rest) -> None:
     one = rest.gateway.add("ann").id
     for kind in (EventKind.CREATED, EventKind.STARTED, EventKind.SUSPENDED):

@@ -70,6 +70,10 @@ async def test_the_life_of_a_sandbox_by_rest_alone(gateway: Served) -> None:
     assert asleep["state"] == "suspended" and asleep["snapshot"]
     listed = await gateway.ok("GET", "/api/sandboxes?state=suspended")
     assert [one["id"] for one in listed["sandboxes"]] == [wanted]
+    saved = (await gateway.ok("GET", f"{address}?stats=true"))["usage"]
+    assert saved["saved"] > 1 << 20 and saved["memory"] is None
+    quota = described("GET", "/api/quota", await gateway.ask("GET", "/api/quota"), "Quota")
+    assert (quota["suspended"]["used"], quota["disk"]["used"]) == (1, saved["saved"])
     assert (await run(gateway, wanted, "print(kept)"))[0] == {"type": "stdout", "text": "ann\n"}, "it wakes"
 
     children = (await gateway.ok("POST", f"{address}/fork?wait=60", {"count": 2}))["children"]
@@ -88,7 +92,7 @@ async def test_the_life_of_a_sandbox_by_rest_alone(gateway: Served) -> None:
 
     assert (await gateway.ok("POST", f"{address}/pause"))["state"] == "paused"
     stats = described("GET", f"{address}/stats", await gateway.ask("GET", f"{address}/stats"), "Stats")
-    assert stats["memory"] > 1 << 20
+    assert stats["memory"] > 1 << 20 and stats["disk"] is None, "a paused agent cannot look"
     assert (await gateway.ok("POST", f"{address}/resume?wait=60"))["state"] == "running"
     assert (await gateway.ok("POST", f"{address}/restart"))["state"] == "running"
     assert (await run(gateway, wanted, "kept"))[0]["name"] == "NameError"
@@ -180,5 +184,8 @@ async def test_what_is_chosen_holds_inside_and_what_is_out_of_bounds_makes_nothi
     assert answer.status == 400 and answer.body["field"] == "resources.processes"
     assert (await gateway.ok("GET", "/api/sandboxes"))["sandboxes"] == []
     one = await gateway.create(resources={"disk": "64MiB"})
+    await run(gateway, one, "open('/home/jovyan/b', 'wb').write(b'x' * (5 << 20)); open('/tmp/c', 'w').write('y')")
+    used = (await gateway.ok("GET", f"/api/sandboxes/{one}?stats=true"))["usage"]
+    assert 5 << 20 < used["disk"] < 6 << 20 and used["cpu_seconds"] > 0 and used["gpu"] is None
     told = await run(gateway, one, "open('/home/jovyan/a', 'wb').write(b'x' * (100 << 20))")
     assert [event["name"] for event in told if event["type"] == "error"] == ["OSError"]

@@ -50,7 +50,7 @@ JUPYTER = {
     r"/.*/$",
     r"/?$",
     r"(.*)$",
-    r"/api/(?:sandboxes|snapshots|profiles|operations)(?:/.*)?$",
+    r"/api/(?:sandboxes|snapshots|profiles|operations|quota)(?:/.*)?$",
 }
 """Jupyter's own routes that a gateway needs; all others are in our description."""
 

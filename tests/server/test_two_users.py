@@ -177,6 +177,7 @@ async def test_lists_and_counts_show_only_ones_own(world: World) -> None:
         "/api/operations",
         "/api/status",
         "/api/profiles",
+        "/api/quota",
         f"/api/sandboxes/{mine}/events",
         f"/api/sandboxes/{mine}/snapshots",
     ):
@@ -184,6 +185,8 @@ async def test_lists_and_counts_show_only_ones_own(world: World) -> None:
         assert answer.status == 200, path
         text = json.dumps(answer.body)
         assert not [one for one in (*world.ids(), NAME, "anns", '"ann"', PATH) if one in text], (path, text)
+    quota = await served.ok("GET", "/api/quota", token=bob)
+    assert (quota["live"]["used"], quota["suspended"]["used"], quota["disk"]["used"]) == (1, 0, 0)
     status = await served.ok("GET", "/api/status", token=bob)
     assert (status["kernels"], status["connections"]) == (1, 0)
     assert [one["id"] for one in await served.ok("GET", "/api/kernels", token=bob)] == [mine]
