@@ -83,6 +83,11 @@ ERRORS: Mapping[str, ErrorRow] = MappingProxyType(
         "gateway_unreachable": ErrorRow(
             502, "The gateway cannot be reached", "Check its address, and that it runs: GET /api/status answers then."
         ),
+        "gateway_refused": ErrorRow(
+            502,
+            "The gateway refuses this server",
+            "Give JupyterLab a valid token of the gateway (JUPYTER_GATEWAY_AUTH_TOKEN), and start it again.",
+        ),
         "timeout": ErrorRow(504, "Timed out", "The machine may be busy: try again."),
     }
 )

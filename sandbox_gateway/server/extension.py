@@ -89,7 +89,8 @@ def _pass_on(serverapp: ServerApp) -> None:
     assert serverapp.event_logger is not None
     relay = Relay(serverapp.event_logger)
     add_routes(serverapp, [(rf"/api/(?:{'|'.join(ROOTS)})((?:/.*)?)", PassedHandler)])
-    _tell_pages(serverapp, lambda: relay.ours)
+    # One that has not answered yet may be: the page then shows that it is away, and goes on when it is there.
+    _tell_pages(serverapp, lambda: relay.ours is not False)
 
     async def run() -> None:
         serverapp._sandbox_gateway_relay = asyncio.create_task(relay.run())  # type: ignore[attr-defined]

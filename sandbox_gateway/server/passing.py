@@ -8,6 +8,7 @@ it does: there is one user here.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 from typing import Any, Final
@@ -18,19 +19,26 @@ from jupyter_server.base.handlers import APIHandler
 from jupyter_server.gateway.gateway_client import GatewayClient
 from jupyter_server.utils import url_path_join
 from tornado import web
-from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest
+from tornado.httpclient import AsyncHTTPClient, HTTPRequest
+from tornado.httputil import HTTPHeaders
+from tornado.iostream import StreamClosedError
 from tornado.websocket import websocket_connect
 
+from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.server.api_handler import ProblemHandler
 from sandbox_gateway.server.events import OURS, SCHEMAS, schema_id
+from sandbox_gateway.server.upstream import Broken, Exchange
 
 log = logging.getLogger(__name__)
 
 PATIENCE: Final = 3700.0
-"""Seconds that an answer may take; ``wait`` is an hour at most."""
+"""Seconds until an answer begins; ``wait`` is an hour at most."""
 FIRST_PAUSE: Final = 0.5
 LONGEST_PAUSE: Final = 30.0
 """Seconds between two attempts to reach a gateway that is away."""
-PASSED: Final = ("Location", "Retry-After", "Cache-Control")
+ASKED: Final = ("If-None-Match",)
+"""Headers of a request that are passed on: a list of hundreds that did not change is not sent again."""
+PASSED: Final = ("Location", "Retry-After", "Cache-Control", "ETag")
 """Headers of an answer that are passed on."""
 KINDS: Final = (
     "application/json",
@@ -42,10 +50,12 @@ KINDS: Final = (
 """What an answer may be. Nothing else is shown as what it says it is: this page's origin holds the user's login."""
 
 
-class PassedHandler(APIHandler):
-    """One request of the page, asked of the gateway."""
+class PassedHandler(ProblemHandler):
+    """One request of the page, asked of the gateway; the answer goes on as it comes."""
 
-    auth_resource = "sandboxes"
+    _exchange: Exchange | None = None
+    _left = False
+    """Whether who asked is gone."""
 
     @web.authenticated
     @authorized
@@ -75,31 +85,60 @@ class PassedHandler(APIHandler):
         method = str(self.request.method)
         below = "/" + self.request.path[len(self.base_url) :]
         query = "&".join(part for part in self.request.query.split("&") if part and not part.startswith("token="))
-        body = None if method in ("GET", "DELETE") else self.request.body
+        body = self.request.body if method not in ("GET", "DELETE") else b""
+        headers = {name: self.request.headers[name] for name in ASKED if name in self.request.headers}
+        if body:
+            headers["Content-Type"] = "application/json"
+        asked = request(below + (f"?{query}" if query else ""), method=method, body=body or None, headers=headers)
+        exchange = self._exchange = Exchange(asked)
+        begun = False
         try:
-            answer = await AsyncHTTPClient().fetch(
-                request(
-                    below + (f"?{query}" if query else ""),
-                    method=method,
-                    body=body,
-                    headers={"Content-Type": "application/json"} if body else {},
-                ),
-                raise_error=False,
-            )
-        except (OSError, HTTPClientError) as error:
-            raise web.HTTPError(502, f"the gateway does not answer: {error}") from None
-        if answer.code == 599:
-            raise web.HTTPError(502, f"the gateway does not answer: {answer.error}")
-        self.set_status(answer.code)
+            status, found = await exchange.begin()
+            self._show(status, found)
+            begun = True
+            await exchange.take(self._hand_on)
+        except Broken as error:
+            if not begun and not self._left:
+                raise SandboxGatewayError("gateway_unreachable", f"the gateway does not answer: {error}") from None
+            # What came of the answer must not look like all of it.
+            self.request.connection.close()  # type: ignore[union-attr]
+            return
+        finally:
+            exchange.close()
+        self.finish()
+
+    def _show(self, status: int, headers: HTTPHeaders) -> None:
+        if status == 401:
+            # The user is signed in here: to tell him to sign in again would be wrong.
+            raise SandboxGatewayError("gateway_refused", "the gateway does not accept this server's token")
+        if 300 <= status < 400 and status != 304:
+            text = f"the gateway sends its callers elsewhere: {headers.get('Location', '')[:200]}"
+            raise SandboxGatewayError("gateway_unreachable", text, "Give its new address by --gateway-url.")
+        self.set_status(status)
         for name in PASSED:
-            if name in answer.headers:
-                self.set_header(name, answer.headers[name])
-        kind = answer.headers.get("Content-Type", "").split(";")[0].strip()
-        # With a body only: tornado refuses a type for a 204.
-        if answer.code == 204:
-            self.finish()
-        else:
-            self.finish(answer.body, set_content_type=kind if kind in KINDS else "text/plain; charset=UTF-8")
+            if name in headers:
+                self.set_header(name, headers[name])
+        kind = headers.get("Content-Type", "").partition(";")[0].strip()
+        self.set_header("Content-Type", kind if kind in KINDS else "text/plain; charset=UTF-8")
+
+    async def _hand_on(self, chunk: bytes) -> None:
+        self.write(chunk)
+        with contextlib.suppress(StreamClosedError):
+            await self.flush()  # until the page has taken it, so that nothing piles up here
+
+    def on_connection_close(self) -> None:
+        """Whoever asked is gone: the gateway hears of it, and interrupts the cell that he had run."""
+        super().on_connection_close()
+        self._left = True
+        if self._exchange is not None:
+            self._exchange.close()
+
+    def finish(self, *args: Any, set_content_type: str | None = None, **_: Any) -> asyncio.Future[Any]:
+        """Jupyter's own would call all of it JSON."""
+        if set_content_type is not None:
+            self.set_header("Content-Type", set_content_type)
+        self.update_api_activity()
+        return super(APIHandler, self).finish(*args)
 
 
 def request(path: str, **options: Any) -> HTTPRequest:
@@ -115,8 +154,8 @@ class Relay:
 
     def __init__(self, event_logger: EventLogger) -> None:
         self._logger = event_logger
-        self.ours = False
-        """Whether the gateway was found to be one of ours."""
+        self.ours: bool | None = None
+        """Whether the gateway is one of ours; None while it has not answered yet."""
         for path in sorted(SCHEMAS.glob("*.yaml")):
             if schema_id(path) not in event_logger.schemas:
                 event_logger.register_event_schema(path)
@@ -126,9 +165,10 @@ class Relay:
         pause = FIRST_PAUSE
         while True:
             try:
-                if not self.ours and not await self._is_ours():
+                if self.ours is None:
+                    self.ours = await self._is_ours()
+                if not self.ours:
                     return
-                self.ours = True
                 await self._listen()
                 pause = FIRST_PAUSE
             except Exception as error:
