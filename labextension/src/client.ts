@@ -12,6 +12,8 @@ export type Resources = components['schemas']['Resources'];
 export type Problem = components['schemas']['Problem'];
 export type LoggedEvent = components['schemas']['Event'];
 export type Children = components['schemas']['Children'];
+export type Usage = components['schemas']['Usage'];
+export type Quota = components['schemas']['Quota'];
 
 /** How a request is sent; the path is below the server's base URL, and has its query. */
 export type Send = (path: string, init: RequestInit) => Promise<Response>;

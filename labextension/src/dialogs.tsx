@@ -1,13 +1,17 @@
 /** The questions and windows that are about one sandbox. */
-import { Dialog, showDialog, showErrorMessage } from '@jupyterlab/apputils';
+import { Dialog, showDialog } from '@jupyterlab/apputils';
 import type { TranslationBundle } from '@jupyterlab/translation';
-import { ReactWidget } from '@jupyterlab/ui-components';
+import { ReactWidget, UseSignal } from '@jupyterlab/ui-components';
 import { Widget } from '@lumino/widgets';
 import * as React from 'react';
 
 import type { LoggedEvent, Sandbox } from './client';
 import { Refused, Unreachable } from './client';
 import { bytes, moment, span } from './format';
+import { Meter, Sparkline } from './meters';
+import type { ISandboxes } from './model';
+import type { Use, Uses } from './uses';
+import { used } from './uses';
 import { title } from './view';
 
 /** Ask before a suspend; null is no, else whether to ask next time, too. */
@@ -39,12 +43,12 @@ export async function askToSuspend(sandbox: Sandbox, trans: TranslationBundle): 
   return result.button.accept ? { askAgain: result.isChecked !== true } : null;
 }
 
-/** Ask before what cannot be taken back. */
-export async function confirm(question: string, text: string, label: string): Promise<boolean> {
+/** Ask before what cannot be taken back (`warn`), or is much. */
+export async function confirm(question: string, text: string, label: string, warn = true): Promise<boolean> {
   const result = await showDialog({
     title: question,
-    body: text,
-    buttons: [Dialog.cancelButton(), Dialog.warnButton({ label })]
+    body: lines(text),
+    buttons: [Dialog.cancelButton(), warn ? Dialog.warnButton({ label }) : Dialog.okButton({ label })]
   });
   return result.button.accept;
 }
@@ -59,7 +63,15 @@ export async function explain(what: string, error: unknown, trans: TranslationBu
   } else if (error instanceof Refused && error.hint !== '') {
     text = `${text}\n\n${error.hint}`;
   }
-  await showErrorMessage(what, text);
+  await showDialog({ title: what, body: lines(text), buttons: [Dialog.cancelButton({ label: trans.__('Close') })] });
+}
+
+/** Text as it is, with its lines. */
+function lines(text: string): Widget {
+  const body = new Widget();
+  body.addClass('sg-Lines');
+  body.node.textContent = text;
+  return body;
 }
 
 /** Ask for a snapshot's name; null is no. */
@@ -104,16 +116,31 @@ class NameField extends Widget implements Dialog.IBodyWidget<string> {
   private readonly _input = document.createElement('input');
 }
 
-/** Show all that is known of a sandbox. */
+/** Show all that is known of a sandbox; what it uses goes on being measured meanwhile. */
 export async function showDetails(
+  sandboxes: ISandboxes,
   sandbox: Sandbox,
   happened: readonly LoggedEvent[],
-  history: readonly number[],
   trans: TranslationBundle
 ): Promise<void> {
-  const body = ReactWidget.create(<Details {...{ sandbox, happened, history, trans }} />);
+  const watching = sandboxes.watch({ id: sandbox.id, visible: () => true });
+  const body = ReactWidget.create(
+    <UseSignal signal={sandboxes.changed}>
+      {() => (
+        <Details
+          sandbox={sandboxes.get(sandbox.id) ?? sandbox}
+          uses={sandboxes.uses(sandbox.id)}
+          {...{ happened, trans }}
+        />
+      )}
+    </UseSignal>
+  );
   body.addClass('sg-Details');
-  await showDialog({ title: title(sandbox), body, buttons: [Dialog.okButton({ label: trans.__('Close') })] });
+  try {
+    await showDialog({ title: title(sandbox), body, buttons: [Dialog.okButton({ label: trans.__('Close') })] });
+  } finally {
+    watching.dispose();
+  }
 }
 
 /** Show a log; it comes from inside the sandbox, and is shown as text only. */
@@ -134,30 +161,38 @@ export async function showLog(sandbox: Sandbox, log: string, trans: TranslationB
 interface IDetails {
   sandbox: Sandbox;
   happened: readonly LoggedEvent[];
-  history: readonly number[];
+  uses: Uses | undefined;
   trans: TranslationBundle;
 }
 
-function Details({ sandbox, happened, history, trans }: IDetails): JSX.Element {
+function Details({ sandbox, happened, uses, trans }: IDetails): JSX.Element {
   const { limits, idle } = sandbox;
-  const memory = sandbox.memory === null ? '' : bytes(sandbox.memory);
-  const bound = (value: number | null | undefined, text: (value: number) => string) =>
-    value === null || value === undefined ? trans.__('no limit') : trans.__('limit %1', text(value));
+  const bounds: Partial<Record<Use['kind'], number | null>> = {
+    memory: limits?.memory ?? null,
+    disk: limits?.disk ?? null,
+    cpu: limits?.cpu ?? null
+  };
+  const bound = (kind: Use['kind']) => {
+    const value = bounds[kind];
+    if (value === undefined) {
+      return '';
+    }
+    return value === null ? trans.__('no limit') : trans.__('limit %1', kind === 'cpu' ? value : bytes(value));
+  };
   const rows: [string, React.ReactNode][] = [
     [trans.__('Id'), <code key="id">{sandbox.id}</code>],
     [trans.__('State'), `${sandbox.state}, ${moment(sandbox.since)}`],
     [trans.__('Profile'), sandbox.profile],
     [trans.__('Runtime'), sandbox.isolated ? sandbox.runtime : trans.__('%1 (not isolated)', sandbox.runtime)],
-    [
-      trans.__('Memory'),
-      <span key="memory">
-        {[memory, bound(limits?.memory, bytes)].filter(Boolean).join(', ')}
-        <Sparkline values={history} label={trans.__('Memory in the last minutes')} />
+    ...used(sandbox, uses, trans).map((use): [string, React.ReactNode] => [
+      use.name,
+      <span key={use.kind} className="sg-Use" data-kind={use.kind}>
+        {use.fraction !== null ? use.text : [use.text, bound(use.kind)].filter(Boolean).join(', ')}
+        {use.fraction !== null && <Meter fraction={use.fraction} />}
+        <Sparkline values={use.history} label={trans.__('%1 in the last minutes', use.name)} />
       </span>
-    ],
-    [trans.__('Disk'), bound(limits?.disk, bytes)],
-    [trans.__('Processors'), bound(limits?.cpu, String)],
-    [trans.__('Processes'), bound(limits?.processes, String)],
+    ]),
+    [trans.__('Processes'), limits?.processes == null ? trans.__('no limit') : trans.__('limit %1', limits.processes)],
     [trans.__('Made'), [moment(sandbox.created), sandbox.parent ?? ''].filter(Boolean).join(', ')]
   ];
   if (idle !== null) {
@@ -200,19 +235,5 @@ function Details({ sandbox, happened, history, trans }: IDetails): JSX.Element {
         </>
       )}
     </>
-  );
-}
-
-/** A small curve, from 0 to its largest value. */
-export function Sparkline({ values, label }: { values: readonly number[]; label: string }): JSX.Element | null {
-  if (values.length < 2) {
-    return null;
-  }
-  const top = Math.max(...values, 1);
-  const points = values.map((value, place) => `${(60 * place) / (values.length - 1)},${15 - (14 * value) / top}`);
-  return (
-    <svg className="sg-Sparkline" viewBox="0 0 60 16" role="img" aria-label={label}>
-      <polyline points={points.join(' ')} />
-    </svg>
   );
 }

@@ -8,8 +8,21 @@ import { Signal } from '@lumino/signaling';
 import type { IDisposable } from '@lumino/disposable';
 import { DisposableDelegate } from '@lumino/disposable';
 
-import type { Children, Client, LoggedEvent, Operation, Profile, Resources, Sandbox, Snapshot, State } from './client';
+import type {
+  Children,
+  Client,
+  LoggedEvent,
+  Operation,
+  Profile,
+  Quota,
+  Resources,
+  Sandbox,
+  Snapshot,
+  State
+} from './client';
 import { Refused, Unreachable } from './client';
+import { ENDED } from './states';
+import { Uses } from './uses';
 import type { OperationEvent, SandboxEvent } from './events';
 import { parse } from './events';
 
@@ -31,7 +44,7 @@ export interface ISandboxes {
   /** False for a server without our extension: there is nothing to show then, and nothing is asked. */
   readonly available: boolean;
   readonly connection: Connection;
-  /** Why the connection is not well; for people. */
+  /** Why the connection is not well, where somebody says so; for people. */
   readonly trouble: string;
   /** Resolves when the first answer is there, or the first failure. */
   readonly ready: Promise<void>;
@@ -48,10 +61,14 @@ export interface ISandboxes {
   snapshots(): readonly Snapshot[];
   /** What goes on with a sandbox now. */
   operation(id: string): OperationEvent | undefined;
-  /** Its memory at the last looks, in bytes, oldest first. */
-  history(id: string): readonly number[];
+  /** What it used at the last looks; undefined where nobody looked. */
+  uses(id: string): Uses | undefined;
+  /** What the user has of what he may have; null until somebody watches all of them, or where the server cannot say. */
+  quota(): Quota | null;
   watch(watcher: Watcher): IDisposable;
   refresh(): Promise<void>;
+  /** Somebody asked its kernel for what wakes it: look at it at once. */
+  expect(id: string): void;
   /** Resolves when what is being asked about a sandbox now is answered. */
   settled(id: string): Promise<void>;
 
@@ -83,10 +100,8 @@ export interface Forked {
   failures: Refused[];
 }
 
-/** States in which nothing lives any more. */
-export const ENDED: readonly State[] = ['expired', 'terminated', 'failed'];
+export { ENDED };
 
-const KEPT = 40;
 /** How often it is asked what no event tells, in milliseconds. */
 const INTERVAL = 10_000;
 /** One wait of a request for an operation's end, in seconds; proxies end what is silent for a minute. */
@@ -172,13 +187,17 @@ export class SandboxesModel implements ISandboxes, IDisposable {
     return this._operations.get(id);
   }
 
-  history(id: string): readonly number[] {
-    return this._histories.get(id) ?? [];
+  uses(id: string): Uses | undefined {
+    return this._uses.get(id);
+  }
+
+  quota(): Quota | null {
+    return this._quota;
   }
 
   watch(watcher: Watcher): IDisposable {
     this._watchers.add(watcher);
-    if (watcher.id !== undefined && this._sandboxes.get(watcher.id)?.memory === null) {
+    if (watcher.id !== undefined && this._sandboxes.get(watcher.id)?.usage === null) {
       void this._fetch(watcher.id);
     }
     return new DisposableDelegate(() => this._watchers.delete(watcher));
@@ -188,6 +207,12 @@ export class SandboxesModel implements ISandboxes, IDisposable {
     if (this.available) {
       await this._poll?.refresh();
       await this._poll?.tick;
+    }
+  }
+
+  expect(id: string): void {
+    if (this.available) {
+      void this._fetch(id);
     }
   }
 
@@ -325,6 +350,7 @@ export class SandboxesModel implements ISandboxes, IDisposable {
     try {
       await this._list();
       await this._lookAtSnapshots();
+      await this._lookAtQuota();
       this._note(null);
     } catch (error) {
       this._note(error);
@@ -371,6 +397,21 @@ export class SandboxesModel implements ISandboxes, IDisposable {
     const { snapshots } = await this._client.get('/api/snapshots');
     this._snapshots = snapshots;
     this._tell();
+  }
+
+  private async _lookAtQuota(): Promise<void> {
+    if (!this._countable || !this._looked(undefined)) {
+      return;
+    }
+    try {
+      this._quota = await this._client.get('/api/quota');
+      this._tell();
+    } catch (error) {
+      if (!(error instanceof Refused) || error.status !== 404) {
+        throw error;
+      }
+      this._countable = false; // an older gateway
+    }
   }
 
   /** Look at one; several wishes while one is under way are one more look. */
@@ -470,19 +511,23 @@ export class SandboxesModel implements ISandboxes, IDisposable {
   private _put(sandbox: Sandbox): void {
     const before = this._sandboxes.get(sandbox.id);
     const name = sandbox.name === '' ? (this._nameOf?.(sandbox.id) ?? '') : sandbox.name;
-    let memory = sandbox.memory;
-    if (memory === null && ['running', 'paused'].includes(sandbox.state)) {
-      memory = before?.memory ?? null; // this answer was not asked for it
-    } else if (memory !== null) {
-      const history = this._histories.get(sandbox.id) ?? [];
-      this._histories.set(sandbox.id, [...history, memory].slice(-KEPT));
+    let { memory, usage } = sandbox;
+    if (usage !== null) {
+      const uses = this._uses.get(sandbox.id) ?? new Uses();
+      this._uses.set(sandbox.id, uses);
+      uses.look(usage, Date.now());
+    } else {
+      usage = before?.usage ?? null; // this answer was not asked for it
     }
-    this._sandboxes.set(sandbox.id, { ...sandbox, name, memory });
+    if (memory === null && ['running', 'paused'].includes(sandbox.state)) {
+      memory = before?.memory ?? null;
+    }
+    this._sandboxes.set(sandbox.id, { ...sandbox, name, memory, usage });
   }
 
   private _drop(id: string): void {
     this._sandboxes.delete(id);
-    this._histories.delete(id);
+    this._uses.delete(id);
     this._operations.delete(id);
     this._touched.delete(id);
     this._tell();
@@ -505,7 +550,7 @@ export class SandboxesModel implements ISandboxes, IDisposable {
       trouble = error.message;
     } else if (error instanceof Unreachable || (error instanceof Refused && error.status >= 500)) {
       next = 'unreachable';
-      trouble = error.message;
+      trouble = error instanceof Refused ? error.message : ''; // what a browser says of a network helps nobody
     } else if (error !== null && !(error instanceof Refused)) {
       throw error;
     }
@@ -530,7 +575,7 @@ export class SandboxesModel implements ISandboxes, IDisposable {
   private readonly _happened = new Signal<this, SandboxEvent>(this);
   private readonly _progressed = new Signal<this, OperationEvent>(this);
   private readonly _sandboxes = new Map<string, Sandbox>();
-  private readonly _histories = new Map<string, number[]>();
+  private readonly _uses = new Map<string, Uses>();
   private readonly _operations = new Map<string, OperationEvent>();
   private readonly _watchers = new Set<Watcher>();
   private readonly _fetching = new Map<string, Promise<void>>();
@@ -539,6 +584,9 @@ export class SandboxesModel implements ISandboxes, IDisposable {
   private readonly _touched = new Map<string, number>();
   private _clock = 0;
   private _snapshots: Snapshot[] = [];
+  private _quota: Quota | null = null;
+  /** Whether the server may have quotas. */
+  private _countable = true;
   private _connection: Connection = 'connecting';
   private _trouble = '';
   private _isDisposed = false;

@@ -4,7 +4,8 @@ import type { TranslationBundle } from '@jupyterlab/translation';
 import type { Sandbox } from './client';
 import type { OperationEvent } from './events';
 import { bytes } from './format';
-import { ENDED, type Connection } from './model';
+import type { Connection } from './model';
+import { ENDED } from './states';
 
 /** How a sandbox looks: each has its colour and its sign. */
 export type Look = 'running' | 'busy' | 'paused' | 'suspended' | 'changing' | 'failed' | 'ended' | 'unknown';
@@ -39,7 +40,7 @@ export function view(about: About, trans: TranslationBundle): View {
   const memory = lives ? sandbox.memory : null;
   let detail = '';
   if (look === 'changing') {
-    detail = progress(about.operation);
+    detail = progress(about.operation) || reading(sandbox);
   } else if (memory !== null && sandbox.state !== 'suspended') {
     detail = limit === null ? bytes(memory) : trans.__('%1 of %2', bytes(memory), bytes(limit));
   }
@@ -55,7 +56,8 @@ export function view(about: About, trans: TranslationBundle): View {
     parts.push(trans.__('not isolated'));
   }
   if (connection === 'unreachable') {
-    parts.push(trans.__('the server does not answer; this is the last that is known'));
+    const last = trans.__('this is the last that is known');
+    parts.push(about.trouble === '' ? trans.__('the server does not answer') : about.trouble, last);
   } else if (connection === 'signed-out') {
     parts.push(trans.__('you are signed out; reload the page to sign in'));
   }
@@ -120,6 +122,12 @@ export function progress(operation: OperationEvent | undefined): string {
     return `${Math.round((100 * done) / total)} %`;
   }
   return done !== null && done > 4096 ? bytes(done) : '';
+}
+
+/** What has to be read until it goes on. */
+function reading(sandbox: Sandbox): string {
+  const saved = sandbox.usage?.saved ?? null;
+  return sandbox.state === 'resuming' && saved !== null ? bytes(saved) : '';
 }
 
 /** What may be done with a sandbox in its state. */

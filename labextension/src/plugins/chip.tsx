@@ -3,17 +3,21 @@ import type { JupyterFrontEnd, JupyterFrontEndPlugin } from '@jupyterlab/applica
 import type { ISessionContext } from '@jupyterlab/apputils';
 import { IToolbarWidgetRegistry } from '@jupyterlab/apputils';
 import type { NotebookPanel } from '@jupyterlab/notebook';
+import type { Kernel } from '@jupyterlab/services';
 import type { TranslationBundle } from '@jupyterlab/translation';
 import { ITranslator, nullTranslator } from '@jupyterlab/translation';
 import { caretDownEmptyThinIcon, ReactWidget } from '@jupyterlab/ui-components';
 import type { CommandRegistry } from '@lumino/commands';
 import type { IDisposable } from '@lumino/disposable';
+import { DisposableDelegate } from '@lumino/disposable';
 import { Menu, Widget } from '@lumino/widgets';
 import * as React from 'react';
 
 import type { Sandbox } from '../client';
 import { CommandIDs, DOMAIN } from '../names';
 import { ISandboxes } from '../tokens';
+import { UsageCard } from '../usage-card';
+import { used } from '../uses';
 import type { View } from '../view';
 import { view } from '../view';
 
@@ -56,6 +60,8 @@ const ENTRIES: readonly (string | null)[] = [
 ];
 /** For how long the chip says that it was woken, in milliseconds. */
 const NEWS = 5000;
+/** For how long one has to point at it until it shows what is used, in milliseconds. */
+const POINTED = 350;
 /** From how many pixels of the notebook's width on there is room for all of the chip, and for its label. */
 const WIDE = 760;
 const NARROW = 560;
@@ -85,6 +91,8 @@ export class Chip extends ReactWidget {
     sandboxes.changed.disconnect(this._changed, this);
     sandboxes.happened.disconnect(this._happened, this);
     window.clearTimeout(this._newsTimer);
+    this._unpointed();
+    this._listening?.dispose();
     this._resized.disconnect();
     this._watching?.dispose();
     this._menu?.dispose();
@@ -105,12 +113,15 @@ export class Chip extends ReactWidget {
           className="sg-Chip"
           data-look={look}
           data-full={fraction !== null && fraction > 0.9 ? 'true' : undefined}
-          title={sentence}
           aria-label={sentence}
           aria-haspopup="menu"
           aria-expanded={this._menu?.isAttached === true}
           onClick={this._open}
           onKeyDown={this._pressed}
+          onMouseEnter={this._pointed}
+          onMouseLeave={this._unpointed}
+          onFocus={this._focused}
+          onBlur={this._unpointed}
         >
           <span className="sg-Dot" data-look={look} />
           <span className="sg-Chip-label">{label}</span>
@@ -133,11 +144,12 @@ export class Chip extends ReactWidget {
     return this._id === null ? undefined : this._options.sandboxes.get(this._id);
   }
 
-  private _view(): View | null {
-    const sandbox = this._sandbox();
-    if (sandbox === undefined) {
+  private _view(memory = true): View | null {
+    const found = this._sandbox();
+    if (found === undefined) {
       return null;
     }
+    const sandbox = memory ? found : { ...found, memory: null };
     const { session, sandboxes, trans } = this._options;
     const shown = view(
       {
@@ -160,6 +172,7 @@ export class Chip extends ReactWidget {
     this._id = this._options.session.session?.kernel?.id ?? this._id;
     this._watching?.dispose();
     this._watching = null;
+    this._listen(this._options.session.session?.kernel ?? null);
     if (this._id !== null) {
       this._watching = this._options.sandboxes.watch({ id: this._id, visible: () => this.isVisible });
     }
@@ -169,6 +182,23 @@ export class Chip extends ReactWidget {
   private _changed(): void {
     this.setHidden(this._sandbox() === undefined);
     this.update();
+    this._card?.update();
+  }
+
+  /** A request that wakes a suspended sandbox: its state is looked at now, and not when it goes on. */
+  private _listen(kernel: Kernel.IKernelConnection | null): void {
+    this._listening?.dispose();
+    this._listening = null;
+    if (kernel === null) {
+      return;
+    }
+    const heard = (_: unknown, { msg, direction }: Kernel.IAnyMessageArgs): void => {
+      if (direction === 'send' && msg.header.msg_type === 'execute_request' && this._sandbox()?.state === 'suspended') {
+        this._options.sandboxes.expect(kernel.id);
+      }
+    };
+    kernel.anyMessage.connect(heard);
+    this._listening = new DisposableDelegate(() => kernel.anyMessage.disconnect(heard));
   }
 
   private _happened(
@@ -190,6 +220,9 @@ export class Chip extends ReactWidget {
   }
 
   private readonly _pressed = (event: React.KeyboardEvent): void => {
+    if (event.key === 'Escape') {
+      this._unpointed();
+    }
     if (event.key === 'ArrowDown') {
       event.preventDefault();
       event.stopPropagation();
@@ -197,7 +230,41 @@ export class Chip extends ReactWidget {
     }
   };
 
+  private readonly _pointed = (event: React.SyntheticEvent): void => {
+    const anchor = event.currentTarget as HTMLElement;
+    window.clearTimeout(this._cardTimer);
+    this._cardTimer = window.setTimeout(() => {
+      const { sandboxes, trans } = this._options;
+      if (this._card === null && this._menu?.isAttached !== true && anchor.isConnected) {
+        this._card = new UsageCard(
+          anchor,
+          () => {
+            const sandbox = this._sandbox();
+            const shown = this._view(false); // its memory has a line of its own
+            return sandbox === undefined || shown === null
+              ? null
+              : { sentence: shown.sentence, uses: used(sandbox, sandboxes.uses(sandbox.id), trans) };
+          },
+          trans
+        );
+      }
+    }, POINTED);
+  };
+
+  private readonly _focused = (event: React.FocusEvent<HTMLElement>): void => {
+    if (event.currentTarget.matches(':focus-visible')) {
+      this._pointed(event);
+    }
+  };
+
+  private readonly _unpointed = (): void => {
+    window.clearTimeout(this._cardTimer);
+    this._card?.dispose();
+    this._card = null;
+  };
+
   private readonly _open = (event: React.SyntheticEvent): void => {
+    this._unpointed();
     const button = event.currentTarget as HTMLElement;
     const { commands } = this._options;
     const id = this._id;
@@ -246,6 +313,9 @@ export class Chip extends ReactWidget {
   private _newsTimer = 0;
   private _menu: Menu | null = null;
   private _watching: IDisposable | null = null;
+  private _listening: IDisposable | null = null;
+  private _card: UsageCard | null = null;
+  private _cardTimer = 0;
 }
 
 export namespace Chip {

@@ -176,8 +176,7 @@ export const commands: JupyterFrontEndPlugin<void> = {
       short: trans.__('Details'),
       caption: trans.__('Limits, origin, and what happened to it'),
       failed: trans.__('There are no details'),
-      execute: async sandbox =>
-        showDetails(sandbox, await sandboxes.events(sandbox.id), sandboxes.history(sandbox.id), trans)
+      execute: async sandbox => showDetails(sandboxes, sandbox, await sandboxes.events(sandbox.id), trans)
     });
 
     const update = () => {

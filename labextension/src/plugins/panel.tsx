@@ -5,13 +5,14 @@ import { IRunningSessionManagers, IRunningSessionSidebar } from '@jupyterlab/run
 import type { TranslationBundle } from '@jupyterlab/translation';
 import { ITranslator, nullTranslator } from '@jupyterlab/translation';
 import type { LabIcon } from '@jupyterlab/ui-components';
-import { runIcon } from '@jupyterlab/ui-components';
+import { runIcon, SidePanel } from '@jupyterlab/ui-components';
 import { MessageLoop } from '@lumino/messaging';
 import { Throttler } from '@lumino/polling';
 import { Signal } from '@lumino/signaling';
-import { Widget } from '@lumino/widgets';
+import { Panel, Widget } from '@lumino/widgets';
 import * as React from 'react';
 
+import { each, failures } from '../batch';
 import type { Sandbox, Snapshot } from '../client';
 import { confirm, explain } from '../dialogs';
 import { attached } from '../find';
@@ -19,8 +20,12 @@ import { age, bytes, moment } from '../format';
 import { sandboxIcon, snapshotIcon, suspendIcon } from '../icons';
 import { ENDED } from '../model';
 import { CommandIDs, DOMAIN } from '../names';
+import { Head } from '../panel-head';
 import { told } from '../progress';
+import { Selection } from '../selection';
 import { ISandboxes } from '../tokens';
+import type { Use } from '../uses';
+import { used } from '../uses';
 import type { Branch, View } from '../view';
 import { title, tree, view } from '../view';
 
@@ -49,14 +54,25 @@ export const panel: JupyterFrontEndPlugin<void> = {
     const trans = (translator ?? nullTranslator).load(DOMAIN);
     const visible = () => !(sidebar instanceof Widget) || sidebar.isVisible;
     sandboxes.watch({ visible });
-    const listed = new Sandboxes(app, sandboxes, trans);
+    const selection = new Selection();
+    const listed = new Sandboxes(app, sandboxes, selection, trans);
     const saved = new Snapshots(app, sandboxes, trans);
     running.add(listed);
     running.add(saved);
+    // Above the list where there is a sidebar of JupyterLab's; Notebook's page has no place for it.
+    const section = sidebar instanceof SidePanel ? sidebar.widgets.find(one => one.title.label === listed.name) : null;
+    const head = section instanceof Panel ? new Head({ sandboxes, selection, trans }) : null;
+    if (head !== null) {
+      (section as Panel).insertWidget(0, head);
+      listed.selectable = true;
+    }
     const show = () => {
-      listed.runningChanged.emit();
+      selection.keep(new Set(sandboxes.all().map(({ id }) => id)));
+      listed.refresh();
       saved.runningChanged.emit();
+      head?.update();
     };
+    selection.changed.connect(() => listed.refresh());
     // A list of hundreds takes a while to draw: one that nobody sees may wait. (Its sections may have been moved to
     // another place than the sidebar, so it is drawn all the same.)
     const soon = new Throttler(show, SOON);
@@ -67,6 +83,7 @@ export const panel: JupyterFrontEndPlugin<void> = {
       MessageLoop.installMessageHook(sidebar, (_, message) => {
         if (message.type === 'after-show') {
           void soon.invoke();
+          void sandboxes.refresh(); // what is used, and what may be, was not asked for meanwhile
         }
         return true;
       });
@@ -79,6 +96,7 @@ class Sandboxes implements IRunningSessions.IManager {
   constructor(
     private readonly _app: JupyterFrontEnd,
     private readonly _sandboxes: ISandboxes,
+    private readonly _selection: Selection,
     private readonly _trans: TranslationBundle
   ) {
     this.name = _trans.__('Sandboxes');
@@ -98,11 +116,27 @@ class Sandboxes implements IRunningSessions.IManager {
   readonly supportsMultipleViews = true;
   readonly runningChanged = new Signal<this, void>(this);
 
+  /** Whether entries can be chosen. */
+  selectable = false;
+
+  /** Have it drawn anew. */
+  refresh(): void {
+    this._made.clear();
+    this.runningChanged.emit();
+  }
+
+  /** JupyterLab asks several times for each change. */
   running({ mode }: { mode: 'tree' | 'list' }): IRunningSessions.IRunningItem[] {
-    const all = this._sandboxes.all();
-    return mode === 'list'
-      ? all.map(sandbox => this._item({ sandbox, children: [] }))
-      : tree(all).map(branch => this._item(branch));
+    let items = this._made.get(mode);
+    if (items === undefined) {
+      const all = this._sandboxes.all();
+      const branches = mode === 'list' ? all.map(sandbox => ({ sandbox, children: [] })) : tree(all);
+      this._order = flat(branches).map(({ sandbox }) => sandbox.id);
+      const notebooks = this._notebooks();
+      items = branches.map(branch => this._item(branch, notebooks));
+      this._made.set(mode, items);
+    }
+    return items;
   }
 
   refreshRunning(): void {
@@ -110,13 +144,29 @@ class Sandboxes implements IRunningSessions.IManager {
   }
 
   shutdownAll(): void {
-    const ending = this._sandboxes.all().map(sandbox => this._sandboxes.remove(sandbox.id));
-    Promise.all(ending).catch((error: unknown) =>
-      explain(this._trans.__('Not all could be ended'), error, this._trans)
-    );
+    void each(this._sandboxes.all(), id => this._sandboxes.remove(id)).then(async outcome => {
+      if (outcome.failed.length > 0) {
+        const text = failures(outcome, this._trans);
+        await explain(this._trans.__('Not all could be ended'), new Error(text), this._trans);
+      }
+    });
   }
 
-  private _item({ sandbox, children }: Branch): IRunningSessions.IRunningItem {
+  /** The paths of what has a session with each sandbox, by its id. */
+  private _notebooks(): ReadonlyMap<string, readonly string[]> {
+    const found = new Map<string, string[]>();
+    for (const { kernel, path } of this._app.serviceManager.sessions.running()) {
+      if (kernel !== null) {
+        found.set(kernel.id, [...(found.get(kernel.id) ?? []), path]);
+      }
+    }
+    return found;
+  }
+
+  private _item(
+    { sandbox, children }: Branch,
+    notebooks: ReadonlyMap<string, readonly string[]>
+  ): IRunningSessions.IRunningItem {
     const trans = this._trans;
     const shown = view(
       {
@@ -128,15 +178,38 @@ class Sandboxes implements IRunningSessions.IManager {
       },
       trans
     );
-    const widgets = attached(this._app, sandbox.id);
+    const paths = notebooks.get(sandbox.id) ?? [];
+    const uses = used(sandbox, this._sandboxes.uses(sandbox.id), trans).filter(use => use.text !== '');
     const item: IRunningSessions.IRunningItem = {
       className: 'sg-RunningItem',
       context: sandbox.id,
       icon: () => sandboxIcon,
-      label: () => <Entry sandbox={sandbox} shown={shown} act={this._act} trans={trans} />,
+      label: () => (
+        <Entry
+          sandbox={sandbox}
+          shown={shown}
+          notebooks={paths}
+          uses={uses}
+          choice={this.selectable ? this._choice(sandbox.id) : null}
+          act={this._act}
+          trans={trans}
+        >
+          {/* What JupyterLab's own search looks through. */}
+          {[title(sandbox), shown.label, sandbox.profile, ...paths]}
+        </Entry>
+      ),
       labelTitle: () =>
-        [sandbox.name, shown.sentence, trans.__('since %1', moment(sandbox.since))].filter(Boolean).join('\n'),
+        [
+          sandbox.name,
+          paths.length > 0 ? trans.__('Notebook: %1', paths.join(', ')) : trans.__('No notebook is attached to it'),
+          shown.sentence,
+          trans.__('since %1', moment(sandbox.since)),
+          ...uses.filter(use => use.kind !== 'memory').map(use => trans.__('%1: %2', use.name, use.text))
+        ]
+          .filter(Boolean)
+          .join('\n'),
       open: () => {
+        const widgets = attached(this._app, sandbox.id);
         if (widgets[0] !== undefined) {
           this._app.shell.activateById(widgets[0].id);
         } else if (!ENDED.includes(sandbox.state)) {
@@ -146,9 +219,18 @@ class Sandboxes implements IRunningSessions.IManager {
       shutdown: () => void this._app.commands.execute(CommandIDs.end, { id: sandbox.id })
     };
     if (children.length > 0) {
-      item.children = children.map(child => this._item(child));
+      item.children = children.map(child => this._item(child, notebooks));
     }
     return item;
+  }
+
+  private _choice(id: string): Choice {
+    return {
+      chosen: this._selection.has(id),
+      any: this._selection.size > 0,
+      toggle: () => this._selection.toggle(id),
+      extend: () => this._selection.extend(id, this._order)
+    };
   }
 
   private readonly _act = (command: string, id: string): void => {
@@ -156,25 +238,90 @@ class Sandboxes implements IRunningSessions.IManager {
       void this._app.commands.execute(command, { id });
     }
   };
+  private readonly _made = new Map<string, IRunningSessions.IRunningItem[]>();
+  private _order: readonly string[] = [];
+}
+
+/** All that stands in a tree, from top to bottom. */
+function flat(branches: readonly Branch[]): Branch[] {
+  return branches.flatMap(branch => [branch, ...flat(branch.children)]);
+}
+
+/** Whether an entry is chosen, and how that changes. */
+interface Choice {
+  chosen: boolean;
+  /** Whether any is. */
+  any: boolean;
+  toggle: () => void;
+  extend: () => void;
 }
 
 interface IEntry {
   sandbox: Sandbox;
   shown: View;
+  /** Paths of what is attached to it. */
+  notebooks: readonly string[];
+  uses: readonly Use[];
+  /** Null where it cannot be chosen. */
+  choice: Choice | null;
   act: (command: string, id: string) => void;
   trans: TranslationBundle;
+  children: React.ReactNode;
 }
 
-function Entry({ sandbox, shown, act, trans }: IEntry): JSX.Element {
+function Entry({ sandbox, shown, notebooks, uses, choice, act, trans }: IEntry): JSX.Element {
   const asleep = sandbox.state === 'paused' || sandbox.state === 'suspended';
   const deed = asleep ? CommandIDs.resume : sandbox.state === 'running' ? CommandIDs.suspend : null;
   const said = asleep ? trans.__('Resume') : trans.__('Suspend');
+  const disk = uses.find(({ kind }) => kind === 'disk' || kind === 'saved')?.text ?? '';
+  const names = notebooks.map(path => path.replace(/^.*\//, '')).filter(name => name !== title(sandbox));
+  const where = notebooks.length > 0 ? names.join(', ') : ENDED.includes(sandbox.state) ? '' : trans.__('no notebook');
   return (
-    <span className="sg-Entry">
-      <span className="sg-Entry-name">{title(sandbox)}</span>
+    <span
+      className="sg-Entry"
+      data-chosen={choice?.chosen}
+      ref={keepKeys}
+      onClick={event => {
+        if (choice !== null && (event.ctrlKey || event.metaKey || event.shiftKey)) {
+          event.stopPropagation();
+          (event.shiftKey ? choice.extend : choice.toggle)();
+        }
+      }}
+    >
+      {choice !== null && (
+        <input
+          type="checkbox"
+          className="sg-Entry-choice"
+          data-any={choice.any}
+          checked={choice.chosen}
+          aria-label={trans.__('Choose “%1”', title(sandbox))}
+          onClick={event => {
+            event.stopPropagation();
+            if (event.shiftKey) {
+              choice.extend();
+            }
+          }}
+          onChange={event => {
+            if (!(event.nativeEvent as MouseEvent).shiftKey) {
+              choice.toggle();
+            }
+          }}
+        />
+      )}
+      <span className="sg-Entry-name">
+        {title(sandbox)}
+        {where !== '' && <span className="sg-Entry-notebook"> {where}</span>}
+      </span>
       <span className="sg-Entry-state">
         <span className="sg-Dot" data-look={shown.look} />
-        {[shown.label, age(sandbox.since, Date.now(), trans), shown.detail].filter(Boolean).join(' · ')}
+        {[
+          shown.label,
+          age(sandbox.since, Date.now(), trans),
+          shown.detail,
+          disk === '' ? '' : sandbox.state === 'suspended' ? disk : trans.__('disk %1', disk)
+        ]
+          .filter(Boolean)
+          .join(' · ')}
       </span>
       {deed !== null && (
         <Act
@@ -185,6 +332,15 @@ function Entry({ sandbox, shown, act, trans }: IEntry): JSX.Element {
       )}
     </span>
   );
+}
+
+/** Enter and Space on what stands in an entry are its own: the list would take them for itself. */
+function keepKeys(node: HTMLElement | null): void {
+  node?.addEventListener('keydown', event => {
+    if (event.key === 'Enter' || event.key === ' ') {
+      event.stopPropagation();
+    }
+  });
 }
 
 /** A small button at the end of an entry. */
@@ -202,6 +358,23 @@ function Act({ icon, label, act }: { icon: LabIcon; label: string; act: () => vo
     >
       <icon.react tag={null} />
     </button>
+  );
+}
+
+interface IKept {
+  snapshot: Snapshot;
+  start: () => void;
+  trans: TranslationBundle;
+  children: React.ReactNode;
+}
+
+function Kept({ snapshot, start, trans }: IKept): JSX.Element {
+  return (
+    <span className="sg-Entry" ref={keepKeys}>
+      <span className="sg-Entry-name">{snapshot.name || snapshot.id.slice(0, 8)}</span>
+      <span className="sg-Entry-state">{[bytes(snapshot.size), moment(snapshot.created)].join(' · ')}</span>
+      <Act icon={runIcon} label={trans.__('Start “%1”', snapshot.name)} act={start} />
+    </span>
   );
 }
 
@@ -227,7 +400,11 @@ class Snapshots implements IRunningSessions.IManager {
     return this._own().map(snapshot => ({
       className: 'sg-SnapshotItem',
       icon: () => snapshotIcon,
-      label: () => this._label(snapshot),
+      label: () => (
+        <Kept snapshot={snapshot} start={() => void this._start(snapshot)} trans={this._trans}>
+          {[snapshot.name || snapshot.id, snapshot.profile]}
+        </Kept>
+      ),
       labelTitle: () => `${snapshot.name || snapshot.id}\n${snapshot.profile}`,
       open: () => void this._start(snapshot),
       shutdown: () => void this._remove(snapshot)
@@ -247,20 +424,6 @@ class Snapshots implements IRunningSessions.IManager {
   private _own(): Snapshot[] {
     const inUse = new Set(this._sandboxes.all().map(sandbox => sandbox.snapshot));
     return this._sandboxes.snapshots().filter(snapshot => !inUse.has(snapshot.id));
-  }
-
-  private _label(snapshot: Snapshot): JSX.Element {
-    return (
-      <span className="sg-Entry">
-        <span className="sg-Entry-name">{snapshot.name || snapshot.id.slice(0, 8)}</span>
-        <span className="sg-Entry-state">{[bytes(snapshot.size), moment(snapshot.created)].join(' · ')}</span>
-        <Act
-          icon={runIcon}
-          label={this._trans.__('Start “%1”', snapshot.name)}
-          act={() => void this._start(snapshot)}
-        />
-      </span>
-    );
   }
 
   private async _start(snapshot: Snapshot): Promise<void> {

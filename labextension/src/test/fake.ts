@@ -1,7 +1,7 @@
 /** A server that answers from memory, and a bus that tests speak on. */
 import { Signal } from '@lumino/signaling';
 
-import type { Profile, Sandbox, Snapshot } from '../client';
+import type { Profile, Sandbox, Snapshot, Usage } from '../client';
 import { Client } from '../client';
 import { SandboxesModel } from '../model';
 
@@ -18,6 +18,7 @@ export function sandbox(changes: Partial<Sandbox> = {}): Sandbox {
     created: '2025-01-01T12:00:00.000Z',
     since: '2025-01-01T12:00:00.000Z',
     memory: null,
+    usage: null,
     limits: { cpu: null, memory: 1 << 30, disk: null, processes: null },
     idle: null,
     parent: null,
@@ -67,6 +68,11 @@ export const profile: Profile = {
   } as never
 };
 
+/** What a sandbox uses as the server tells it. */
+export function usage(changes: Partial<Usage> = {}): Usage {
+  return { memory: 5, cpu_seconds: null, disk: null, saved: null, gpu: null, ...changes };
+}
+
 /** Strings as they are, with what belongs into them. */
 export const trans = {
   __: filled,
@@ -101,7 +107,7 @@ export class Server {
       return own(new URLSearchParams(query), init);
     }
     // Memory is told only where it is asked for, as by the server.
-    const told = (one: Sandbox) => (query.includes('stats=true') ? one : { ...one, memory: null });
+    const told = (one: Sandbox) => (query.includes('stats=true') ? one : { ...one, memory: null, usage: null });
     if (place === 'api/sandboxes') {
       const living = this.sandboxes.filter(({ state }) => !['failed', 'terminated'].includes(state));
       return json({ sandboxes: living.map(told), next: null });

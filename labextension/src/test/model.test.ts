@@ -3,7 +3,7 @@ import { afterEach, describe, expect, it } from 'vitest';
 import { Refused, Unreachable } from '../client';
 import type { SandboxEvent } from '../events';
 import type { SandboxesModel } from '../model';
-import { json, problem, sandbox, Server, settled } from './fake';
+import { json, problem, sandbox, Server, settled, usage } from './fake';
 
 const models: SandboxesModel[] = [];
 
@@ -173,12 +173,13 @@ describe('memory', () => {
     expect(server.asked.some(path => path.includes('stats=true'))).toBe(false);
     let visible = true;
     const watching = made.watch({ id: 'one', visible: () => visible });
-    server.sandboxes = [sandbox({ memory: 100 })];
+    server.sandboxes = [sandbox({ memory: 100, usage: usage({ memory: 100 }) })];
     await made.refresh();
-    server.sandboxes = [sandbox({ memory: 200 })];
+    server.sandboxes = [sandbox({ memory: 200, usage: usage({ memory: 200, disk: 9 }) })];
     await made.refresh();
     await settled();
-    expect(made.history('one')).toEqual([100, 200]);
+    expect(made.uses('one')?.history('memory')).toEqual([100, 200]);
+    expect(made.uses('one')?.now('disk')).toBe(9);
     visible = false;
     server.asked.length = 0;
     server.sandboxes = [sandbox()];
@@ -186,6 +187,34 @@ describe('memory', () => {
     expect(server.asked.some(path => path.includes('stats=true'))).toBe(false);
     expect(made.get('one')?.memory).toBe(200);
     watching.dispose();
+  });
+});
+
+describe('the quota', () => {
+  const quota = { owner: 'me', live: { used: 1, limit: 4 } };
+
+  it('is asked for only while somebody looks at all sandboxes', async () => {
+    const server = new Server();
+    server.handlers.set('GET api/quota', () => json(quota));
+    const made = model(server);
+    await made.ready;
+    made.watch({ id: 'one', visible: () => true });
+    await made.refresh();
+    expect(server.asked).not.toContain('GET api/quota');
+    made.watch({ visible: () => true });
+    await made.refresh();
+    expect(made.quota()).toEqual(quota);
+  });
+
+  it('is not asked for again where the server does not know of any', async () => {
+    const server = new Server();
+    server.handlers.set('GET api/quota', () => problem(404, 'not_found'));
+    const made = model(server);
+    made.watch({ visible: () => true });
+    await made.ready;
+    await made.refresh();
+    expect(server.asked.filter(path => path === 'GET api/quota')).toHaveLength(1);
+    expect([made.quota(), made.connection]).toEqual([null, 'ok']);
   });
 });
 
