@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from bench.density import density
+from bench.frontend import frontend
 from bench.kernels import BenchError, start
 from bench.measures import FULL, QUICK, bursts, idle, machine, starts, throughput
 from bench.report import table, write
@@ -19,7 +20,7 @@ from bench.sleeping import forks, naps, states
 from sandbox_gateway.background import background_loop
 
 MEASURES = (starts, bursts, throughput, served, naps, forks, states, idle)
-ON_REQUEST = (density,)
+ON_REQUEST = (density, frontend)
 """Measures that are taken only where ``--only`` names them."""
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "bench"
 

@@ -38,6 +38,8 @@ class Plan:
     bursts: tuple[int, ...] = 1, 4, 16
     together: tuple[int, ...] = 1, 10, 50
     """Kernels that print at once through one server."""
+    pages: int = 11
+    """Loads of JupyterLab's page."""
     dense_idle: int = 200
     dense_suspended: int = 1000
 
@@ -58,6 +60,7 @@ QUICK = Plan(
     states=((1 << 30) // 10,),
     bursts=(1, 4),
     together=(1, 4),
+    pages=3,
     dense_idle=40,
     dense_suspended=100,
 )
