@@ -18,7 +18,7 @@ STAMP := $(VENV)/.installed
 # Never the user's own environment: the product freezes the one it runs in, and that is to be .venv.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
-.PHONY: help setup run test soak lint docs bench frontend clean
+.PHONY: help setup run test soak lint docs bench frontend pictures clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -70,6 +70,10 @@ frontend: $(STAMP) ## check and build the JupyterLab extension (needs Node); the
 docs: $(STAMP) ## the manual, in docs/_build/html; a warning is an error
 	@echo "docs: sphinx-build"
 	@$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
+pictures: setup ## take the manual's screenshots anew, by the browser tests, into docs/pictures/
+	@sh tools/system_packages.sh "$$(command -v $(PYTHON))" test
+	@JUPYTER_PLATFORM_DIRS=1 SANDBOX_TEST_PICTURES=1 $(BIN)/python -m pytest -q tests/lab
 
 bench: setup ## measure against the plain ipykernel; figures and picture in docs/
 	@$(BIN)/python -m bench

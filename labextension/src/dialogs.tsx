@@ -1,5 +1,6 @@
 /** The questions and windows that are about one sandbox. */
 import { Dialog, showDialog } from '@jupyterlab/apputils';
+import { PageConfig } from '@jupyterlab/coreutils';
 import type { TranslationBundle } from '@jupyterlab/translation';
 import { ReactWidget, UseSignal } from '@jupyterlab/ui-components';
 import { Widget } from '@lumino/widgets';
@@ -59,7 +60,10 @@ export async function explain(what: string, error: unknown, trans: TranslationBu
   if (error instanceof Unreachable) {
     text = trans.__('The server does not answer. Try again when it is back.');
   } else if (error instanceof Refused && error.signedOut) {
-    text = trans.__('You are signed out. Reload the page to sign in again.');
+    text =
+      PageConfig.getOption('sandboxGateway') === 'remote'
+        ? trans.__('The gateway does not accept this server’s token any more. Start the server with a new one.')
+        : trans.__('You are signed out. Reload the page to sign in again.');
   } else if (error instanceof Refused && error.hint !== '') {
     text = `${text}\n\n${error.hint}`;
   }

@@ -7,8 +7,9 @@ import { notifications } from './plugins/notifications';
 import { panel } from './plugins/panel';
 import { picker } from './plugins/picker';
 import { remember } from './plugins/remember';
+import { rejoin } from './plugins/rejoin';
 import { saved } from './plugins/saved';
 import { starts } from './plugins/starts';
 
 export { ISandboxes } from './tokens';
-export default [core, commands, chip, panel, fork, notifications, picker, remember, saved, starts];
+export default [core, commands, chip, panel, fork, notifications, picker, rejoin, remember, saved, starts];

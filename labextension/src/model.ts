@@ -27,7 +27,14 @@ import type { OperationEvent, SandboxEvent } from './events';
 import { parse } from './events';
 
 /** How the page and the server stand. */
-export type Connection = 'absent' | 'connecting' | 'ok' | 'unreachable' | 'signed-out';
+export type Connection =
+  | 'absent'
+  | 'connecting'
+  | 'ok'
+  | 'unreachable'
+  | 'signed-out'
+  /** The server's gateway does not accept the server's own credentials: signing in again is no help. */
+  | 'turned-away';
 
 /** A stream of events, as `ServiceManager.events.stream` is one. */
 export type Stream = ISignal<unknown, unknown>;
@@ -115,6 +122,7 @@ export class SandboxesModel implements ISandboxes, IDisposable {
     this.available = options.available;
     this._stream = options.stream;
     this._nameOf = options.nameOf;
+    this._remote = options.remote ?? false;
     if (!this.available) {
       this._connection = 'absent';
       this._becomeReady();
@@ -546,7 +554,7 @@ export class SandboxesModel implements ISandboxes, IDisposable {
     let next: Connection = 'ok';
     let trouble = '';
     if (error instanceof Refused && error.signedOut) {
-      next = 'signed-out';
+      next = this._remote ? 'turned-away' : 'signed-out';
       trouble = error.message;
     } else if (error instanceof Unreachable || (error instanceof Refused && error.status >= 500)) {
       next = 'unreachable';
@@ -570,6 +578,7 @@ export class SandboxesModel implements ISandboxes, IDisposable {
   private readonly _client: Client;
   private readonly _stream: Stream;
   private readonly _nameOf: ((id: string) => string | undefined) | undefined;
+  private readonly _remote: boolean;
   private readonly _poll: Poll | undefined;
   private readonly _changed = new Signal<this, void>(this);
   private readonly _happened = new Signal<this, SandboxEvent>(this);
@@ -605,6 +614,8 @@ export namespace SandboxesModel {
     available: boolean;
     /** What the page knows as the name of a sandbox that has none of its own: a gateway is told no notebook. */
     nameOf?: (id: string) => string | undefined;
+    /** Whether the kernels are on a gateway, and the server passes our routes on to that. */
+    remote?: boolean;
     /** Milliseconds between two looks. */
     interval?: number;
     standby?: Poll.Standby;

@@ -60,10 +60,17 @@ export function view(about: About, trans: TranslationBundle): View {
     parts.push(about.trouble === '' ? trans.__('the server does not answer') : about.trouble, last);
   } else if (connection === 'signed-out') {
     parts.push(trans.__('you are signed out; reload the page to sign in'));
+  } else if (connection === 'turned-away') {
+    parts.push(trans.__('the gateway does not accept this server’s token; start the server with a new one'));
   }
   return {
     look: connection === 'ok' || connection === 'connecting' ? look : 'unknown',
-    label: connection === 'signed-out' ? trans.__('Signed out') : label,
+    label:
+      connection === 'signed-out'
+        ? trans.__('Signed out')
+        : connection === 'turned-away'
+          ? trans.__('No access')
+          : label,
     detail,
     fraction: memory !== null && limit !== null && limit > 0 ? Math.min(1, memory / limit) : null,
     sentence: parts.join('; ')

@@ -79,7 +79,7 @@ def load(serverapp: ServerApp) -> None:
         # A JupyterLab of one's own goes on telling its address as it always did.
         logs.install(serverapp.log, serverapp.identity_provider, as_json=manager.config_of_gateway.log_json)
     add_routes(serverapp, [*rest_handlers(), *event_handlers(), (r"/metrics", MetricsHandler)])
-    _tell_pages(serverapp, lambda: True)
+    _tell_pages(serverapp, lambda: "here")
     channels = rf"/api/kernels/{_kernel_id_regex}/channels"
     add_routes(serverapp, [(channels, SandboxWebSocketHandler), *kernel_handlers(), *session_handlers()])
     _begin(serverapp, manager)
@@ -90,7 +90,7 @@ def _pass_on(serverapp: ServerApp) -> None:
     relay = Relay(serverapp.event_logger)
     add_routes(serverapp, [(rf"/api/(?:{'|'.join(ROOTS)})((?:/.*)?)", PassedHandler)])
     # One that has not answered yet may be: the page then shows that it is away, and goes on when it is there.
-    _tell_pages(serverapp, lambda: relay.ours is not False)
+    _tell_pages(serverapp, lambda: "" if relay.ours is False else "remote")
 
     async def run() -> None:
         serverapp._sandbox_gateway_relay = asyncio.create_task(relay.run())  # type: ignore[attr-defined]
@@ -98,15 +98,19 @@ def _pass_on(serverapp: ServerApp) -> None:
     serverapp.io_loop.add_callback(run)
 
 
-def _tell_pages(serverapp: ServerApp, here: Callable[[], bool]) -> None:
-    """Have the pages of JupyterLab and Notebook know whether our routes are ``here``, so that none asks in vain."""
+def _tell_pages(serverapp: ServerApp, where: Callable[[], str]) -> None:
+    """Have the pages of JupyterLab and Notebook know ``where`` our routes lead, so that none asks in vain.
+
+    That is ``here``, to a gateway (``remote``), or nowhere (empty).
+    """
     settings = serverapp.web_app.settings
     earlier = settings.get("page_config_hook")
 
     def hook(handler: Any, page_config: dict[str, Any]) -> dict[str, Any]:
         if earlier is not None:
             page_config = earlier(handler, page_config)
-        return {**page_config, "sandboxGateway": "1"} if here() else page_config
+        place = where()
+        return {**page_config, "sandboxGateway": place} if place else page_config
 
     settings["page_config_hook"] = hook
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import os
+from pathlib import Path
+
 from browser import Window
 from playwright.async_api import Locator, expect
 
@@ -36,3 +40,47 @@ def entry(page: Window, name: str) -> Locator:
     """A sandbox in that panel, with those below it."""
     found = page.page.locator(".sg-Entry-name", has_text=name).first
     return page.page.locator(".sg-RunningItem", has=found).first
+
+
+PICTURES = Path(__file__).resolve().parents[2] / "docs" / "pictures"
+"""The manual's screenshots, which `make pictures` makes anew."""
+_MARGIN = 10
+
+
+async def theme(page: Window, name: str) -> None:
+    """Change the theme, whatever is open: ``Light`` or ``Dark``."""
+    await page.page.evaluate(
+        "theme => window.jupyterapp.commands.execute('apputils:change-theme', { theme })", f"JupyterLab {name}"
+    )
+    await expect(page.page.locator("body")).to_have_attribute("data-jp-theme-light", str(name == "Light").lower())
+    await expect(page.page.locator("#jupyterlab-splash")).to_have_count(0)
+
+
+async def picture(page: Window, name: str, *shown: Locator, margin: int = _MARGIN, width: int | None = None) -> None:
+    """The screenshots ``<name>.png`` and ``<name>-dark.png`` of what ``shown`` covers, for the manual; only where
+    ``SANDBOX_TEST_PICTURES`` is set. ``width``: pixels of the page at most."""
+    if not os.environ.get("SANDBOX_TEST_PICTURES"):
+        return
+    from PIL import Image  # matplotlib brings it
+
+    PICTURES.mkdir(exist_ok=True)
+    for kind, suffix in (("Light", ""), ("Dark", "-dark")):
+        await theme(page, kind)
+        boxes = [box for part in shown if (box := await part.first.bounding_box()) is not None]
+        assert len(boxes) == len(shown), f"not all of {name} is there"
+        size = page.page.viewport_size
+        assert size is not None
+        left = max(0, min(box["x"] for box in boxes) - margin)
+        top = max(0, min(box["y"] for box in boxes) - margin)
+        right = min(size["width"], max(box["x"] + box["width"] for box in boxes) + margin)
+        bottom = min(size["height"], max(box["y"] + box["height"] for box in boxes) + margin)
+        if width is not None:
+            right = min(right, left + width)
+        shot = await page.page.screenshot(
+            clip={"x": left, "y": top, "width": right - left, "height": bottom - top}, animations="disabled"
+        )
+        with Image.open(io.BytesIO(shot)) as full:
+            full.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
+                PICTURES / f"{name}{suffix}.png", optimize=True
+            )
+    await theme(page, "Light")

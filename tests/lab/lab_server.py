@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,12 +33,28 @@ def enabled(base: Path) -> Path:
     return base / "etc"
 
 
-def make_lab(base: Path, *options: str, server_extension: bool = True, environment: Mapping[str, str] = {}) -> Lab:
-    """A JupyterLab as `pip install sandbox_gateway` makes it, or one whose server lacks our extension."""
+def make_lab(
+    base: Path,
+    *options: str,
+    server_extension: bool = True,
+    environment: Mapping[str, str] = {},
+    application: str = "jupyterlab",
+) -> Lab:
+    """A JupyterLab, or another ``application``, as `pip install sandbox_gateway` makes it; or without the server half.
+
+    Its page has ``jupyterapp``, by which tests change the theme without closing what is open.
+    """
     search = os.pathsep.join(filter(None, [str(installed_front_end(base)), os.environ.get("JUPYTER_PATH", "")]))
     environment = {"JUPYTER_PATH": search, **environment}
     if server_extension:
         environment["JUPYTER_CONFIG_PATH"] = str(enabled(base))
     else:
         options = (*options, "--ServerApp.jpserver_extensions={'sandbox_gateway': False}")
-    return Lab(base, *options, environment=environment)
+    return Lab(
+        base,
+        "--LabApp.expose_app_in_browser=True",
+        "--JupyterNotebookApp.expose_app_in_browser=True",
+        *options,
+        environment=environment,
+        program=(sys.executable, "-m", application),
+    )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from acceptance import Product
 from browser import CutProxy, Lab, Window, window
-from lab_page import chip, choose
+from lab_page import chip, choose, entry, picture, running
 from lab_server import KERNEL, make_lab
 from playwright.async_api import Request, expect
 
@@ -63,7 +65,7 @@ async def test_a_plain_kernel_shows_nothing(page: Window) -> None:
     assert page.errors() == []
 
 
-async def test_a_server_that_is_away_is_told_and_its_return_is_seen(page: Window, tmp_path: Path) -> None:
+async def test_a_server_that_is_away_is_told_and_its_return_is_seen(page: Window) -> None:
     page.lab.write("away.ipynb", "1 + 1", kernel=KERNEL)
     proxy = CutProxy(page.lab.port)
     try:
@@ -75,7 +77,7 @@ async def test_a_server_that_is_away_is_told_and_its_return_is_seen(page: Window
         proxy.refuse()
         await expect(chip(page)).to_have_attribute("data-look", "unknown")
         assert "does not answer" in str(await chip(page).get_attribute("aria-label"))
-        await page.picture(tmp_path / "away.png")
+        await picture(page, "chip-away", page.notebook.locator(".jp-KernelName"), chip(page))
         proxy.refuse(False)
         await expect(chip(page)).to_have_attribute("data-look", "running")
         await page.run(0)
@@ -95,12 +97,19 @@ async def test_what_somebody_else_deleted_is_refused_with_the_reason(page: Windo
     await page.accept()
     told = page.page.locator(".jp-Dialog", has_text="It could not be suspended")
     await expect(told).to_contain_text("there is no sandbox")
+    await page.accept()
+    await page.page.wait_for_function("document.querySelector('.jp-Dialog') === null")
+    # The notebook takes another kernel.
+    await page.notebook.locator(".jp-KernelName").click()
+    await page.page.locator(".sg-Offer", has_text="Python 3 (gVisor)").first.locator("input[type=radio]").check()
+    await page.accept()
+    await expect(chip(page)).to_have_attribute("data-look", "running")
+    await page.run(0)
+    await page.printed(0, "2")
     assert page.errors("status of 404") == []
 
 
-async def test_a_server_that_is_killed_and_comes_back_has_its_sandboxes_and_the_chip_shows_them(
-    page: Window, tmp_path: Path
-) -> None:
+async def test_a_server_that_is_killed_and_comes_back_has_its_sandboxes_and_the_chip_shows_them(page: Window) -> None:
     """Whether the notebook keeps its session is JupyterLab's matter: its server has forgotten it, and the page asks."""
     page.lab.write("killed.ipynb", "x = 'still there'", kernel=KERNEL)
     await page.shrug()
@@ -109,11 +118,32 @@ async def test_a_server_that_is_killed_and_comes_back_has_its_sandboxes_and_the_
     await page.run(0)
     await page.done(0, 1)
     await expect(chip(page)).to_have_attribute("data-look", "running")
-    assert page.lab.process is not None
-    page.lab.process.kill()
-    page.lab.process.wait()
+    page.lab.kill()
     await expect(chip(page)).to_have_attribute("data-look", "unknown")
     await page.lab.start()
     await expect(chip(page)).to_have_attribute("data-look", "running")
-    await page.picture(tmp_path / "back.png")
     assert page.errors(*CUT_OFF) == []
+
+
+async def test_a_login_that_expired_is_told_and_the_page_keeps_what_was_written(page: Window) -> None:
+    page.lab.write("login.ipynb", "x = 1", kernel=KERNEL)
+    await page.shrug()
+    await page.visit("login.ipynb")
+    await page.ready()
+    await running(page)
+    page.lab.kill()
+    page.lab.token = secrets.token_hex(16)
+    await page.page.context.clear_cookies()
+    await page.lab.start()
+    await expect(chip(page)).to_contain_text("Signed out")
+    assert "reload the page to sign in" in str(await chip(page).get_attribute("aria-label"))
+    await expect(entry(page, "login.ipynb")).to_contain_text("Signed out")
+    await page.edit(0, "x = 'written meanwhile'")
+    await expect(page.cell(0)).to_contain_text("written meanwhile")
+    await chip(page).click()
+    await expect(page.page.locator(".sg-Menu .lm-Menu-item", has_text="Suspend…")).to_have_class(re.compile("disabled"))
+    await page.page.keyboard.press("Escape")
+    page.page.on("dialog", lambda asked: asked.accept())
+    await page.page.reload()
+    await expect(page.page.locator("input[type=password]")).to_be_visible()
+    assert page.errors(*CUT_OFF, "status of 40[13]", "WebSocket", "Forbidden") == []

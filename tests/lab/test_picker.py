@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from browser import Window
-from lab_page import chip, dark
+from lab_page import chip, picture
 from lab_server import KERNEL, TIGHT
 from playwright.async_api import Locator, expect
 
@@ -24,7 +22,7 @@ async def opened(page: Window) -> None:
     await expect(page.page.locator(".sg-Picker")).to_be_visible()
 
 
-async def test_a_profile_is_chosen_with_less_memory_and_the_limit_holds(page: Window, tmp_path: Path) -> None:
+async def test_a_profile_is_chosen_with_less_memory_and_the_limit_holds(page: Window) -> None:
     page.lab.write("pick.ipynb", "print(1)", "x = bytearray(400 << 20)", kernel="python3")
     await page.visit("pick.ipynb")
     await page.ready("Python 3 (ipykernel)")
@@ -34,7 +32,7 @@ async def test_a_profile_is_chosen_with_less_memory_and_the_limit_holds(page: Wi
     await expect(offer(page, "Python 3 (ipykernel)")).to_contain_text("Runs on the server itself")
     await tight.locator("input[type=radio]").click()
     await tight.locator("[data-field=memory]").fill("300")
-    await page.picture(tmp_path / "picker.png")
+    await picture(page, "picker-limits", page.page.locator(".jp-Dialog-content"))
     await page.accept()
     await page.ready("Tight limits")
     await expect(chip(page)).to_contain_text("of 300 MiB")
@@ -45,18 +43,17 @@ async def test_a_profile_is_chosen_with_less_memory_and_the_limit_holds(page: Wi
     assert page.errors() == []
 
 
-async def test_a_suspended_sandbox_of_no_notebook_is_gone_on_with(page: Window, tmp_path: Path) -> None:
+async def test_a_suspended_sandbox_of_no_notebook_is_gone_on_with(page: Window) -> None:
     made = await page.lab.ask("POST", "sandboxes", {"profile": "python3-gvisor", "name": "yesterday.ipynb"})
     await page.lab.ask("POST", f"sandboxes/{made['id']}/execute", {"code": "x = 'of yesterday'"})
     await page.lab.ask("POST", f"sandboxes/{made['id']}/suspend?wait=60", {})
     page.lab.write("today.ipynb", "print(x)", kernel=TIGHT)
     await page.visit("today.ipynb")
     await page.ready("Tight limits")
-    await dark(page)
     await opened(page)
     asleep = offer(page, "yesterday.ipynb")
     await expect(asleep).to_contain_text("Suspended")
-    await page.picture(tmp_path / "picker-dark.png")
+    await picture(page, "picker", page.page.locator(".jp-Dialog-content"))
     await asleep.locator("input[type=radio]").click()
     await page.accept()
     await expect(chip(page)).to_have_attribute("data-look", "suspended")

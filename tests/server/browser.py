@@ -47,6 +47,9 @@ FLAGS: Final = (
 PATIENCE: Final = 60.0
 """Seconds that the page may take for a thing, on a busy machine."""
 
+FINENESS: Final = 2 if os.environ.get("SANDBOX_TEST_PICTURES") else 1
+"""Pixels of a screenshot for each of the page's; the manual's are read on fine screens."""
+
 HARMLESS: Final[Mapping[str, str]] = {
     r"status of 500 .*/api/resolvePath\?": (
         "a traceback's paths are looked up; jupyter_server fails at that for every kernel of a --gateway-url"
@@ -75,8 +78,15 @@ def chromium() -> str:
 class Lab:
     """A JupyterLab server with a folder, a configuration and a token of its own."""
 
-    def __init__(self, base: Path, *options: str, environment: Mapping[str, str] = {}) -> None:
+    def __init__(
+        self,
+        base: Path,
+        *options: str,
+        environment: Mapping[str, str] = {},
+        program: Sequence[str] = (sys.executable, "-m", "jupyterlab"),
+    ) -> None:
         self.port = free_port()
+        self._program = program
         self.token = secrets.token_hex(16)
         self.folder = base / "notebooks"
         self.log = base / "lab.log"
@@ -98,7 +108,7 @@ class Lab:
         # The one question that a first start asks: news from the project's site.
         (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
         arguments = [
-            *(sys.executable, "-m", "jupyterlab", "--no-browser", f"--ServerApp.root_dir={self.folder}"),
+            *(*self._program, "--no-browser", f"--ServerApp.root_dir={self.folder}"),
             *(f"--ServerApp.port={self.port}", "--ServerApp.port_retries=0", "--ServerApp.ip=127.0.0.1"),
             *self._options,
         ]
@@ -171,6 +181,12 @@ class Lab:
         """Close every session, and so its kernel."""
         for session in await self.ask("GET", "sessions"):
             await self.ask("DELETE", f"sessions/{session['id']}")
+
+    def kill(self) -> None:
+        """End the server as ``kill -9`` does."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
 
     def stop(self) -> None:
         """End the server as Ctrl-C does."""
@@ -338,7 +354,9 @@ async def window(lab: Lab, executable: str, pictures: Path, name: str) -> AsyncI
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=executable, args=FLAGS)
         try:
-            context: BrowserContext = await browser.new_context(viewport={"width": 1280, "height": 900})
+            context: BrowserContext = await browser.new_context(
+                viewport={"width": 1280, "height": 900}, device_scale_factor=FINENESS
+            )
             context.set_default_timeout(PATIENCE * 1000)
             opened = Window(await context.new_page(), lab, lab.url)
             opened.listen()

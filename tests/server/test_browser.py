@@ -29,10 +29,11 @@ def browser_path() -> str:
 
 @pytest.fixture(scope="module")
 def lab(browser_path: str, _gateway: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    """A JupyterLab whose kernels are on the gateway."""
+    """A JupyterLab whose kernels are on the gateway, and which does not have our extension."""
     started = Lab(
         tmp_path_factory.mktemp("lab"),
         f"--gateway-url={_gateway.url}",
+        "--ServerApp.jpserver_extensions={'sandbox_gateway': False}",
         environment={"JUPYTER_GATEWAY_AUTH_TOKEN": _gateway.token},
     )
     try:

@@ -20,12 +20,14 @@ export const core: JupyterFrontEndPlugin<ISandboxes> = {
       ServerConnection.makeRequest(URLExt.join(settings.baseUrl, path), { ...init, cache: 'no-cache' }, settings);
     const nameOf = (id: string) =>
       [...app.serviceManager.sessions.running()].find(session => session.kernel?.id === id)?.name;
+    const here = PageConfig.getOption('sandboxGateway');
     return new SandboxesModel({
       nameOf,
+      remote: here === 'remote',
       client: new Client(send),
       stream: app.serviceManager.events.stream,
       // Our server extension says so in the page, so that a server without it is never asked.
-      available: PageConfig.getOption('sandboxGateway') !== ''
+      available: here !== ''
     });
   }
 };

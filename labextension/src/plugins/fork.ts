@@ -4,7 +4,7 @@ import { Dialog, ICommandPalette, showDialog } from '@jupyterlab/apputils';
 import { PathExt } from '@jupyterlab/coreutils';
 import { IDocumentManager } from '@jupyterlab/docmanager';
 import type { DocumentRegistry } from '@jupyterlab/docregistry';
-import type { Contents } from '@jupyterlab/services';
+import type { Contents, Session } from '@jupyterlab/services';
 import type { TranslationBundle } from '@jupyterlab/translation';
 import { ITranslator, nullTranslator } from '@jupyterlab/translation';
 import type { ReadonlyPartialJSONObject } from '@lumino/coreutils';
@@ -14,6 +14,7 @@ import type { Sandbox } from '../client';
 import { told } from '../progress';
 import { explain } from '../dialogs';
 import { attached, kernelOf, sessionOf } from '../find';
+import { attach } from '../open';
 import { CommandIDs, DOMAIN } from '../names';
 import { ISandboxes } from '../tokens';
 import { possible, title } from '../view';
@@ -89,10 +90,9 @@ export const fork: JupyterFrontEndPlugin<void> = {
       if (widget === null || context === null || sandbox === undefined) {
         return;
       }
-      const { contents } = app.serviceManager;
       try {
         const { paths, failures } = await told(
-          forked({ sandboxes, documents, contents, context, id: sandbox.id, widget, count }),
+          forked({ sandboxes, documents, services: app.serviceManager, context, id: sandbox.id, widget, count }),
           trans._n('Forking “%2”…', 'Forking “%2” %1 times…', count, title(sandbox)),
           made => trans.__('Forked: %1', made.paths.map(path => `“${PathExt.basename(path)}”`).join(', '))
         );
@@ -151,7 +151,7 @@ class CountField extends Widget implements Dialog.IBodyWidget<number> {
 interface IForking {
   sandboxes: ISandboxes;
   documents: IDocumentManager;
-  contents: Contents.IManager;
+  services: { contents: Contents.IManager; sessions: Session.IManager };
   context: DocumentRegistry.Context;
   id: string;
   widget: Widget;
@@ -167,16 +167,17 @@ interface IMade {
 
 /** Fork the kernel, save the copies and open each attached to its child; rejects where there is none at all. */
 async function forked(forking: IForking): Promise<IMade> {
-  const { sandboxes, documents, contents, context, id, widget, count } = forking;
+  const { sandboxes, documents, services, context, id, widget, count } = forking;
   const content = context.model.toJSON(); // as it is at the fork, saved or not
   const name = sessionOf(widget)?.session?.kernel?.name ?? '';
   const { ids, failures } = await sandboxes.fork(id, count);
   const made: IMade = { paths: [], failures: [...failures] };
   for (const child of ids) {
     try {
-      const path = await free(contents, context.path);
-      await contents.save(path, { type: 'notebook', format: 'json', content });
+      const path = await free(services.contents, context.path);
+      await services.contents.save(path, { type: 'notebook', format: 'json', content });
       await sandboxes.rename(child, PathExt.basename(path));
+      await attach(services.sessions, path, child);
       // The first beside the notebook, the others as tabs of the first.
       const first = made.paths[0] === undefined ? null : (documents.findWidget(made.paths[0], 'Notebook') ?? null);
       const place = first === null ? { mode: 'split-right', ref: widget.id } : { mode: 'tab-after', ref: first.id };

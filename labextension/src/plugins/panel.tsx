@@ -1,5 +1,6 @@
 /** The sandboxes and snapshots of the user, in the panel "Running". */
 import type { JupyterFrontEnd, JupyterFrontEndPlugin } from '@jupyterlab/application';
+import { IDocumentManager } from '@jupyterlab/docmanager';
 import type { IRunningSessions } from '@jupyterlab/running';
 import { IRunningSessionManagers, IRunningSessionSidebar } from '@jupyterlab/running';
 import type { TranslationBundle } from '@jupyterlab/translation';
@@ -20,6 +21,7 @@ import { age, bytes, moment } from '../format';
 import { sandboxIcon, snapshotIcon, suspendIcon } from '../icons';
 import { ENDED } from '../model';
 import { CommandIDs, DOMAIN } from '../names';
+import { openFor } from '../open';
 import { Head } from '../panel-head';
 import { told } from '../progress';
 import { Selection } from '../selection';
@@ -39,24 +41,26 @@ export const panel: JupyterFrontEndPlugin<void> = {
   id: '@sandbox-gateway/labextension:panel',
   description: 'Lists the user’s sandboxes and snapshots in the panel “Running”.',
   autoStart: true,
-  requires: [ISandboxes, IRunningSessionManagers],
-  optional: [IRunningSessionSidebar, ITranslator],
+  requires: [ISandboxes],
+  optional: [IRunningSessionManagers, IDocumentManager, IRunningSessionSidebar, ITranslator],
   activate: (
     app: JupyterFrontEnd,
     sandboxes: ISandboxes,
-    running: IRunningSessionManagers,
+    running: IRunningSessionManagers | null,
+    documents: IDocumentManager | null,
     sidebar: IRunningSessionSidebar | null,
     translator: ITranslator | null
   ): void => {
-    if (!sandboxes.available) {
+    // A notebook's page in Notebook 7 has no such list.
+    if (!sandboxes.available || running === null) {
       return;
     }
     const trans = (translator ?? nullTranslator).load(DOMAIN);
     const visible = () => !(sidebar instanceof Widget) || sidebar.isVisible;
     sandboxes.watch({ visible });
     const selection = new Selection();
-    const listed = new Sandboxes(app, sandboxes, selection, trans);
-    const saved = new Snapshots(app, sandboxes, trans);
+    const listed = new Sandboxes(app, sandboxes, selection, documents, trans);
+    const saved = new Snapshots(app, sandboxes, documents, trans);
     running.add(listed);
     running.add(saved);
     // Above the list where there is a sidebar of JupyterLab's; Notebook's page has no place for it.
@@ -97,6 +101,7 @@ class Sandboxes implements IRunningSessions.IManager {
     private readonly _app: JupyterFrontEnd,
     private readonly _sandboxes: ISandboxes,
     private readonly _selection: Selection,
+    private readonly _documents: IDocumentManager | null,
     private readonly _trans: TranslationBundle
   ) {
     this.name = _trans.__('Sandboxes');
@@ -213,7 +218,9 @@ class Sandboxes implements IRunningSessions.IManager {
         if (widgets[0] !== undefined) {
           this._app.shell.activateById(widgets[0].id);
         } else if (!ENDED.includes(sandbox.state)) {
-          void this._app.commands.execute('notebook:create-new', { kernelId: sandbox.id, kernelName: '' });
+          openFor(this._app, this._documents, sandbox.id).catch((error: unknown) =>
+            explain(trans.__('Its notebook could not be opened'), error, trans)
+          );
         }
       },
       shutdown: () => void this._app.commands.execute(CommandIDs.end, { id: sandbox.id })
@@ -382,6 +389,7 @@ class Snapshots implements IRunningSessions.IManager {
   constructor(
     private readonly _app: JupyterFrontEnd,
     private readonly _sandboxes: ISandboxes,
+    private readonly _documents: IDocumentManager | null,
     private readonly _trans: TranslationBundle
   ) {
     this.name = _trans.__('Sandbox Snapshots');
@@ -434,7 +442,7 @@ class Snapshots implements IRunningSessions.IManager {
         trans.__('Starting from “%1”…', snapshot.name),
         () => trans.__('Started from “%1”', snapshot.name)
       );
-      await this._app.commands.execute('notebook:create-new', { kernelId: id, kernelName: '' });
+      await openFor(this._app, this._documents, id);
     } catch (error) {
       await explain(trans.__('No sandbox could be started from it'), error, trans);
     }

@@ -50,6 +50,7 @@ describe('a view', () => {
   it('says when nobody knows any more', () => {
     expect(view(about({ connection: 'unreachable' }), trans)).toMatchObject({ look: 'unknown', label: 'Running' });
     expect(view(about({ connection: 'signed-out' }), trans).label).toBe('Signed out');
+    expect(view(about({ connection: 'turned-away' }), trans)).toMatchObject({ look: 'unknown', label: 'No access' });
   });
 
   it('does not keep silent about a runtime that isolates nothing', () => {

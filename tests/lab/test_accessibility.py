@@ -1,0 +1,68 @@
+"""What axe-core finds of names, roles, states and contrast in our parts of the page, in both themes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from browser import Window
+from lab_page import chip, choose, entry, picture, running, theme
+from lab_server import KERNEL, ROOT
+from playwright.async_api import expect
+
+AXE = ROOT / "labextension" / "node_modules" / "axe-core" / "axe.min.js"
+pytestmark = [
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(not AXE.is_file(), reason="no axe-core here: npm ci in labextension brings it"),
+]
+STOCK = ("scrollable-region-focusable",)
+"""Rules about what JupyterLab puts around our parts."""
+
+
+async def found(page: Window, *parts: str) -> list[str]:
+    """What is wrong with ``parts`` (selectors) in the light and in the dark theme."""
+    problems = []
+    for kind in ("Dark", "Light"):
+        await theme(page, kind)
+        report = await page.page.evaluate(
+            """async ([parts, stock]) => {
+                const rules = Object.fromEntries(stock.map(rule => [rule, { enabled: false }]));
+                const { violations } = await axe.run({ include: parts.map(part => [part]) }, { rules });
+                return violations.flatMap(({ id, nodes }) =>
+                  nodes.map(node => `${id}: ${node.html.slice(0, 200)} ${node.failureSummary}`));
+            }""",
+            [parts, STOCK],
+        )
+        problems += [f"{kind}: {text}" for text in report]
+    return problems
+
+
+async def test_nothing_is_wrong_with_names_roles_and_contrast(page: Window, tmp_path: Path) -> None:
+    page.lab.write("axe.ipynb", "x = 1", kernel=KERNEL)
+    tight = await page.lab.ask("POST", "sandboxes", {"profile": "tight", "name": "asleep.ipynb"})
+    await page.lab.ask("POST", f"sandboxes/{tight['id']}/snapshots?wait=60", {"name": "kept"})
+    await page.lab.ask("POST", f"sandboxes/{tight['id']}/suspend?wait=60", {})
+    await page.visit("axe.ipynb")
+    await page.ready()
+    await page.page.add_script_tag(path=AXE)
+    await page.run(0)
+    await page.done(0, 1)
+    await running(page)
+    await expect(entry(page, "axe.ipynb")).to_contain_text("Running")
+    await expect(page.page.locator(".sg-SnapshotItem")).to_contain_text("kept")
+    await picture(page, "panel", page.page.locator("#jp-left-stack"))
+    problems = await found(page, ".sg-ChipHolder", ".sg-RunningItem", ".sg-SnapshotItem")
+    await chip(page).click()
+    problems += await found(page, ".sg-Menu")
+    await page.page.keyboard.press("Escape")
+    for item in ("Suspend…", "Save Snapshot…", "Details", "Show Log"):
+        await choose(page, item)
+        problems += await found(page, ".jp-Dialog-content")
+        await page.page.keyboard.press("Escape")
+        await expect(page.page.locator(".jp-Dialog")).to_have_count(0)
+    await page.notebook.locator(".jp-KernelName").click()
+    await expect(page.page.locator(".sg-Picker")).to_contain_text("asleep.ipynb")
+    problems += await found(page, ".jp-Dialog-content")
+    await page.page.keyboard.press("Escape")
+    assert not problems, "\n".join(problems)
+    assert page.errors() == []
