@@ -45,6 +45,8 @@ def entry(page: Window, name: str) -> Locator:
 PICTURES = Path(__file__).resolve().parents[2] / "docs" / "pictures"
 """The manual's screenshots, which `make pictures` makes anew."""
 _MARGIN = 10
+_MOST = 1500
+"""Pixels of a picture's width."""
 
 
 async def theme(page: Window, name: str) -> None:
@@ -79,8 +81,10 @@ async def picture(page: Window, name: str, *shown: Locator, margin: int = _MARGI
         shot = await page.page.screenshot(
             clip={"x": left, "y": top, "width": right - left, "height": bottom - top}, animations="disabled"
         )
-        with Image.open(io.BytesIO(shot)) as full:
-            full.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
-                PICTURES / f"{name}{suffix}.png", optimize=True
-            )
+        with Image.open(io.BytesIO(shot)) as taken:
+            full = taken.convert("RGB")
+            if full.width > _MOST:
+                full = full.resize((_MOST, round(full.height * _MOST / full.width)))
+            few = full.quantize(256, dither=Image.Dither.NONE)
+            few.save(PICTURES / f"{name}{suffix}.png", optimize=True)
     await theme(page, "Light")

@@ -62,6 +62,7 @@ async def test_nothing_is_wrong_with_names_roles_and_contrast(page: Window, tmp_
         await expect(page.page.locator(".jp-Dialog")).to_have_count(0)
     await page.notebook.locator(".jp-KernelName").click()
     await expect(page.page.locator(".sg-Picker")).to_contain_text("asleep.ipynb")
+    await expect(page.page.locator(".sg-Picker input:checked")).to_be_focused()
     problems += await found(page, ".jp-Dialog-content")
     await page.page.keyboard.press("Escape")
     assert not problems, "\n".join(problems)

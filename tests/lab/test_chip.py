@@ -81,7 +81,6 @@ async def test_the_commands_are_in_the_menu_and_the_palette(page: Window) -> Non
     await page.ready()
     await page.page.locator(".lm-MenuBar-itemLabel", has_text="Kernel").click()
     await expect(page.page.locator(".lm-Menu-itemLabel", has_text="Suspend Sandbox…")).to_be_visible()
-    await picture(page, "kernel-menu", page.page.locator(".lm-MenuBar-menu"))
     await page.page.keyboard.press("Escape")
     await page.page.keyboard.press("Control+Shift+C")
     await page.page.keyboard.insert_text("pause sandbox")

@@ -78,6 +78,28 @@ async def test_a_notebook_on_a_gateway_is_suspended_resumed_and_forked(
         assert page.errors() == []
 
 
+async def test_a_page_that_is_loaded_anew_in_mid_cell_gets_what_comes_from_then_on(
+    remote_lab: Lab, gateway: Served, browser_path: str, tmp_path: Path, ended: None
+) -> None:
+    """The replay is not asked for through JupyterLab's server: what the page showed and did not save is lost."""
+    code = "import time\nfor n in range(200):\n    print(n, flush=True)\n    time.sleep(0.05)"
+    async with window(remote_lab, browser_path, tmp_path, "reloaded") as page:
+        remote_lab.write("long.ipynb", code, "print(n)", kernel=KERNEL)
+        await page.visit("long.ipynb")
+        await page.ready()
+        await page.run(0)
+        await expect(page.output(0)).to_contain_text("19")
+        page.page.on("dialog", lambda asked: asked.accept())
+        await page.reload()
+        await page.run(1)
+        await page.printed(1, "199")
+        told, *lines = (await page.text(0)).splitlines()
+        assert told.startswith("[sandbox] here some of the output may be missing")
+        assert len(lines) > 50
+        assert lines == [str(n) for n in range(int(lines[0]), 200)]
+        assert page.errors() == []
+
+
 async def test_what_the_gateway_refuses_is_passed_on_as_it_is(remote_lab: Lab, gateway: Served, ended: None) -> None:
     served = Served(Path(remote_lab.log), token=remote_lab.token)  # its way to ask, of another server
     served.port = remote_lab.port

@@ -71,7 +71,7 @@ async def test_neither_of_two_users_sees_what_the_other_has(
         window(labs["ann"], browser_path, tmp_path, "ann") as ann,
         window(labs["bob"], browser_path, tmp_path, "bob") as bob,
     ):
-        await bob.page.set_viewport_size({"width": 1800, "height": 900})  # two notebooks side by side
+        await bob.page.set_viewport_size({"width": 2400, "height": 900})  # two notebooks side by side
         await opened(ann, "ann.ipynb")
         await opened(bob, "bob.ipynb")
         await expect(ann.page.locator(".sg-RunningItem")).to_have_count(2)
@@ -84,6 +84,7 @@ async def test_neither_of_two_users_sees_what_the_other_has(
             await expect(picker).to_contain_text("New sandbox")
             await expect(picker.get_by_text("ann-alone", exact=True)).to_have_count(shown)
             await expect(picker.get_by_text("ann-saved", exact=True)).to_have_count(shown)
+            await expect(picker.locator("input:checked")).to_be_focused()
             await page.page.keyboard.press("Escape")
         await choose(bob, "Fork This Notebook")
         await expect(bob.page.locator(".lm-TabBar-tab", has_text="bob-fork1.ipynb")).to_be_visible()
@@ -98,6 +99,8 @@ async def test_neither_of_two_users_sees_what_the_other_has(
         await bob.page.keyboard.press("Control+Enter")
         await expect(bob.page.locator(".jp-NotebookPanel .jp-InputPrompt").first).to_have_text("[1]:")
         assert not (labs["bob"].folder / "bob-fork2.ipynb").exists()
+        for snapshot in (await labs["ann"].ask("GET", "snapshots"))["snapshots"]:
+            await labs["ann"].ask("DELETE", f"snapshots/{snapshot['id']}")
         assert ann.errors() == []
         assert bob.errors("status of 403") == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import shutil
@@ -44,7 +45,10 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # A line of a .pth file only lengthens the path: the checkout's own .pth, in that folder, is not followed.
     (packages / "dependencies.pth").write_text("\n".join(theirs) + "\n")
     stock = Path(sysconfig.get_path("data"), "share", "jupyter", "lab")
-    (fresh / "share" / "jupyter" / "lab").symlink_to(stock)
+    application = fresh / "share" / "jupyter" / "lab"
+    application.mkdir()
+    for part in stock.iterdir():
+        (application / part.name).symlink_to(part)
     # What the dependencies install beside their packages.
     for file in Path(sysconfig.get_path("data"), "etc", "jupyter", "jupyter_server_config.d").glob("*.json"):
         place = fresh / "etc" / "jupyter" / "jupyter_server_config.d" / file.name
@@ -59,7 +63,7 @@ def variables(environment: Path) -> dict[str, str]:
     path = str(environment / "bin")
     assert shutil.which("node", path=path) is None
     assert shutil.which("npm", path=path) is None
-    return {"PATH": path, "JUPYTER_PATH": "", "JUPYTER_CONFIG_PATH": "", "PYTHONPATH": ""}
+    return {"PATH": path, "JUPYTER_PATH": "", "JUPYTER_CONFIG_PATH": "", "PYTHONPATH": "", "PYTHONSAFEPATH": "1"}
 
 
 def test_jupyter_finds_both_halves_of_the_wheel_enabled(
@@ -110,6 +114,12 @@ async def test_a_jupyterlab_with_the_wheel_serves_the_extension_and_its_page_has
     (entry,) = (environment / "share" / "jupyter" / "labextensions" / NAME / "static").glob("remoteEntry.*.js")
     served = await AsyncHTTPClient().fetch(f"{fresh_lab.url}/lab/extensions/{NAME}/static/{entry.name}")
     assert served.body == entry.read_bytes()
+    # An administrator's defaults for everybody, as the manual has them.
+    settings = environment / "share" / "jupyter" / "lab" / "settings"
+    settings.mkdir()
+    (settings / "overrides.json").write_text(json.dumps({f"{NAME}:commands": {"confirmSuspend": False}}))
+    told = await fresh_lab.ask("GET", f"settings/{NAME}:commands", base="/lab/api")
+    assert told["schema"]["properties"]["confirmSuspend"]["default"] is False
     async with window(fresh_lab, browser_path, tmp_path, "wheel") as page:
         await page.visit()
         await page.page.locator(".jp-SideBar .lm-TabBar-tab[data-id='jp-running-sessions']").click()

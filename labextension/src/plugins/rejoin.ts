@@ -108,12 +108,11 @@ class Rejoin {
   }
 
   private _said(kernel: Kernel.IKernelConnection, { msg, direction }: Kernel.IAnyMessageArgs): void {
-    const { runs, sandboxes } = this._options;
+    const { runs } = this._options;
     const { msg_type: kind, msg_id: id } = msg.header;
     if (direction === 'send') {
       const cell = (msg.metadata as { cellId?: unknown }).cellId;
-      const ours = sandboxes.get(kernel.id) !== undefined;
-      if (kind === 'execute_request' && typeof cell === 'string' && ours && this._cell(cell) !== null) {
+      if (kind === 'execute_request' && typeof cell === 'string' && this._cell(cell) !== null) {
         this._own.add(id);
         this._replay?.leave(cell);
         runs.add(kernel.id, id, cell);
