@@ -418,8 +418,16 @@ class Lifecycle:
         sandbox.seat.release(remove=False)
 
     def entrust(self, sandbox_id: str) -> Seat:
-        """The place of an adopted sandbox, for a caller who keeps it beyond the sandbox's end, and releases it."""
-        return self._seats.pop(sandbox_id)
+        """The place of an adopted sandbox, for a caller who keeps it beyond the sandbox's end, and releases it.
+
+        Raises ``illegal_transition`` for one that is being made: its place is with whoever makes it.
+        """
+        seat = self._seats.pop(sandbox_id, None)
+        if seat is None:
+            raise SandboxGatewayError(
+                "illegal_transition", f"{sandbox_id} is being made", "Try again when it is there."
+            )
+        return seat
 
     async def fork(self, sandbox_id: str, count: int = 1, owner: str = "") -> list[ForkOutcome]:
         """``count`` clones of a sandbox that this process owns; it goes on itself. See :meth:`spawn`."""

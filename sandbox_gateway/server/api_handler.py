@@ -213,7 +213,7 @@ async def _usages(gateway: Gateway, caller: Caller, records: Any) -> dict[str, d
 
 
 async def _stats(gateway: Gateway, caller: Caller, record: Any) -> Stats:
-    if record.id not in gateway.lifecycle.live or record.snapshot is not None:
+    if record.id not in gateway.kernels or record.snapshot is not None:  # those that are being made are none yet
         return Stats()
     try:
         async with asyncio.timeout(STATS_TIMEOUT):

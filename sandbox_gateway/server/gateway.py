@@ -524,9 +524,10 @@ class Gateway:
     def _enter(self, live: LiveSandbox) -> ServedKernel:
         kernel = self.kernels.get(live.id)
         if kernel is None:
+            seat = self.lifecycle.entrust(live.id)  # first: one that is being made is refused, and stays as it is
             kernel = ServedKernel(self, live.id, live.record.owner, None)
             self.kernels[live.id] = kernel
-            kernel.adopted(live, self.lifecycle.entrust(live.id), self._hubs.pop(live.id))
+            kernel.adopted(live, seat, self._hubs.pop(live.id))
             self._announce(kernel, True)
         return kernel
 

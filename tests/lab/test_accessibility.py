@@ -49,7 +49,7 @@ async def test_nothing_is_wrong_with_names_roles_and_contrast(page: Window, tmp_
     await page.done(0, 1)
     await running(page)
     await expect(entry(page, "axe.ipynb")).to_contain_text("Running")
-    await expect(page.page.locator(".sg-SnapshotItem")).to_contain_text("kept")
+    await expect(page.page.locator(".sg-SnapshotItem", has_text="kept")).to_have_count(1)
     await picture(page, "panel", page.page.locator("#jp-left-stack"))
     problems = await found(page, ".sg-ChipHolder", ".sg-RunningItem", ".sg-SnapshotItem")
     await chip(page).click()

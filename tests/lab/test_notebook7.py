@@ -16,7 +16,10 @@ from playwright.async_api import expect
 
 pytest.importorskip("notebook", reason="the `test` extra brings Notebook 7")
 pytestmark = pytest.mark.timeout(300)
-STOCK = (r"uncaught: Cannot read properties of undefined \(reading 'schema'\)",)
+STOCK = (
+    r"uncaught: Cannot read properties of undefined \(reading 'schema'\)",
+    r"Cannot read properties of null \(reading 'updateRenderOption'\)",
+)
 """What Notebook 7.6 itself says on each notebook's page, without our front end, too."""
 
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.timeout(300)
 
 
 async def test_a_fork_of_a_notebook_goes_its_own_way_and_stands_under_its_parent(page: Window) -> None:
-    await page.page.set_viewport_size({"width": 1800, "height": 900})  # two notebooks side by side
+    await page.page.set_viewport_size({"width": 2200, "height": 900})  # two notebooks side by side
     page.lab.write("try.ipynb", "x = 1", "x += 1\nprint(x)", kernel=KERNEL)
     await page.visit("try.ipynb")
     await page.ready()
@@ -67,7 +67,7 @@ async def test_a_death_is_told_with_its_reason_and_what_to_do(page: Window) -> N
     await expect(told).to_contain_text("out of memory")
     await expect(told).to_contain_text("Hold less at once, or start one with more.")
     await picture(page, "out-of-memory", told)
-    await picture(page, "chip-failed", page.notebook.locator(".jp-KernelName"), chip(page))
+    await picture(page, "chip-failed", page.notebook.locator(".jp-KernelName"), chip(page), margin=3)
     assert page.errors() == []
 
 
