@@ -57,6 +57,18 @@ def described(method: str, path: str, answer: Answer, schema: str) -> Any:
     return answer.body
 
 
+async def test_one_that_is_being_made_is_shown_and_refuses_what_needs_it_whole(gateway: Served) -> None:
+    making = asyncio.create_task(gateway.create())
+    statuses = set()
+    while not making.done():
+        for one in (await gateway.ok("GET", "/api/sandboxes?stats=true"))["sandboxes"]:
+            assert (await gateway.ask("GET", f"/api/sandboxes/{one['id']}?stats=true")).status == 200
+            statuses.add((await gateway.ask("POST", f"/api/sandboxes/{one['id']}/pause")).status)
+    assert 409 in statuses
+    assert statuses <= {200, 409}
+    assert (await gateway.ok("POST", f"/api/sandboxes/{await making}/resume"))["state"] == "running"
+
+
 async def test_the_life_of_a_sandbox_by_rest_alone(gateway: Served) -> None:
     wanted = str(uuid.uuid4())
     body = {"id": wanted, "env": {"WHO": "ann"}, "name": "a.ipynb", "resources": {"idle": {"suspend": "1h"}}}
