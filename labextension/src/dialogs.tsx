@@ -103,6 +103,7 @@ export function proposal(sandbox: Sandbox, now = new Date()): string {
 class NameField extends Widget implements Dialog.IBodyWidget<string> {
   constructor(value: string, trans: TranslationBundle) {
     super();
+    this.addClass('sg-Name');
     const label = document.createElement('label');
     label.textContent = trans.__('Name: letters, digits, dots, underscores and hyphens');
     this._input.className = 'jp-mod-styled';

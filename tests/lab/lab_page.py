@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 from pathlib import Path
 
 from browser import Window
-from playwright.async_api import Locator, expect
+from playwright.async_api import FloatRect, Locator, expect
 
 
 def chip(page: Window) -> Locator:
@@ -58,6 +59,20 @@ async def theme(page: Window, name: str) -> None:
     await expect(page.page.locator("#jupyterlab-splash")).to_have_count(0)
 
 
+async def _boxes(shown: tuple[Locator, ...]) -> list[FloatRect]:
+    await asyncio.sleep(0.3)
+    boxes = [box for part in shown if (box := await part.first.bounding_box()) is not None]
+    assert len(boxes) == len(shown), "not all of it is there"
+    return boxes
+
+
+async def alone(page: Window, *sections: str) -> None:
+    """Fold all of the panel "Running" but these sections."""
+    for title in await page.page.locator("#jp-running-sessions .lm-AccordionPanel-title").all():
+        if not any(section in await title.inner_text() for section in sections):
+            await title.locator(".lm-AccordionPanel-titleCollapser").click()
+
+
 async def picture(page: Window, name: str, *shown: Locator, margin: int = _MARGIN, width: int | None = None) -> None:
     """The screenshots ``<name>.png`` and ``<name>-dark.png`` of what ``shown`` covers, for the manual; only where
     ``SANDBOX_TEST_PICTURES`` is set. ``width``: pixels of the page at most."""
@@ -68,8 +83,9 @@ async def picture(page: Window, name: str, *shown: Locator, margin: int = _MARGI
     PICTURES.mkdir(exist_ok=True)
     for kind, suffix in (("Light", ""), ("Dark", "-dark")):
         await theme(page, kind)
-        boxes = [box for part in shown if (box := await part.first.bounding_box()) is not None]
-        assert len(boxes) == len(shown), f"not all of {name} is there"
+        boxes = await _boxes(shown)
+        while boxes != (boxes := await _boxes(shown)):  # something slides in
+            pass
         size = page.page.viewport_size
         assert size is not None
         left = max(0, min(box["x"] for box in boxes) - margin)

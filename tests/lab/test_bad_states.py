@@ -98,7 +98,8 @@ async def test_what_somebody_else_deleted_is_refused_with_the_reason(page: Windo
     await expect(told).to_contain_text("there is no sandbox")
     await told.get_by_role("button", name="Close").click()
     await expect(told).to_have_count(0)
-    # The notebook takes another kernel.
+    # The notebook takes another kernel, as soon as JupyterLab knows that it has none.
+    await expect(page.notebook.locator(".jp-KernelName")).to_have_text("No Kernel")
     await page.notebook.locator(".jp-KernelName").click()
     await page.page.locator(".sg-Offer", has_text="Python 3 (gVisor)").first.locator("input[type=radio]").check()
     await page.accept()

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.timeout(300)
 STOCK = (
     r"uncaught: Cannot read properties of undefined \(reading 'schema'\)",
     r"Cannot read properties of null \(reading 'updateRenderOption'\)",
+    "Canceled future for create_subshell_request",
 )
 """What Notebook 7.6 itself says on each notebook's page, without our front end, too."""
 
