@@ -49,6 +49,11 @@ export class Refused extends Error {
     return this.status === 401 || (this.status === 403 && ['unauthenticated', ''].includes(this.code));
   }
 
+  /** Whether it is this server, not its user, whom the gateway does not accept. */
+  get turnedAway(): boolean {
+    return this.code === 'gateway_refused';
+  }
+
   /** Whether the thing is not there any more. */
   get gone(): boolean {
     return this.status === 404 && this.code.startsWith('unknown_');

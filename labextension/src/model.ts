@@ -332,7 +332,7 @@ export class SandboxesModel implements ISandboxes, IDisposable {
     try {
       return await request;
     } catch (error) {
-      if (error instanceof Refused && !error.signedOut) {
+      if (error instanceof Refused && !error.signedOut && !error.turnedAway) {
         void this.refresh();
       } else {
         this._note(error);
@@ -553,8 +553,8 @@ export class SandboxesModel implements ISandboxes, IDisposable {
   private _note(error: unknown): void {
     let next: Connection = 'ok';
     let trouble = '';
-    if (error instanceof Refused && error.signedOut) {
-      next = this._remote ? 'turned-away' : 'signed-out';
+    if (error instanceof Refused && (error.signedOut || error.turnedAway)) {
+      next = this._remote || error.turnedAway ? 'turned-away' : 'signed-out';
       trouble = error.message;
     } else if (error instanceof Unreachable || (error instanceof Refused && error.status >= 500)) {
       next = 'unreachable';
