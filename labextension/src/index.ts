@@ -4,6 +4,7 @@ import { commands } from './plugins/commands';
 import { core } from './plugins/core';
 import { fork } from './plugins/fork';
 import { notifications } from './plugins/notifications';
+import { output } from './plugins/output';
 import { panel } from './plugins/panel';
 import { picker } from './plugins/picker';
 import { remember } from './plugins/remember';
@@ -12,4 +13,4 @@ import { saved } from './plugins/saved';
 import { starts } from './plugins/starts';
 
 export { ISandboxes } from './tokens';
-export default [core, commands, chip, panel, fork, notifications, picker, rejoin, remember, saved, starts];
+export default [core, commands, chip, panel, fork, notifications, picker, output, rejoin, remember, saved, starts];

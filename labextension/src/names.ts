@@ -15,5 +15,7 @@ export const CommandIDs = {
   restartClean: 'sandboxes:restart-clean',
   logs: 'sandboxes:logs',
   details: 'sandboxes:details',
-  end: 'sandboxes:end'
+  end: 'sandboxes:end',
+  allowOutput: 'sandboxes:allow-output',
+  stopOutput: 'sandboxes:stop-output'
 } as const;

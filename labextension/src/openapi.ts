@@ -911,6 +911,8 @@ export interface components {
                 seconds: number | null;
             };
             client_environment: string[];
+            /** @description Whether a page may run scripts in the output of its kernels without asking its user. */
+            active_output: boolean;
             /** @description A JSON Schema (draft 2020-12) of `resources` in `POST /api/sandboxes`. */
             choices: Record<string, never>;
         };

@@ -122,6 +122,8 @@ class Profile:
     """What a caller may choose; see :mod:`sandbox_gateway.choices`."""
     chosen: frozenset[str] = frozenset()
     """Names of what a caller has chosen in this one; empty in a loaded profile."""
+    active_output: bool = False
+    """Whether pages run scripts in its kernels' output without asking their user."""
     argv: tuple[str, ...] | None = None
     """The kernel's command inside, where a first word ``python`` or ``python3`` is the image's interpreter;
     None means the kernelspec's own (ipykernel)."""

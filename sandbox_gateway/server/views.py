@@ -110,6 +110,7 @@ def profile(found: Profile, start: Start) -> dict[str, Any]:
         "network": "none",
         "start": asdict(start),
         "client_environment": list(found.client_environment),
+        "active_output": found.active_output,
         "choices": choice_schema(found),
     }
 

@@ -16,6 +16,7 @@ from playwright.async_api import expect
 from served import Served
 
 pytestmark = pytest.mark.timeout(300)
+SCRIPT = "from IPython.display import HTML\nHTML('<script>window.pwned = true</script>')"
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ async def test_a_notebook_on_a_gateway_is_suspended_resumed_and_forked(
     remote_lab: Lab, gateway: Served, browser_path: str, tmp_path: Path, ended: None
 ) -> None:
     async with window(remote_lab, browser_path, tmp_path, "remote") as page:
-        remote_lab.write("far.ipynb", "x = 41", "print(x + 1)", kernel=KERNEL)
+        remote_lab.write("far.ipynb", "x = 41", "print(x + 1)", SCRIPT, kernel=KERNEL)
         remember(remote_lab, "far.ipynb", profile=KERNEL, resources={"memory": 700 << 20})
         await page.visit("far.ipynb")
         await page.ready()
@@ -71,6 +72,9 @@ async def test_a_notebook_on_a_gateway_is_suspended_resumed_and_forked(
         await page.run(1)
         await page.printed(1, "42")
         await expect(chip(page)).to_contain_text("resumed in")  # told by the gateway's events
+        await page.run(2)
+        await expect(page.notebook.locator(".sg-Bar")).to_be_visible()
+        assert await page.page.evaluate("window.pwned === undefined"), "a script of the gateway's kernel ran"
         await choose(page, "Fork This Notebook")
         await expect(page.page.locator(".lm-TabBar-tab", has_text="far-fork1.ipynb")).to_be_visible()
         await running(page)

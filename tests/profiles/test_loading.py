@@ -87,6 +87,7 @@ def test_every_key_is_read(places: Places) -> None:
         grace = 0
         argv = ["/usr/bin/R", "{connection_file}"]
         interrupt_mode = "message"
+        active_output = true
         idle = { pause = "10m", suspend = "1h", expire = "never" }
         mounts = [{ source = "/data/", destination = "/data" }, { source = "/out", destination = "/out", mode = "rw" }]
         [profiles.big.environment]
@@ -104,6 +105,7 @@ def test_every_key_is_read(places: Places) -> None:
     assert dict(profile.environment) == {"LC_ALL": "C"}
     assert profile.argv == ("/usr/bin/R", "{connection_file}") and profile.interrupt_mode == "message"
     assert profile.on_owner_exit is OnOwnerExit.KEEP and profile.source == str(places.profiles)
+    assert profile.active_output and not places.load("[profiles.plain]\n").get("plain").active_output
     assert not profile.template, "R cannot be given an identity after its start"
 
 

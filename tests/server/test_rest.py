@@ -177,6 +177,7 @@ async def test_profiles_say_what_may_be_chosen_and_nothing_of_the_administrators
     [one] = (await rest.ok("GET", "/api/profiles"))["profiles"]
     assert one["name"] == PROFILE.name and one["choices"]["properties"]["memory"]["maximum"] == 1 << 30
     assert one["start"] == {"template": True, "seconds": 0.2}
+    assert one["active_output"] is False
     assert "environment" not in one and "mounts" not in one and "source" not in one
     assert await rest.ok("GET", f"/api/profiles/{PROFILE.name}") == one
     assert (await rest.problem("GET", "/api/profiles/x"))["code"] == "unknown_profile"

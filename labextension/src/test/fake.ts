@@ -47,6 +47,7 @@ export const profile: Profile = {
   network: 'none',
   start: { template: true, seconds: null },
   client_environment: [],
+  active_output: false,
   choices: {
     properties: {
       processes: { type: 'integer', minimum: 16, maximum: 256, default: 256 },
