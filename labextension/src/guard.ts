@@ -37,8 +37,9 @@ export function guard(registry: IRenderMimeRegistry, policy: Policy, trans: Tran
     if (factory === undefined) {
       return stock(mimeType);
     }
-    const { resolver, sanitizer, linkHandler, latexTypesetter, markdownParser, trustHandler } = registry;
-    const options = { resolver, sanitizer, linkHandler, latexTypesetter, markdownParser, trustHandler };
+    const { resolver, sanitizer, linkHandler, latexTypesetter, markdownParser, trustHandler, translator } =
+      registry as IRenderMimeRegistry & Pick<IRenderMime.IRendererOptions, 'translator'>;
+    const options = { resolver, sanitizer, linkHandler, latexTypesetter, markdownParser, trustHandler, translator };
     return factory.createRenderer({ mimeType, ...options, ...changes });
   };
   const sanitizer = withoutCommands(registry.sanitizer, policy);

@@ -32,7 +32,7 @@ export const output: JupyterFrontEndPlugin<void> = {
   autoStart: true,
   requires: [ISandboxes, IRenderMimeRegistry],
   optional: [INotebookTracker, IConsoleTracker, ISettingRegistry, ICommandPalette, ITranslator],
-  activate: (
+  activate: async (
     app: JupyterFrontEnd,
     sandboxes: ISandboxes,
     rendermime: Registry,
@@ -41,7 +41,7 @@ export const output: JupyterFrontEndPlugin<void> = {
     settings: ISettingRegistry | null,
     palette: ICommandPalette | null,
     translator: ITranslator | null
-  ): void => {
+  ): Promise<void> => {
     const trans = (translator ?? nullTranslator).load(DOMAIN);
     const memory = new Memory(settings, app.serviceManager.contents);
     const watch = new Watch(app, sandboxes, memory);
@@ -131,6 +131,8 @@ export const output: JupyterFrontEndPlugin<void> = {
     };
     watch.reconsidered.connect(update);
     app.shell.currentChanged?.connect(update);
+    // The application opens nothing before this is done: no output is drawn before it is known what was said of it.
+    await memory.ready;
   }
 };
 
@@ -146,11 +148,7 @@ function named(kernelspec: unknown): string {
 /** What the user said, by the notebook's path; in the settings, and so with the user and not in the notebook. */
 class Memory {
   constructor(registry: ISettingRegistry | null, contents: Contents.IManager) {
-    if (registry === null) {
-      this._isLoaded = true;
-    } else {
-      void this._load(registry);
-    }
+    this.ready = registry === null ? Promise.resolve() : this._load(registry);
     contents.fileChanged.connect((_, change) => {
       const before = change.oldValue?.path;
       if ((change.type === 'rename' || change.type === 'delete') && before !== undefined) {
@@ -160,10 +158,8 @@ class Memory {
     });
   }
 
-  /** Whether it is known what the user said. */
-  get isLoaded(): boolean {
-    return this._isLoaded;
-  }
+  /** Resolves when it is known what the user said. */
+  readonly ready: Promise<void>;
 
   get changed(): ISignal<this, void> {
     return this._changed;
@@ -193,7 +189,6 @@ class Memory {
     } catch (error) {
       console.warn(error);
     }
-    this._isLoaded = true;
     this._read();
   }
 
@@ -227,7 +222,6 @@ class Memory {
 
   private readonly _changed = new Signal<this, void>(this);
   private _settings: ISettingRegistry.ISettings | null = null;
-  private _isLoaded = false;
   private _allowed: Permissions = {};
   private _suspect: Permissions = {};
 }
@@ -386,7 +380,7 @@ class Document implements Policy {
 
   /** Whether there is something to allow. */
   get isHeld(): boolean {
-    return this._isHeld && !this.active && this._memory.isLoaded;
+    return this._isHeld && !this.active;
   }
 
   get shown(): ISignal<this, void> {
@@ -504,7 +498,7 @@ class Bar extends ReactWidget {
             'Scripts in the output are held back: this kernel’s sandbox is not trusted with your login, which they would have.'
           )}
         </span>
-        <button type="button" className="jp-mod-styled jp-mod-warn" onClick={() => this._document.allow(true)}>
+        <button type="button" className="jp-mod-styled" onClick={() => this._document.allow(true)}>
           {this._document.isFile
             ? trans.__('Allow active output for this notebook')
             : trans.__('Allow active output for this console')}
