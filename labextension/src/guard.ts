@@ -135,9 +135,7 @@ class Exchange extends Panel implements IRenderMime.IRenderer {
 
   async renderModel(model: Model): Promise<void> {
     this._model = model;
-    const { active } = this._policy;
-    this.toggleClass('sg-Confined', !active);
-    if (active) {
+    if (this._policy.active) {
       if (!this._isActive) {
         this._put(this._faces.active());
       }

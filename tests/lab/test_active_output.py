@@ -33,7 +33,8 @@ def show(kind, data, **metadata):
 OUTPUTS = """
 show("text/html", "<script>" + attack("script") + "</script><b id='kept'>bold</b>")
 show("text/html", "<img src=x onerror=\\"" + escape(attack("onerror")) + "\\">")
-show("text/html", "<svg onload=\\"" + escape(attack("svg")) + "\\"><script>" + attack("svg-script") + "</script></svg>")
+begin = "<animate attributeName='x' dur='1s' onbegin=\\"" + escape(attack("svg")) + "\\"/>"
+show("text/html", "<svg>" + begin + "<script>" + attack("svg-script") + "</script></svg>")
 show("text/html", "<iframe srcdoc=\\"<script>parent.eval(`" + escape(attack("srcdoc")) + "`)</script>\\"></iframe>")
 show("text/html", "<a class='go' href=\\"javascript:" + escape(attack("link")) + "\\">go on</a>")
 show("text/html", "<form action='/logout'><button data-commandlinker-command='help:about'>About</button></form>")
