@@ -69,13 +69,14 @@ async def _boxes(shown: tuple[Locator, ...]) -> list[FloatRect]:
 async def alone(page: Window, *sections: str) -> None:
     """Fold all of the panel "Running" but these sections."""
     for title in await page.page.locator("#jp-running-sessions .lm-AccordionPanel-title").all():
-        if not any(section in await title.inner_text() for section in sections):
+        text = str(await title.locator(".lm-AccordionPanel-titleLabel").text_content())
+        if text not in sections:
             await title.locator(".lm-AccordionPanel-titleCollapser").click()
 
 
-async def picture(page: Window, name: str, *shown: Locator, margin: int = _MARGIN, width: int | None = None) -> None:
+async def picture(page: Window, name: str, *shown: Locator, margin: int = _MARGIN, height: int | None = None) -> None:
     """The screenshots ``<name>.png`` and ``<name>-dark.png`` of what ``shown`` covers, for the manual; only where
-    ``SANDBOX_TEST_PICTURES`` is set. ``width``: pixels of the page at most."""
+    ``SANDBOX_TEST_PICTURES`` is set. ``height``: pixels of the page at most."""
     if not os.environ.get("SANDBOX_TEST_PICTURES"):
         return
     from PIL import Image  # matplotlib brings it
@@ -92,8 +93,8 @@ async def picture(page: Window, name: str, *shown: Locator, margin: int = _MARGI
         top = max(0, min(box["y"] for box in boxes) - margin)
         right = min(size["width"], max(box["x"] + box["width"] for box in boxes) + margin)
         bottom = min(size["height"], max(box["y"] + box["height"] for box in boxes) + margin)
-        if width is not None:
-            right = min(right, left + width)
+        if height is not None:
+            bottom = min(bottom, top + height)
         shot = await page.page.screenshot(
             clip={"x": left, "y": top, "width": right - left, "height": bottom - top}, animations="disabled"
         )

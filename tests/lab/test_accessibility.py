@@ -50,7 +50,7 @@ async def test_nothing_is_wrong_with_names_roles_and_contrast(page: Window, tmp_
     await running(page)
     await expect(entry(page, "report.ipynb")).to_contain_text("Running")
     await expect(page.page.locator(".sg-SnapshotItem", has_text="prepared")).to_have_count(1)
-    await alone(page, "SANDBOXES", "SANDBOX SNAPSHOTS", "Sandboxes", "Sandbox Snapshots")
+    await alone(page, "Sandboxes", "Sandbox Snapshots")
     await picture(page, "panel", page.page.locator("#jp-left-stack"), margin=0)
     problems = await found(page, ".sg-ChipHolder", ".sg-RunningItem", ".sg-SnapshotItem")
     await chip(page).click()

@@ -23,7 +23,7 @@ async def test_a_fork_of_a_notebook_goes_its_own_way_and_stands_under_its_parent
     await choose(page, "Fork This Notebook")
     copy = page.page.locator(".jp-NotebookPanel:not(.lm-mod-hidden)", has=page.page.locator(".sg-Chip")).nth(1)
     await expect(copy.locator(".sg-Chip")).to_have_attribute("data-look", "running")
-    await picture(page, "fork", page.page.locator("#jp-main-dock-panel"))
+    await picture(page, "fork", page.page.locator("#jp-main-dock-panel"), margin=0, height=170)
     for notebook, expected in ((copy, "2"), (page.notebook.first, "2"), (copy, "3")):
         await notebook.locator(".jp-Cell").nth(1).locator(".cm-content").click()
         await page.page.keyboard.press("Control+Enter")
