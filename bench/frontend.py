@@ -98,23 +98,34 @@ def _loads(browser: Any, servers: dict[str, Lab], count: int, plan: Plan, say: C
     blocked = Measure(
         f"JupyterLab: page that does not answer, {what}", "s", "lower", note=f"in all, until {AFTER:g} s behind that"
     )
+    # JupyterLab draws a list of all kernels at its start, also where nobody sees it: that is no cost of ours.
+    told = "plain: without the extension, told of the same kernels"
+    alike = [Measure(f"{own.name}, kernels in both", "s", "lower", note=told) for own in (usable, blocked)]
+    kernels = json.dumps(servers["sandboxed"].ask("GET", "/api/kernels"))
     for server in servers.values():
         load(browser, server)  # fills the page cache, and the server's own
     for number in range(plan.pages):
         for side in SIDES if number % 2 == 0 else SIDES[::-1]:
-            seconds, busy = load(browser, servers[side])
-            usable.samples[side].append(seconds)
-            blocked.samples[side].append(busy)
+            for measure, taken in zip((usable, blocked), load(browser, servers[side]), strict=True):
+                measure.samples[side].append(taken)
+        if count > 1:
+            for measure, taken in zip(alike, load(browser, servers["plain"], kernels), strict=True):
+                measure.samples["plain"].append(taken)
         say(f"page {number + 1} of {plan.pages}, {what}")
-    return [usable, blocked]
+    for measure, own in zip(alike, (usable, blocked), strict=True):
+        measure.samples["sandboxed"] = own.samples["sandboxed"]
+    return [usable, blocked, *(alike if count > 1 else [])]
 
 
-def load(browser: Any, server: Lab) -> tuple[float, float]:
-    """A load with nothing cached: seconds until it can be used, and seconds in which it did not answer."""
+def load(browser: Any, server: Lab, kernels: str | None = None) -> tuple[float, float]:
+    """A load with nothing cached: seconds until it can be used, and seconds in which it did not answer. With
+    ``kernels`` the page is told that those run."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     try:
         page = context.new_page()
         page.add_init_script(WATCH)
+        if kernels is not None:
+            page.route("**/api/kernels?*", lambda route: route.fulfill(content_type="application/json", body=kernels))
         page.goto(f"{server.url}/lab?token={server.token}&reset", timeout=PATIENCE * 1000)
         page.wait_for_function("() => window.benchUsable !== undefined", timeout=PATIENCE * 1000)
         page.wait_for_timeout(AFTER * 1000)
@@ -147,7 +158,8 @@ class Lab:
         base = folder / f"lab-{side}-{self.port}"
         notebooks, config = base / "notebooks", base / "config"
         settings = config / "lab" / "user-settings" / "@jupyterlab" / "apputils-extension"
-        for place in (notebooks, settings, config / "labconfig", base / "etc" / "jupyter_server_config.d"):
+        extensions = base / "labextensions"
+        for place in (notebooks, settings, extensions, base / "etc" / "jupyter_server_config.d"):
             place.mkdir(parents=True)
         (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
         environment = {
@@ -159,14 +171,16 @@ class Lab:
         options = [f"--ServerApp.root_dir={notebooks}", f"--ServerApp.port={self.port}", "--ServerApp.port_retries=0"]
         if side == "plain":
             options.append("--ServerApp.jpserver_extensions={'sandbox_gateway': False}")
-            (config / "labconfig" / "page_config.json").write_text(json.dumps({"disabledExtensions": {NAME: True}}))
         else:
-            place = base / "share" / "labextensions" / NAME
-            place.parent.mkdir(parents=True)
-            place.symlink_to(BUNDLE)
+            (extensions / NAME).parent.mkdir()
+            (extensions / NAME).symlink_to(BUNDLE)
             shutil.copy(ROOT / "jupyter-config" / "sandbox_gateway.json", base / "etc" / "jupyter_server_config.d")
             environment["JUPYTER_CONFIG_PATH"] = str(base / "etc")
-            environment["JUPYTER_PATH"] = os.pathsep.join([str(base / "share"), os.environ["JUPYTER_PATH"]])
+        # What else this environment has, both have; ours in the environment may be an older one.
+        for other in (Path(sys.prefix) / "share" / "jupyter" / "labextensions").glob("*"):
+            if other.name != NAME.partition("/")[0]:
+                (extensions / other.name).symlink_to(other)
+        options.append(f"--LabApp.labextensions_path={str(extensions)!r}")
         if os.geteuid() == 0:
             options.append("--allow-root")
         self.log = (base / "lab.log").open("wb")

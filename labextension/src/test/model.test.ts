@@ -190,6 +190,19 @@ describe('memory', () => {
   });
 });
 
+describe('a sandbox that is being woken', () => {
+  it('is looked at when it is asked for what wakes it: no event tells before it goes on', async () => {
+    const server = new Server();
+    server.sandboxes = [sandbox({ state: 'suspended' })];
+    const made = model(server);
+    await made.ready;
+    server.sandboxes = [sandbox({ state: 'resuming' })];
+    made.expect('one');
+    await made.settled('one');
+    expect(made.get('one')?.state).toBe('resuming');
+  });
+});
+
 describe('the quota', () => {
   const quota = { owner: 'me', live: { used: 1, limit: 4 } };
 
