@@ -15,7 +15,19 @@ from lab_server import KERNEL, NAME, make_lab
 from playwright.async_api import expect
 
 pytestmark = pytest.mark.timeout(300)
-PLUGINS = ("commands", "chip", "panel", "fork", "notifications", "picker", "output", "rejoin", "remember", "saved", "starts")
+PLUGINS = (
+    "commands",
+    "chip",
+    "panel",
+    "fork",
+    "notifications",
+    "picker",
+    "output",
+    "rejoin",
+    "remember",
+    "saved",
+    "starts",
+)
 """All but the core, which the others need."""
 
 
