@@ -161,6 +161,11 @@ class FakeGateway:
     def close(self) -> None:
         self.lifecycle.store.close()
 
+    @property
+    def kernels(self) -> dict[str, FakeLive]:
+        """Those that are served: all that live here."""
+        return self.lifecycle.live
+
     def add(self, owner: str = "default", state: State = State.RUNNING, **changes: Any) -> SandboxRecord:
         """A sandbox that is there."""
         now = time.time()
