@@ -283,7 +283,13 @@ export class SandboxesModel implements ISandboxes, IDisposable {
   }
 
   async remove(id: string): Promise<void> {
-    await this._asked(this._client.delete('/api/sandboxes/{id}', { path: { id }, query: { forget: true } }));
+    this._removed.add(id); // what is heard of its end is no reason to ask for it
+    try {
+      await this._asked(this._client.delete('/api/sandboxes/{id}', { path: { id }, query: { forget: true } }));
+    } catch (error) {
+      this._removed.delete(id);
+      throw error;
+    }
     this._drop(id);
   }
 
@@ -424,6 +430,9 @@ export class SandboxesModel implements ISandboxes, IDisposable {
 
   /** Look at one; several wishes while one is under way are one more look. */
   private async _fetch(id: string): Promise<void> {
+    if (this._removed.has(id)) {
+      return;
+    }
     const running = this._fetching.get(id);
     if (running !== undefined) {
       this._again.add(id);
@@ -517,6 +526,9 @@ export class SandboxesModel implements ISandboxes, IDisposable {
   }
 
   private _put(sandbox: Sandbox): void {
+    if (this._removed.has(sandbox.id)) {
+      return; // of an answer that was under way
+    }
     const before = this._sandboxes.get(sandbox.id);
     const name = sandbox.name === '' ? (this._nameOf?.(sandbox.id) ?? '') : sandbox.name;
     let { memory, usage } = sandbox;
@@ -589,6 +601,8 @@ export class SandboxesModel implements ISandboxes, IDisposable {
   private readonly _watchers = new Set<Watcher>();
   private readonly _fetching = new Map<string, Promise<void>>();
   private readonly _again = new Set<string>();
+  /** What this page removed, or is about to. */
+  private readonly _removed = new Set<string>();
   /** When something newer than any answer under way was learnt of a sandbox, by `_clock`. */
   private readonly _touched = new Map<string, number>();
   private _clock = 0;

@@ -190,6 +190,30 @@ describe('memory', () => {
   });
 });
 
+describe('a sandbox that is removed here', () => {
+  it('is not asked for when its end is heard of, and comes back where it could not be removed', async () => {
+    const server = new Server();
+    server.sandboxes = [sandbox()];
+    const made = model(server);
+    await made.ready;
+    server.handlers.set('DELETE api/sandboxes/one', () => problem(409, 'owned_elsewhere'));
+    await expect(made.remove('one')).rejects.toThrow();
+    await settled();
+    expect(made.get('one')).toBeDefined();
+    server.handlers.set('DELETE api/sandboxes/one', () => {
+      server.sandboxes = [];
+      server.tell('stopped', 'one', 'terminated');
+      return new Response(null, { status: 204 });
+    });
+    server.asked.length = 0;
+    await made.remove('one');
+    server.tell('stopped', 'one', '');
+    await settled();
+    expect(made.get('one')).toBeUndefined();
+    expect(server.asked).toEqual(['DELETE api/sandboxes/one?forget=true']);
+  });
+});
+
 describe('a sandbox that is being woken', () => {
   it('is looked at when it is asked for what wakes it: no event tells before it goes on', async () => {
     const server = new Server();
