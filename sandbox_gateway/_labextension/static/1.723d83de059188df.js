@@ -284,6 +284,10 @@
   padding-left: 16px;
 }
 
+.jp-SearchableSessions .sg-Entry-choice {
+  display: none;
+}
+
 .sg-Entry-notebook {
   color: var(--jp-ui-font-color2);
   font-size: var(--jp-ui-font-size0);
