@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from typing import Any
 
@@ -10,8 +11,10 @@ from browser import Lab
 
 
 def remembered(lab: Lab, name: str) -> Any:
-    """What the notebook's file remembers of its sandbox."""
-    return json.loads((lab.folder / name).read_text())["metadata"].get("sandbox")
+    """What the notebook's file remembers of its sandbox; None while JupyterLab is writing it."""
+    with contextlib.suppress(ValueError):
+        return json.loads((lab.folder / name).read_text())["metadata"].get("sandbox")
+    return None
 
 
 async def until_saved(lab: Lab, name: str) -> Any:

@@ -17,7 +17,8 @@ from playwright.async_api import expect
 pytest.importorskip("notebook", reason="the `test` extra brings Notebook 7")
 pytestmark = pytest.mark.timeout(300)
 STOCK = (
-    r"uncaught: Cannot read properties of undefined \(reading 'schema'\)",
+    r"uncaught: TypeError: Cannot read properties of undefined \(reading 'schema'\)",
+    "Cannot convert undefined or null to object",  # its language server's settings, by who comes first
     r"Cannot read properties of null \(reading 'updateRenderOption'\)",
     "Canceled future for create_subshell_request",
 )
@@ -90,4 +91,27 @@ async def test_a_notebook_is_suspended_and_resumed_in_notebook_7_and_stands_in_i
         await new.run(0, "print(y)")
         await new.printed(0, "of nobody")
         assert page.errors(*STOCK) == []
+    await notebook.end_kernels()
+
+
+async def test_scripts_in_output_are_held_back_in_notebook_7_until_the_user_allows_them(
+    notebook: Lab, browser_path: str, tmp_path: Path
+) -> None:
+    attack = "<b>kept</b><img src=x onerror='top.pwned=1'>"
+    show = f"from IPython.display import HTML, Javascript\ndisplay(HTML({attack!r}), Javascript('top.run=1'))"
+    notebook.write("held.ipynb", show, kernel=KERNEL)
+    async with window(notebook, browser_path, tmp_path, "notebook7-held") as page:
+        await visit(page, "notebooks/held.ipynb")
+        await expect(chip(page)).to_have_attribute("data-look", "running")
+        await page.run(0)
+        await page.done(0, 1)
+        bar = page.page.locator(".sg-Bar")
+        await expect(bar).to_contain_text("held back")
+        await expect(page.output(0).locator("b")).to_have_text("kept")
+        assert await page.page.evaluate("[window.pwned, window.run]") == [None, None]
+        await page.picture(tmp_path / "held.png")
+        await bar.get_by_role("button", name="Allow active output for this notebook").click()
+        await page.page.wait_for_function("window.pwned === 1 && window.run === 1")
+        await expect(bar).to_have_count(0)
+        assert page.errors(*STOCK, "status of 404") == []
     await notebook.end_kernels()

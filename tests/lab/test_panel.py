@@ -27,7 +27,7 @@ async def test_a_fork_of_a_notebook_goes_its_own_way_and_stands_under_its_parent
     for notebook, expected in ((copy, "2"), (page.notebook.first, "2"), (copy, "3")):
         await notebook.locator(".jp-Cell").nth(1).locator(".cm-content").click()
         await page.page.keyboard.press("Control+Enter")
-        await expect(notebook.locator(".jp-Cell-outputArea pre").first).to_have_text(expected, use_inner_text=True)
+        await expect(notebook.locator(".jp-Cell-outputArea pre").first).to_have_text(expected)
     assert (page.lab.folder / "try-fork1.ipynb").is_file()
     await running(page)
     child = entry(page, "try-fork1.ipynb")

@@ -121,6 +121,6 @@ async def test_a_user_whose_token_was_taken_back_is_told_and_the_page_works_on(
             while "without a gateway" not in (labs["ann"].folder / "last.ipynb").read_text():
                 await asyncio.sleep(0.1)
         assert (
-            page.errors("status of (401|403|404|500|503)", "net::ERR_", "disposed", "Failed to fetch", "WebSocket")
+            page.errors("status of (401|403|404|500|502|503)", "net::ERR_", "disposed", "Failed to fetch", "WebSocket")
             == []
         )

@@ -323,7 +323,7 @@ class Window:
 
     async def printed(self, number: int, text: str) -> None:
         """Wait for a cell to show exactly this printed text."""
-        await expect(self.output(number).locator("pre").first).to_have_text(text, use_inner_text=True)
+        await expect(self.output(number).locator("pre").first).to_have_text(text)
 
     async def save(self) -> None:
         """Ctrl-S."""
