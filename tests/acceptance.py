@@ -340,6 +340,12 @@ def short_directory() -> Path:
     return Path(tempfile.mkdtemp(prefix="sg-", dir="/tmp"))
 
 
+def let_go() -> None:
+    """End what this process owns: its socket would be made again where an installation is removed under it."""
+    if (background := sys.modules.get("sandbox_gateway.background")) is not None:
+        background.background_loop().shut_down()
+
+
 _shared: list[Product] = []
 
 
@@ -360,4 +366,5 @@ def product() -> Iterator[Product]:
             yield found
     finally:
         _shared.clear()
+        let_go()
         shutil.rmtree(base, ignore_errors=True)

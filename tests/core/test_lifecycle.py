@@ -52,13 +52,20 @@ async def slow(paths: Paths) -> AsyncIterator[tuple[Lifecycle, SlowToRemove]]:
     yield lifecycle, runtime
     runtime.go.set()
     await lifecycle.close()
+    while _seats:
+        _seats.pop().release()
+
+
+_seats: list[Seat] = []
+"""Those of the test's kernels, which an application gives up itself."""
 
 
 async def started(lifecycle: Lifecycle) -> LiveSandbox:
-    lock = await lifecycle.claim(ID)
+    seat = Seat(await lifecycle.claim(ID), b"key")
+    _seats.append(seat)
     kernel = KernelSpec(argv=("sleep", "1000"), cwd="/")
     wanted = CreateRequest(ID, Profile("p", runtime="fake", argv=kernel.argv), kernel, b"key", Path("/tmp"))
-    return await lifecycle.create(wanted, Seat(lock, b"key"))
+    return await lifecycle.create(wanted, seat)
 
 
 async def test_a_caller_who_gives_up_does_not_stop_a_removal(slow: tuple[Lifecycle, SlowToRemove]) -> None:

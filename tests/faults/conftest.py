@@ -13,7 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "soak"))
 
-from acceptance import KERNEL, PLAIN, Product, environment, installed, short_directory
+from acceptance import KERNEL, PLAIN, Product, environment, installed, let_go, short_directory
 from faulty import Faults, Subject, own_kernel, wrapper
 
 HERE = Path(__file__).resolve().parent
@@ -35,6 +35,7 @@ def faulty_installation(runsc_binary: Path) -> Iterator[tuple[Product, Path]]:
             pass
         yield found, base
     finally:
+        let_go()
         shutil.rmtree(base, ignore_errors=True)
 
 
