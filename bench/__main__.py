@@ -22,6 +22,10 @@ from sandbox_gateway.background import background_loop
 MEASURES = (starts, bursts, throughput, served, naps, forks, states, idle)
 ON_REQUEST = (density, frontend)
 """Measures that are taken only where ``--only`` names them."""
+QUIET = 0.7
+"""Load of the last minute above which other work would be in the figures."""
+PATIENCE = 300.0
+"""Seconds to wait for a quiet machine: the load of what has just ended fades in one or two minutes."""
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "bench"
 
 
@@ -31,6 +35,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--plain", default="python3", help="kernelspec of the reference (default: %(default)s)")
     parser.add_argument("--sandboxed", default="python3-gvisor", help="kernelspec measured (default: %(default)s)")
     parser.add_argument("--only", action="append", choices=[measure.__name__ for measure in (*MEASURES, *ON_REQUEST)])
+    parser.add_argument("--busy", action="store_true", help="measure beside other work, too: compare nothing with that")
     parser.add_argument("--check", action="store_true", help="exit status 1 when a target of the issue is missed")
     parser.add_argument(
         "--output", type=Path, help="folder for latest.json and latest.svg (default: docs/bench; none with --quick)"
@@ -40,6 +45,19 @@ def _arguments() -> argparse.Namespace:
 
 def _say(text: str) -> None:
     sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+
+
+def _quiet() -> None:
+    """Return when nothing else runs here; raises :class:`BenchError` when that does not come to pass."""
+    end, told = time.monotonic() + PATIENCE, False
+    while (load := os.getloadavg()[0]) > QUIET:
+        if time.monotonic() > end:
+            text = f"other work is running (load {load:.1f}); end it, or measure beside it with --busy"
+            raise BenchError(text)
+        if not told:
+            _say(f"waiting for a quiet machine (load {load:.1f}, to be {QUIET} at most)")
+            told = True
+        time.sleep(2)
 
 
 PROFILES = """
@@ -86,6 +104,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="sgb-", dir="/tmp") as folder:
         os.environ["IPYTHONDIR"] = str(Path(folder) / "ipython")
         try:
+            if not (arguments.quick or arguments.busy):
+                _quiet()
+                about = machine()
             _say("an installation for this run, with its image and templates")
             _install(Path(folder))
             for name in names.values():  # fills the page cache

@@ -47,7 +47,7 @@ class EventKind(enum.StrEnum):
     """Its owner gave it to another process."""
     RESTARTED = "restarted"
     WARNED = "warned"
-    """Something will happen at ``data["due"]`` (seconds since the epoch) unless it is used."""
+    """It will end at ``data["due"]`` (seconds since the epoch); where ``data["idle"]`` is true, unless it is used."""
     INTERRUPTED = "interrupted"
     """A request ran longer than the profile allows."""
     EXPIRED = "expired"

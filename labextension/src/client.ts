@@ -124,7 +124,11 @@ export class Client {
     if (response.status === 204) {
       return undefined;
     }
-    return kind.startsWith('application/json') ? response.json() : response.text();
+    try {
+      return await (kind.startsWith('application/json') ? response.json() : response.text());
+    } catch (error) {
+      throw new Unreachable(error instanceof Error ? error.message : String(error)); // it was cut off
+    }
   }
 }
 

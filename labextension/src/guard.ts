@@ -58,8 +58,9 @@ export function guard(registry: IRenderMimeRegistry, policy: Policy, trans: Tran
     return new Exchange(policy, added, mimeType, {
       active: () => stock(mimeType),
       passive: model => {
-        if (kind === 'confined') {
-          return [confined(mimeType, { resolver: closed(policy) }), tamed(model, mimeType)];
+        const chart = kind === 'confined' ? tamed(model, mimeType) : null;
+        if (chart !== null) {
+          return [confined(mimeType, { resolver: closed(policy) }), chart];
         }
         policy.held();
         const other = registry.mimeTypes.find(

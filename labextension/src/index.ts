@@ -8,9 +8,24 @@ import { output } from './plugins/output';
 import { panel } from './plugins/panel';
 import { picker } from './plugins/picker';
 import { remember } from './plugins/remember';
+import { reattach } from './plugins/reattach';
 import { rejoin } from './plugins/rejoin';
 import { saved } from './plugins/saved';
 import { starts } from './plugins/starts';
 
 export { ISandboxes } from './tokens';
-export default [core, commands, chip, panel, fork, notifications, picker, output, rejoin, remember, saved, starts];
+export default [
+  core,
+  commands,
+  chip,
+  panel,
+  fork,
+  notifications,
+  picker,
+  output,
+  reattach,
+  rejoin,
+  remember,
+  saved,
+  starts
+];

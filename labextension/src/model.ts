@@ -65,12 +65,13 @@ export interface ISandboxes {
   /** Those that have not ended, oldest first, and those that ended while this page was open. */
   all(): readonly Sandbox[];
   get(id: string): Sandbox | undefined;
+  /** One's own, and those of others that everybody may start from. */
   snapshots(): readonly Snapshot[];
   /** What goes on with a sandbox now. */
   operation(id: string): OperationEvent | undefined;
   /** What it used at the last looks; undefined where nobody looked. */
   uses(id: string): Uses | undefined;
-  /** What the user has of what he may have; null until somebody watches all of them, or where the server cannot say. */
+  /** What the user has of what he may have; null where the server cannot say. */
   quota(): Quota | null;
   watch(watcher: Watcher): IDisposable;
   refresh(): Promise<void>;
@@ -113,6 +114,10 @@ export { ENDED };
 const INTERVAL = 10_000;
 /** One wait of a request for an operation's end, in seconds; proxies end what is silent for a minute. */
 const PATIENCE = 30;
+/** For how long an operation may say nothing until it is asked whether it goes on, in milliseconds. */
+const SILENCE = 30_000;
+/** Events that tell of the end of a sandbox that nobody ended. */
+const DEATHS: readonly string[] = ['died', 'expired'];
 /** Of those that left the list at once, how many are asked about one by one. */
 const LEFT = 20;
 
@@ -362,9 +367,14 @@ export class SandboxesModel implements ISandboxes, IDisposable {
   /** Everything once; the poll's factory. It fails where the next look should wait longer. */
   private async _look(): Promise<void> {
     try {
+      if (this._owner === null) {
+        await this._lookAtQuota(); // it says who we are
+      }
       await this._list();
       await this._lookAtSnapshots();
-      await this._lookAtQuota();
+      if (this._looked(undefined)) {
+        await this._lookAtQuota();
+      }
       this._note(null);
     } catch (error) {
       this._note(error);
@@ -404,7 +414,30 @@ export class SandboxesModel implements ISandboxes, IDisposable {
     await Promise.all(left.map((id, place) => (place < LEFT ? this._fetch(id) : this._drop(id))));
     const alone = [...found.keys()].filter(id => !stats && this._looked(id));
     await Promise.all(alone.map(id => this._fetch(id)));
+    const silent = [...this._operations.values()].filter(({ sandbox }) => this._isSilent(sandbox));
+    await Promise.all(silent.map(event => this._check(event)));
     this._tell();
+  }
+
+  private _isSilent(id: string): boolean {
+    return Date.now() - (this._heardAt.get(id) ?? 0) > SILENCE;
+  }
+
+  /** An operation whose end nobody told, since the server or the page was away. */
+  private async _check({ operation, sandbox }: OperationEvent): Promise<void> {
+    try {
+      const { ended } = await this._client.get('/api/operations/{operation}', { path: { operation } });
+      if (ended === null) {
+        return;
+      }
+    } catch (error) {
+      if (!(error instanceof Refused && error.gone)) {
+        throw error;
+      }
+    }
+    if (this._operations.get(sandbox)?.operation === operation) {
+      this._operations.delete(sandbox);
+    }
   }
 
   private async _lookAtSnapshots(): Promise<void> {
@@ -414,11 +447,12 @@ export class SandboxesModel implements ISandboxes, IDisposable {
   }
 
   private async _lookAtQuota(): Promise<void> {
-    if (!this._countable || !this._looked(undefined)) {
+    if (!this._countable) {
       return;
     }
     try {
       this._quota = await this._client.get('/api/quota');
+      this._owner = this._quota.owner;
       this._tell();
     } catch (error) {
       if (!(error instanceof Refused) || error.status !== 404) {
@@ -460,6 +494,8 @@ export class SandboxesModel implements ISandboxes, IDisposable {
     } catch (error) {
       if (error instanceof Refused && error.gone) {
         this._drop(id);
+      } else if (error instanceof Refused && error.status >= 500 && !error.turnedAway) {
+        void this._poll?.refresh(); // it may be this one's trouble alone
       } else if (!this._isDisposed) {
         this._note(error);
       }
@@ -497,6 +533,7 @@ export class SandboxesModel implements ISandboxes, IDisposable {
       }
     } else {
       this._operations.set(event.sandbox, event);
+      this._heardAt.set(event.sandbox, Date.now());
     }
     this._tell();
   }
@@ -510,6 +547,12 @@ export class SandboxesModel implements ISandboxes, IDisposable {
       this._tell();
     }
     void this._fetch(event.sandbox);
+    if (DEATHS.includes(event.kind)) {
+      if (this._deaths.has(event.sandbox)) {
+        return; // seen already
+      }
+      this._deaths.add(event.sandbox);
+    }
     this._happened.emit(event);
     if (event.kind === 'snapshot') {
       this._lookAtSnapshots().catch((error: unknown) => this._note(error));
@@ -529,6 +572,9 @@ export class SandboxesModel implements ISandboxes, IDisposable {
     if (this._removed.has(sandbox.id)) {
       return; // of an answer that was under way
     }
+    if (this._owner !== null && sandbox.owner !== this._owner) {
+      return; // an administrator is told of everybody's, and has his own work here
+    }
     const before = this._sandboxes.get(sandbox.id);
     const name = sandbox.name === '' ? (this._nameOf?.(sandbox.id) ?? '') : sandbox.name;
     let { memory, usage } = sandbox;
@@ -543,12 +589,29 @@ export class SandboxesModel implements ISandboxes, IDisposable {
       memory = before?.memory ?? null;
     }
     this._sandboxes.set(sandbox.id, { ...sandbox, name, memory, usage });
+    this._notice(before, sandbox);
+  }
+
+  /** A death that no event told, since nobody could: the page or the server was away. */
+  private _notice(before: Sandbox | undefined, { id, state, death, since }: Sandbox): void {
+    if (!ENDED.includes(state)) {
+      this._deaths.delete(id);
+    } else if (before !== undefined && !ENDED.includes(before.state) && state !== 'terminated') {
+      if (!this._deaths.has(id)) {
+        this._deaths.add(id);
+        const kind = state === 'expired' ? 'expired' : 'died';
+        const data = { kind: death?.kind ?? '' };
+        const text = death?.reason ?? '';
+        this._happened.emit({ type: 'sandbox', kind, sandbox: id, state, time: Date.parse(since), text, data });
+      }
+    }
   }
 
   private _drop(id: string): void {
     this._sandboxes.delete(id);
     this._uses.delete(id);
     this._operations.delete(id);
+    this._heardAt.delete(id);
     this._touched.delete(id);
     this._tell();
   }
@@ -598,16 +661,22 @@ export class SandboxesModel implements ISandboxes, IDisposable {
   private readonly _sandboxes = new Map<string, Sandbox>();
   private readonly _uses = new Map<string, Uses>();
   private readonly _operations = new Map<string, OperationEvent>();
+  /** When something was told of each operation last, in milliseconds since the epoch. */
+  private readonly _heardAt = new Map<string, number>();
   private readonly _watchers = new Set<Watcher>();
   private readonly _fetching = new Map<string, Promise<void>>();
   private readonly _again = new Set<string>();
   /** What this page removed, or is about to. */
   private readonly _removed = new Set<string>();
+  /** Those whose death was told. */
+  private readonly _deaths = new Set<string>();
   /** When something newer than any answer under way was learnt of a sandbox, by `_clock`. */
   private readonly _touched = new Map<string, number>();
   private _clock = 0;
   private _snapshots: Snapshot[] = [];
   private _quota: Quota | null = null;
+  /** Whose sandboxes these are; null while that is not known. */
+  private _owner: string | null = null;
   /** Whether the server may have quotas. */
   private _countable = true;
   private _connection: Connection = 'connecting';

@@ -43,12 +43,32 @@ export interface Stock {
   now: number;
 }
 
+interface Stanza {
+  provisioner_name?: unknown;
+  config?: { profile?: unknown; gateway?: unknown };
+}
+
+function stanzaOf(spec: KernelSpec.ISpecModel | undefined): Stanza | undefined {
+  return spec?.metadata?.['kernel_provisioner'] as Stanza | undefined;
+}
+
 /** The profile of a kernelspec of ours; null for any other. */
 export function profileOf(spec: KernelSpec.ISpecModel | undefined): string | null {
-  const stanza = spec?.metadata?.['kernel_provisioner'] as
-    { provisioner_name?: unknown; config?: { profile?: unknown } } | undefined;
+  const stanza = stanzaOf(spec);
   const profile = stanza?.config?.profile;
   return stanza?.provisioner_name === 'sandbox' && typeof profile === 'string' ? profile : null;
+}
+
+/** What to say of a kernelspec that starts a sandbox of which this server knows no profile; null for any other. */
+function elsewhere(spec: KernelSpec.ISpecModel, trans: TranslationBundle): string | null {
+  const stanza = stanzaOf(spec);
+  if (stanza?.provisioner_name === 'sandbox-remote') {
+    const { gateway } = stanza.config ?? {};
+    return typeof gateway === 'string'
+      ? trans.__('in a sandbox on the gateway %1', gateway)
+      : trans.__('in a sandbox on a gateway');
+  }
+  return profileOf(spec) === null ? null : trans.__('in a sandbox; the server does not know its profile any more');
 }
 
 /** All that there is to choose from; groups without offers are left out. */
@@ -65,6 +85,11 @@ export function offers(stock: Stock, trans: TranslationBundle): Group[] {
     const offer = { key: `spec:${spec.name}`, text: spec.display_name, choice };
     if (profile !== undefined && profile.isolated) {
       inside.push({ ...offer, detail: described(profile, trans), fields: fields(profile, trans) });
+      continue;
+    }
+    const far = profile === undefined ? elsewhere(spec, trans) : null;
+    if (far !== null) {
+      inside.push({ ...offer, detail: far, fields: [] });
     } else {
       plain.push({ ...offer, detail: trans.__('Runs on the server itself, with all that it can reach'), fields: [] });
     }
@@ -113,12 +138,13 @@ function sorted(found: Offer[]): Offer[] {
 
 /** A profile in one line: what isolates it, its image, its limits, its network, how long it takes to start. */
 export function described(profile: Profile, trans: TranslationBundle): string {
-  const { memory, cpu } = profile.limits;
+  const { memory, cpu, disk } = profile.limits;
   return [
     trans.__('isolated by %1', profile.runtime === 'gvisor' ? 'gVisor' : profile.runtime),
     trans.__('image %1', profile.image),
     memory === null ? '' : bytes(memory),
     cpu === null ? '' : trans._n('%1 core', '%1 cores', cpu),
+    disk === null ? '' : trans.__('%1 of files', bytes(disk)),
     profile.network === 'none' ? trans.__('no network') : profile.network,
     started(profile, trans),
     profile.workspace === 'none'

@@ -1,7 +1,7 @@
 /** What in an output may act in the page, where it came from, and whether it may: decided without a page. */
 import type { IRenderMime } from '@jupyterlab/rendermime';
 import type { KernelSpec } from '@jupyterlab/services';
-import type { ReadonlyPartialJSONObject } from '@lumino/coreutils';
+import type { ReadonlyPartialJSONArray, ReadonlyPartialJSONObject, ReadonlyPartialJSONValue } from '@lumino/coreutils';
 
 import type { Sandbox } from './client';
 
@@ -27,7 +27,7 @@ const KINDS: Readonly<Record<string, Kind>> = {
   'image/webp': 'plain',
   'image/svg+xml': 'plain', // as the source of an <img>, in which no script runs and nothing is loaded
   'application/json': 'plain',
-  'application/vnd.plotly.v1+json': 'plain', // data only: plotly.js takes no code and sanitises its texts
+  'application/vnd.plotly.v1+json': 'confined',
   'text/html': 'sanitised',
   'text/markdown': 'sanitised',
   'application/vnd.vega.v5+json': 'confined',
@@ -55,22 +55,89 @@ export function acts(html: string): boolean {
   return ACTS.some(pattern => pattern.test(html));
 }
 
+/** A chart or figure that is drawn and nothing more; null for one that cannot be shown so. */
+export function tamed(model: IRenderMime.IMimeModel, mimeType: string): IRenderMime.IMimeModel | null {
+  return mimeType === 'application/vnd.plotly.v1+json' ? figure(model, mimeType) : chart(model, mimeType);
+}
+
+/** What a chart may hear beyond itself: where the pointer goes that began to drag in it. No keys, no other elements. */
+const EVENTS = {
+  bind: 'none',
+  selector: false,
+  window: ['pointermove', 'pointerup', 'mousemove', 'mouseup', 'touchmove', 'touchend']
+};
+
 /**
- * A Vega chart that is drawn and nothing more. Options of the output's own are left out: with them it may write into
- * the page and into the window of “View Source”. Expressions are interpreted, and no code is made of them.
+ * A Vega chart. Options of the output's own are left out: with them it may write into the page and into the window of
+ * “View Source”. So is what binds a signal to an element, which is any of the page by its selector, or a new one with
+ * any attributes. Expressions are interpreted, and no code is made of them.
  */
-export function tamed(model: IRenderMime.IMimeModel, mimeType: string): IRenderMime.IMimeModel {
+function chart(model: IRenderMime.IMimeModel, mimeType: string): IRenderMime.IMimeModel {
   const spec = model.data[mimeType];
   const given = part(part(model.metadata[mimeType])['embed_options'])['renderer'];
   const renderer = given === 'svg' ? 'svg' : 'canvas';
   const actions = { export: true, source: false, compiled: false, editor: false };
   const own = { embed_options: { ast: true, actions, renderer } };
   // A text in a chart's place would be an address to load it from.
-  const chart = Object.fromEntries(Object.entries(part(spec)).filter(([name]) => name !== 'usermeta'));
+  const drawn = part(unbound(part(spec)));
+  const config = { ...part(drawn['config']), events: EVENTS };
+  const rest = Object.fromEntries(Object.entries(drawn).filter(([name]) => name !== 'usermeta'));
+  return passive(model, { ...model.data, [mimeType]: { ...rest, config } }, { ...model.metadata, [mimeType]: own });
+}
+
+/** A binding to a scale or a legend is a word; what binds to an element says how. */
+function unbound(value: ReadonlyPartialJSONValue | undefined): ReadonlyPartialJSONValue | undefined {
+  if (isArray(value)) {
+    return value.map(one => unbound(one) ?? null);
+  }
+  if (typeof value !== 'object' || value === null) {
+    return value;
+  }
+  const kept = Object.entries(value).filter(([name, one]) => name !== 'bind' || typeof one === 'string');
+  return Object.fromEntries(kept.map(([name, one]) => [name, unbound(one)]));
+}
+
+/** Traces of plotly that draw maps: their styles bring HTML, and are loaded from anywhere. */
+const MAPS = /^(?:(?:scatter|density|choropleth)(?:map|mapbox|mapgl)|choropleth|scattergeo)$/;
+/** What a figure may say of how it behaves. */
+const BEHAVIOUR = ['responsive', 'displayModeBar', 'displaylogo', 'scrollZoom', 'staticPlot'];
+
+/** A figure of plotly: data, of which no code is made and whose texts are sanitised. One with a map is held back. */
+function figure(model: IRenderMime.IMimeModel, mimeType: string): IRenderMime.IMimeModel | null {
+  const { data, layout, frames, config } = part(model.data[mimeType]);
+  const { template, ...rest } = part(layout); // a template names every kind of trace, and makes none
+  if ([data, rest, frames].some(found => says(found, MAPS))) {
+    return null;
+  }
+  const behaviour = Object.entries(part(config)).filter(
+    ([name, value]) => BEHAVIOUR.includes(name) && typeof value === 'boolean'
+  );
+  const drawn = {
+    ...(data === undefined ? {} : { data }),
+    layout: { ...rest, ...(template === undefined ? {} : { template }) },
+    ...(frames === undefined ? {} : { frames }),
+    config: Object.fromEntries(behaviour)
+  };
+  return passive(model, { ...model.data, [mimeType]: drawn }, model.metadata);
+}
+
+/** Whether a text in it, at any depth, is like this. */
+function says(value: ReadonlyPartialJSONValue | undefined, like: RegExp): boolean {
+  if (typeof value === 'string') {
+    return like.test(value);
+  }
+  return typeof value === 'object' && value !== null && Object.values(value).some(one => says(one, like));
+}
+
+function passive(
+  model: IRenderMime.IMimeModel,
+  data: ReadonlyPartialJSONObject,
+  metadata: ReadonlyPartialJSONObject
+): IRenderMime.IMimeModel {
   return {
     trusted: false,
-    data: { ...model.data, [mimeType]: chart },
-    metadata: { ...model.metadata, [mimeType]: own },
+    data,
+    metadata,
     setData: ({ data }) => {
       // The renderer adds a picture of what it drew; the rest of the output is kept as it came.
       const picture = data?.['image/png'];
@@ -79,6 +146,10 @@ export function tamed(model: IRenderMime.IMimeModel, mimeType: string): IRenderM
       }
     }
   };
+}
+
+function isArray(value: unknown): value is ReadonlyPartialJSONArray {
+  return Array.isArray(value);
 }
 
 function part(value: unknown): ReadonlyPartialJSONObject {
@@ -113,7 +184,8 @@ export function origin({ kernel, named, specs, sandbox }: Facts): Origin {
   }
   const spec = specs.kernelspecs[name];
   if (spec === undefined) {
-    return { kind: kernel === null ? 'plain' : 'unknown' };
+    // What a notebook shows of a kernelspec that is gone may well be a sandbox's; its user can allow it by that name.
+    return kernel === null ? { kind: 'sandbox', profile: name } : { kind: 'unknown' };
   }
   const profile = profileIn(spec);
   return profile === null ? { kind: 'plain' } : { kind: 'sandbox', profile };

@@ -58,6 +58,17 @@ export function writeState(metadata: Metadata, state: SavedState | null): void {
   put(metadata, state === null ? others : { ...others, snapshot: { ...state } });
 }
 
+/** The profile of the sandbox whose output is in a notebook that has another kernel since. */
+export function markOf(metadata: Metadata): string | undefined {
+  const found = part(metadata.getMetadata(KEY))['output'];
+  return isText(found) ? found : undefined;
+}
+
+/** Remember whose output is in it. */
+export function writeMark(metadata: Metadata, profile: string): void {
+  put(metadata, { ...without(metadata), output: profile });
+}
+
 function put(metadata: Metadata, value: object): void {
   if (Object.keys(value).length > 0) {
     metadata.setMetadata(KEY, value);

@@ -64,6 +64,11 @@ export class Replay {
   private _connected(): void {
     window.clearTimeout(this._timer);
     if (this._kernel.connectionStatus === 'connected') {
+      // All that is kept comes again.
+      for (const run of this._runs.values()) {
+        run.begun = false;
+        run.displays.clear();
+      }
       this._wait();
     }
   }

@@ -25,6 +25,14 @@ export class Runs {
     return new Map(Object.entries(this._read(this._prefix + kernel)?.cells ?? {}));
   }
 
+  /** A fork of a kernel runs what that runs. */
+  copy(kernel: string, child: string): void {
+    const cells = this._read(this._prefix + kernel)?.cells;
+    if (cells !== undefined) {
+      this._write(child, cells);
+    }
+  }
+
   add(kernel: string, request: string, cell: string): void {
     const cells = Object.entries(this._read(this._prefix + kernel)?.cells ?? {}).filter(([, other]) => other !== cell);
     this._write(kernel, Object.fromEntries([...cells, [request, cell]]));

@@ -31,7 +31,9 @@ export function totals(
   const kept = new Set(asleep.map(({ snapshot }) => snapshot));
   const disk =
     asleep.reduce((sum, sandbox) => sum + (sandbox.usage?.saved ?? 0), 0) +
-    snapshots.reduce((sum, { id, size }) => sum + (kept.has(id) ? 0 : size), 0);
+    snapshots
+      .filter(({ owner }) => quota === null || owner === quota.owner) // others' are there to start from
+      .reduce((sum, { id, size }) => sum + (kept.has(id) ? 0 : size), 0);
   const found: Total[] = [];
   const add = (
     key: string,

@@ -48,8 +48,7 @@ export function view(about: About, trans: TranslationBundle): View {
   const parts = [trans.__('Sandbox: %1', label)];
   if (!lives && why !== '') {
     parts.push(why);
-  }
-  if (detail !== '') {
+  } else if (detail !== '') {
     parts.push(look === 'changing' ? detail : trans.__('memory %1', detail));
   }
   if (!sandbox.isolated) {

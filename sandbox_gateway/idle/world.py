@@ -129,7 +129,7 @@ class World:
         else:
             text = f"it ends in {ahead}: {decision.reason}"
             activity = replace(activity, end_announced=now)
-        self.events.note(sandbox_id, EventKind.WARNED, text, due=due)
+        self.events.note(sandbox_id, EventKind.WARNED, text, due=due, idle=decision.action is Action.ANNOUNCE_EXPIRY)
         return activity
 
 

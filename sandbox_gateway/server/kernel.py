@@ -151,6 +151,7 @@ class ServedKernel:
             self._unwatch()
             try:
                 if clean and live.death is None:
+                    await self._again(live)  # what cannot be made again is not ended
                     await live.destroy(Death(DeathKind.STOPPED, "restarted clean"))
                 if live.death is not None or not await self._rebooted(live):
                     self.hub.publish_restart()
@@ -174,6 +175,13 @@ class ServedKernel:
         if death.kind is DeathKind.EXPIRED:
             raise dead.record.over()
         await dead.ended.wait()
+        self._live = await self._gateway.lifecycle.create(await self._again(dead), self.seat)
+        self._subject_to_quota(self._live)
+        text = f"[sandbox] A new sandbox was made ({death.describe()}); variables and earlier files are lost\n"
+        self.seat.channels.notice(text)
+
+    async def _again(self, dead: LiveSandbox) -> CreateRequest:
+        """What makes another like it, as its profile is by now; raises ``unknown_profile``, ``invalid_profile``."""
         launch = dead.launch
         profiles = await asyncio.to_thread(load_profiles, self._gateway.paths)
         profile = replace(profiles.get(dead.record.profile), limits=launch.spec.limits, required_limits=frozenset())
@@ -182,7 +190,7 @@ class ServedKernel:
         if dead.record.idle is not None:
             profile = replace(profile, idle=dead.record.idle, chosen=frozenset({"idle"}))
         environment = launch.kernel.environment
-        request = CreateRequest(
+        return CreateRequest(
             self.id,
             replace(profile, client_environment=(*profile.client_environment, *environment)),
             KernelSpec(kernel_argv(profile), interrupt_mode=profile.interrupt_mode),
@@ -193,10 +201,6 @@ class ServedKernel:
             self._gateway.settings.private,
             self.owner,
         )
-        self._live = await self._gateway.lifecycle.create(request, self.seat)
-        self._subject_to_quota(self._live)
-        text = f"[sandbox] A new sandbox was made ({death.describe()}); variables and earlier files are lost\n"
-        self.seat.channels.notice(text)
 
     def _subject_to_quota(self, live: LiveSandbox) -> None:
         live.admission = lambda: self._gateway.admission(live)

@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 from typing import Any, Final
+from urllib.parse import unquote
 
 from jupyter_events import EventLogger
 from jupyter_server.auth.decorator import authorized
@@ -84,6 +85,8 @@ class PassedHandler(ProblemHandler):
     async def _pass(self) -> None:
         method = str(self.request.method)
         below = "/" + self.request.path[len(self.base_url) :]
+        if any(part in (".", "..") or "\\" in part for part in unquote(below).split("/")):
+            raise web.HTTPError(404)  # what stands before the gateway might make another of our routes of it
         query = "&".join(part for part in self.request.query.split("&") if part and not part.startswith("token="))
         body = self.request.body if method not in ("GET", "DELETE") else b""
         headers = {name: self.request.headers[name] for name in ASKED if name in self.request.headers}

@@ -128,6 +128,8 @@ class Exchange(HTTPMessageDelegate):
     def headers_received(self, start_line: RequestStartLine | ResponseStartLine, headers: HTTPHeaders) -> None:
         """The answer begins."""
         assert isinstance(start_line, ResponseStartLine)
+        if start_line.code < 200:
+            return  # there is another to come
         self._head.set_result((start_line.code, headers))
 
     async def data_received(self, chunk: bytes) -> None:

@@ -19,6 +19,11 @@ from playwright.async_api import expect  # noqa: E402
 
 __all__ = ["product"]
 
+OPEN = """
+[profiles.open]
+active_output = true
+"""
+"""A profile whose administrator lets its output act."""
 THEMES = "settings/@jupyterlab/apputils-extension:themes"
 expect.set_options(timeout=PATIENCE * 1000)
 
@@ -31,13 +36,19 @@ def browser_path() -> str:
 @pytest.fixture(scope="module")
 def lab(browser_path: str, product: Product, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """A JupyterLab with the extension and with sandboxes of its own."""
-    with profile_kernelspec(product, "tight"):
-        started = make_lab(tmp_path_factory.mktemp("lab"))
-        try:
-            asyncio.run(started.start())
-            yield started
-        finally:
-            started.stop()
+    profiles = product.home / "profiles.toml"
+    before = profiles.read_text()
+    profiles.write_text(before + OPEN)
+    try:
+        with profile_kernelspec(product, "tight"), profile_kernelspec(product, "open"):
+            started = make_lab(tmp_path_factory.mktemp("lab"))
+            try:
+                asyncio.run(started.start())
+                yield started
+            finally:
+                started.stop()
+    finally:
+        profiles.write_text(before)
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ PLUGINS = (
     "notifications",
     "picker",
     "output",
+    "reattach",
     "rejoin",
     "remember",
     "saved",

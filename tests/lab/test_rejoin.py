@@ -73,3 +73,17 @@ async def test_a_display_that_is_changed_an_error_and_a_second_run_are_shown_as_
     await page.done(0, 2)
     await page.printed(0, "anew")
     assert page.errors() == []
+
+
+async def test_the_copy_of_a_cell_that_runs_goes_on_in_the_fork_of_its_notebook(page: Window) -> None:
+    await page.page.set_viewport_size({"width": 2200, "height": 900})  # two notebooks side by side
+    page.lab.write("going.ipynb", COUNT.format(200), kernel=KERNEL)
+    await page.visit("going.ipynb")
+    await page.ready()
+    await page.run(0)
+    await expect(page.output(0)).to_contain_text("19")
+    await choose(page, "Fork This Notebook")
+    copy = page.page.locator(".jp-NotebookPanel:not(.lm-mod-hidden)", has=page.page.locator(".sg-Chip")).nth(1)
+    for notebook in (copy, page.notebook.first):
+        await expect(notebook.locator(".jp-Cell-outputArea").first).to_contain_text("199")
+    assert page.errors() == []

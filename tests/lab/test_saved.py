@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from browser import Window
-from lab_page import choose, dark
+from lab_page import choose, dark, picture
 from lab_server import KERNEL
 from notebook_files import remember, until_saved
 from playwright.async_api import Locator, expect
@@ -43,6 +43,7 @@ async def test_a_notebook_with_its_saved_state_offers_to_start_from_it_wherever_
     await page.visit("copy.ipynb")
     await expect(bar(page)).to_contain_text("A state was saved with this notebook: “prepared”")
     await page.picture(tmp_path / "offer.png")
+    await picture(page, "saved-state", bar(page), page.cell(0), margin=3)
     await dark(page)
     await page.picture(tmp_path / "offer-dark.png")
     await page.page.set_viewport_size({"width": 640, "height": 700})

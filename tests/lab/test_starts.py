@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from acceptance import Product
 from browser import Lab, Window, window
-from lab_page import chip
+from lab_page import chip, picture
 from lab_server import KERNEL, make_lab
 from notebook_files import remember, until_saved
 from playwright.async_api import Locator, WebSocketRoute, expect
@@ -50,6 +50,7 @@ async def test_a_profile_has_cards_with_its_logo_and_what_was_chosen_for_a_noteb
         await expect(logo).to_have_attribute("src", re.compile(rf"/kernelspecs/{KERNEL}/logo-"))
         assert await logo.evaluate("image => image.complete && image.naturalWidth > 0")
     await page.picture(tmp_path / "launcher.png")
+    await picture(page, "launcher", page.page.locator(".jp-Launcher-section").first, margin=0)
     await page.page.locator(".jp-LauncherCard[data-category=Notebook]", has_text=NAME).first.click()
     await page.ready()
     shown = await picker(page)
@@ -209,6 +210,7 @@ async def test_over_quota_is_told_with_what_to_free_and_a_button_that_does_it(
     told = toast(page, "Over quota: you have 1 live sandboxes of at most 1")
     await expect(told).to_be_visible()
     await page.picture(tmp_path / "over.png")
+    await picture(page, "over-quota", told)
     await told.get_by_role("button", name="Suspend “one.ipynb”").click()
     await page.page.locator(".jp-Dialog", has_text="Suspend “one.ipynb”?").locator(".jp-mod-accept").click()
     async with asyncio.timeout(30):

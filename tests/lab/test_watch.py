@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from acceptance import Product, profile_kernelspec
 from browser import Lab, Window
-from lab_page import chip, choose, dark, entry, running
+from lab_page import chip, choose, dark, entry, picture, running
 from lab_server import KERNEL, TIGHT, make_lab
 from playwright.async_api import Route, expect
 
@@ -49,6 +49,7 @@ async def test_what_a_sandbox_uses_is_shown_against_its_limits_with_a_small_hist
     await expect(card.locator("tr[data-kind=memory] .sg-Sparkline")).to_be_visible()
     await expect(card.locator("tr[data-kind=gpu]")).to_have_count(0)
     await page.picture(tmp_path / "card.png")
+    await picture(page, "usage", page.notebook.locator(".jp-KernelName"), chip(page), card, margin=3)
     await page.page.mouse.move(5, 400)
     await expect(card).to_have_count(0)
     # By keys: it comes with the focus, and goes with Escape.
@@ -96,6 +97,7 @@ async def test_many_are_suspended_resumed_and_ended_at_once_and_stand_against_th
     await page.page.locator(".sg-Entry-name", has_text="three.ipynb").click(modifiers=["Shift"])
     await expect(head).to_contain_text("3 chosen")
     await page.picture(tmp_path / "chosen.png")
+    await picture(page, "panel-chosen", page.page.locator("#jp-left-stack"), margin=0, height=420)
     await head.get_by_role("button", name="Suspend", exact=True).press("Enter")
     dialog = page.page.locator(".jp-Dialog")
     await expect(dialog).to_contain_text("Suspend 3 sandboxes?")

@@ -188,6 +188,14 @@ async def test_what_is_asked_and_answered_goes_through(far: Far, near: Server) -
     assert (again.status, again.body) == (304, b"")
 
 
+@pytest.mark.parametrize("path", ["../kernels", "%2e%2e/kernels", "one/..%2fkernels", "one/..%5ckernels", "./one"])
+async def test_a_way_out_of_our_routes_is_not_passed_on(far: Far, near: Server, path: str) -> None:
+    """A proxy before the gateway might walk it."""
+    before = len(far.asked)
+    assert (await ask(near, f"/api/sandboxes/{path}")).status == 404
+    assert len(far.asked) == before
+
+
 async def test_a_gateway_that_cannot_be_asked_is_a_problem_with_what_to_do(far: Far, near: Server) -> None:
     def problem(answer: Answer) -> tuple[int, str, str]:
         assert answer.headers["Content-Type"] == "application/problem+json"

@@ -9,6 +9,7 @@ import uuid
 from typing import Any
 
 import pytest
+from acceptance import Product
 from rest_service import route_of
 from served import Answer, Served
 
@@ -160,6 +161,21 @@ async def test_a_clean_restart_leaves_nothing_but_the_id_and_what_was_chosen(gat
         await gateway.ok("POST", f"{address}/suspend?wait=60")  # the second time it is asleep
     profiles = {each["name"]: each for each in (await gateway.ok("GET", "/api/profiles"))["profiles"]}
     assert profiles["python3-gvisor"]["start"]["template"] in (True, False)
+
+
+async def test_a_clean_restart_that_cannot_make_another_ends_nothing(gateway: Served, product: Product) -> None:
+    profiles = product.home / "profiles.toml"
+    before = profiles.read_text()
+    profiles.write_text(before + "\n[profiles.passing]\n")
+    try:
+        one = await gateway.create(profile="passing")
+        assert (await run(gateway, one, "x = 42"))[-1]["status"] == "ok"
+        profiles.write_text(before)
+        refused = await gateway.ask("POST", f"/api/sandboxes/{one}/restart", {"clean": True})
+        assert (refused.status, refused.body["code"]) == (404, "unknown_profile")
+        assert (await run(gateway, one, "print(x)"))[0] == {"type": "stdout", "text": "42\n"}
+    finally:
+        profiles.write_text(before)
 
 
 async def test_a_restart_ends_the_cell_that_runs(gateway: Served) -> None:

@@ -63,7 +63,7 @@ const NEWS = 5000;
 /** For how long one has to point at it until it shows what is used, in milliseconds. */
 const POINTED = 350;
 /** From how many pixels of the notebook's width on there is room for all of the chip, and for its label. */
-const WIDE = 920;
+const WIDE = 946;
 const NARROW = 780;
 
 /** One notebook's chip; it hides where the kernel is in no sandbox. */

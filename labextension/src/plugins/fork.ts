@@ -15,6 +15,7 @@ import { told } from '../progress';
 import { explain } from '../dialogs';
 import { attached, kernelOf, sessionOf } from '../find';
 import { attach } from '../open';
+import { Runs } from '../runs';
 import { CommandIDs, DOMAIN } from '../names';
 import { ISandboxes } from '../tokens';
 import { possible, title } from '../view';
@@ -151,7 +152,7 @@ class CountField extends Widget implements Dialog.IBodyWidget<number> {
 interface IForking {
   sandboxes: ISandboxes;
   documents: IDocumentManager;
-  services: { contents: Contents.IManager; sessions: Session.IManager };
+  services: { contents: Contents.IManager; sessions: Session.IManager; serverSettings: { baseUrl: string } };
   context: DocumentRegistry.Context;
   id: string;
   widget: Widget;
@@ -168,6 +169,7 @@ interface IMade {
 /** Fork the kernel, save the copies and open each attached to its child; rejects where there is none at all. */
 async function forked(forking: IForking): Promise<IMade> {
   const { sandboxes, documents, services, context, id, widget, count } = forking;
+  const runs = new Runs(window.localStorage, services.serverSettings.baseUrl);
   const content = context.model.toJSON(); // as it is at the fork, saved or not
   const name = sessionOf(widget)?.session?.kernel?.name ?? '';
   const { ids, failures } = await sandboxes.fork(id, count);
@@ -178,6 +180,7 @@ async function forked(forking: IForking): Promise<IMade> {
       await services.contents.save(path, { type: 'notebook', format: 'json', content });
       await sandboxes.rename(child, PathExt.basename(path));
       await attach(services.sessions, path, child);
+      runs.copy(id, child); // the copy of a cell that runs goes on in the copy
       // The first beside the notebook, the others as tabs of the first.
       const first = made.paths[0] === undefined ? null : (documents.findWidget(made.paths[0], 'Notebook') ?? null);
       const place = first === null ? { mode: 'split-right', ref: widget.id } : { mode: 'tab-after', ref: first.id };

@@ -11,6 +11,15 @@ import { CommandIDs, DOMAIN } from '../names';
 import { ISandboxes } from '../tokens';
 import { advice, title } from '../view';
 
+interface Warned {
+  /** The notification's. */
+  id: string;
+  /** Whether it ends because it is not used. */
+  idle: boolean;
+  /** When it was told, in milliseconds since the epoch. */
+  since: number;
+}
+
 export const notifications: JupyterFrontEndPlugin<void> = {
   id: '@sandbox-gateway/labextension:notifications',
   description: 'Tells of sandboxes that died, and of those that will end soon.',
@@ -22,8 +31,8 @@ export const notifications: JupyterFrontEndPlugin<void> = {
       return;
     }
     const trans = (translator ?? nullTranslator).load(DOMAIN);
-    /** The notification of each sandbox's end to come. */
-    const warned = new Map<string, string>();
+    /** What was told of each sandbox's end to come. */
+    const warned = new Map<string, Warned>();
 
     const act = (label: string, command: string, id: string, memory?: number): Notification.IAction[] => {
       const args = memory === undefined ? { id } : { id, memory };
@@ -44,9 +53,9 @@ export const notifications: JupyterFrontEndPlugin<void> = {
       Notification.error(`${first} ${advice(String(event.data['kind'] ?? ''), sandbox, trans)}`, {
         autoClose: false,
         actions: [
-          ...(more === null
-            ? act(trans.__('Restart'), CommandIDs.restart, sandbox.id)
-            : act(trans.__('Start with %1…', bytes(more)), CommandIDs.pick, sandbox.id, more)),
+          ...(more !== null && app.commands.isEnabled(CommandIDs.pick, { id: sandbox.id })
+            ? act(trans.__('Start with %1…', bytes(more)), CommandIDs.pick, sandbox.id, more)
+            : act(trans.__('Restart'), CommandIDs.restart, sandbox.id)),
           ...act(trans.__('Show Log'), CommandIDs.logs, sandbox.id)
         ]
       });
@@ -68,18 +77,40 @@ export const notifications: JupyterFrontEndPlugin<void> = {
             .catch((error: unknown) => explain(trans.__('It could not be kept'), error, trans));
         }
       };
-      const text = trans.__('“%1” is not used, and is lost at %2.', title(sandbox), moment(due * 1000));
+      // The end of its longest life comes however it is used.
+      const idle = event.data['idle'] !== false;
+      const text = idle
+        ? trans.__('“%1” is not used, and is lost at %2.', title(sandbox), moment(due * 1000))
+        : trans.__(
+            '“%1” is lost at %2: its longest life is over. Save what you need.',
+            title(sandbox),
+            moment(due * 1000)
+          );
       forget(event.sandbox);
-      warned.set(event.sandbox, Notification.warning(text, { autoClose: false, actions: [keep] }));
+      const id = Notification.warning(text, { autoClose: false, actions: idle ? [keep] : [] });
+      warned.set(event.sandbox, { id, idle, since: event.time });
     };
 
     const forget = (id: string): void => {
-      const notification = warned.get(id);
-      if (notification !== undefined) {
-        Notification.dismiss(notification);
+      const warning = warned.get(id);
+      if (warning !== undefined) {
+        Notification.dismiss(warning.id);
         warned.delete(id);
       }
     };
+
+    /** It is not lost for not being used, then; when its longest life is over, it is. */
+    const used = (id: string, when = Infinity): void => {
+      const warning = warned.get(id);
+      if (warning?.idle === true && when > warning.since) {
+        forget(id);
+      }
+    };
+
+    // By whoever it is used, in this page or another.
+    app.serviceManager.kernels.runningChanged.connect((_, kernels) => {
+      kernels.forEach(({ id, last_activity: last }) => used(id, Date.parse(last ?? '')));
+    });
 
     sandboxes.happened.connect((_, event) => {
       switch (event.kind) {
@@ -92,8 +123,11 @@ export const notifications: JupyterFrontEndPlugin<void> = {
           warn(event);
           break;
         case 'stopped':
-        case 'resumed':
           forget(event.sandbox);
+          break;
+        case 'resumed':
+        case 'restarted':
+          used(event.sandbox);
           break;
       }
     });

@@ -6,7 +6,6 @@ import { IConsoleTracker } from '@jupyterlab/console';
 import { INotebookTracker } from '@jupyterlab/notebook';
 import type { IRenderMimeRegistry as Registry } from '@jupyterlab/rendermime';
 import { IRenderMimeRegistry } from '@jupyterlab/rendermime';
-import type { Contents } from '@jupyterlab/services';
 import { ISettingRegistry } from '@jupyterlab/settingregistry';
 import type { TranslationBundle } from '@jupyterlab/translation';
 import { ITranslator, nullTranslator } from '@jupyterlab/translation';
@@ -20,8 +19,10 @@ import { CommGate } from '../comms';
 import type { Policy } from '../guard';
 import { guard } from '../guard';
 import { CommandIDs, DOMAIN } from '../names';
-import type { Origin, Permissions } from '../output';
-import { mayAct, moved, origin, permissions } from '../output';
+import { Memory } from '../memory';
+import type { Origin } from '../output';
+import { mayAct, origin } from '../output';
+import { markOf, writeMark } from '../remembered';
 import { ISandboxes } from '../tokens';
 
 const ID = '@sandbox-gateway/labextension:output';
@@ -43,7 +44,7 @@ export const output: JupyterFrontEndPlugin<void> = {
     translator: ITranslator | null
   ): Promise<void> => {
     const trans = (translator ?? nullTranslator).load(DOMAIN);
-    const memory = new Memory(settings, app.serviceManager.contents);
+    const memory = new Memory(settings, app.serviceManager.contents, ID);
     const watch = new Watch(app, sandboxes, memory);
 
     // By the widget that shows it; a second view of a notebook shares its registry, and with it its document.
@@ -76,6 +77,8 @@ export const output: JupyterFrontEndPlugin<void> = {
         session: context.sessionContext,
         path: () => context.path,
         named: () => named(content.model?.getMetadata('kernelspec')),
+        mark: () => (content.model === null ? undefined : markOf(content.model)),
+        setMark: profile => content.model !== null && writeMark(content.model, profile),
         hasOutput: () =>
           content.widgets.some(({ model }) => {
             const { outputs } = model.toJSON();
@@ -89,6 +92,8 @@ export const output: JupyterFrontEndPlugin<void> = {
         session,
         path: () => null,
         named: () => session.kernelPreference.name ?? '',
+        mark: () => undefined,
+        setMark: () => undefined,
         hasOutput: () => false
       });
     });
@@ -143,92 +148,6 @@ interface Header {
 function named(kernelspec: unknown): string {
   const name = (kernelspec as { name?: unknown } | undefined)?.name;
   return typeof name === 'string' ? name : '';
-}
-
-/** What the user said, by the notebook's path; in the settings, and so with the user and not in the notebook. */
-class Memory {
-  constructor(registry: ISettingRegistry | null, contents: Contents.IManager) {
-    this.ready = registry === null ? Promise.resolve() : this._load(registry);
-    contents.fileChanged.connect((_, change) => {
-      const before = change.oldValue?.path;
-      if ((change.type === 'rename' || change.type === 'delete') && before !== undefined) {
-        const after = change.type === 'rename' ? (change.newValue?.path ?? null) : null;
-        this._say(moved(this._allowed, before, after), moved(this._suspect, before, after));
-      }
-    });
-  }
-
-  /** Resolves when it is known what the user said. */
-  readonly ready: Promise<void>;
-
-  get changed(): ISignal<this, void> {
-    return this._changed;
-  }
-
-  allowed(path: string): string | undefined {
-    return this._allowed[path];
-  }
-
-  allow(path: string, profile: string | null): void {
-    this._say(said(this._allowed, path, profile), this._suspect);
-  }
-
-  suspect(path: string): string | undefined {
-    return this._suspect[path];
-  }
-
-  /** Its output is a sandbox's, whatever kernel it has now. */
-  note(path: string, profile: string): void {
-    this._say(this._allowed, said(this._suspect, path, profile));
-  }
-
-  private async _load(registry: ISettingRegistry): Promise<void> {
-    try {
-      const settings = (this._settings = await registry.load(ID));
-      settings.changed.connect(this._read, this);
-    } catch (error) {
-      console.warn(error);
-    }
-    this._read();
-  }
-
-  private _read(): void {
-    const { allowed, suspect } = this._settings?.composite ?? {};
-    this._allowed = permissions(allowed);
-    this._suspect = permissions(suspect);
-    this._changed.emit();
-  }
-
-  private _say(allowed: Permissions, suspect: Permissions): void {
-    const before = [this._allowed, this._suspect];
-    this._allowed = allowed;
-    this._suspect = suspect;
-    this._changed.emit();
-    void this._store(before);
-  }
-
-  private async _store([allowed, suspect]: Permissions[]): Promise<void> {
-    try {
-      if (JSON.stringify(allowed) !== JSON.stringify(this._allowed)) {
-        await this._settings?.set('allowed', { ...this._allowed });
-      }
-      if (JSON.stringify(suspect) !== JSON.stringify(this._suspect)) {
-        await this._settings?.set('suspect', { ...this._suspect });
-      }
-    } catch (error) {
-      console.warn(error);
-    }
-  }
-
-  private readonly _changed = new Signal<this, void>(this);
-  private _settings: ISettingRegistry.ISettings | null = null;
-  private _allowed: Permissions = {};
-  private _suspect: Permissions = {};
-}
-
-function said(of: Permissions, path: string, profile: string | null): Permissions {
-  const rest = Object.fromEntries(Object.entries(of).filter(([name]) => name !== path));
-  return profile === null ? rest : { ...rest, [path]: profile };
 }
 
 /** All documents, and the kernels behind them. As a policy: whether everything in the page may act. */
@@ -429,7 +348,7 @@ class Document implements Policy {
       return found;
     }
     const path = this._options.path();
-    const profile = this._last ?? (path === null ? undefined : this._memory.suspect(path));
+    const profile = this._last ?? (path === null ? undefined : this._memory.suspect(path)) ?? this._options.mark();
     return profile === undefined ? found : { kind: 'sandbox', profile };
   }
 
@@ -440,6 +359,7 @@ class Document implements Policy {
     if (path !== null && kernel !== null && this._last !== null && this._options.hasOutput()) {
       if (this._watch.origin(kernel, '').kind === 'plain' && this._memory.suspect(path) !== this._last) {
         this._memory.note(path, this._last);
+        this._options.setMark(this._last);
       }
     }
     this._watch.reconsider();
@@ -463,6 +383,10 @@ namespace Document {
     /** The kernelspec that it names. */
     named: () => string;
     hasOutput: () => boolean;
+    /** The profile of the sandbox whose output is in it, as the document itself says; who wrote that is not known. */
+    mark: () => string | undefined;
+    /** Have the document say so: its copies, and who else opens it, know of it by this only. */
+    setMark: (profile: string) => void;
   }
 }
 

@@ -431,7 +431,8 @@ class Snapshots implements IRunningSessions.IManager {
   /** What a sandbox is suspended in goes and comes with it, and is no list's matter. */
   private _own(): Snapshot[] {
     const inUse = new Set(this._sandboxes.all().map(sandbox => sandbox.snapshot));
-    return this._sandboxes.snapshots().filter(snapshot => !inUse.has(snapshot.id));
+    const me = this._sandboxes.quota()?.owner;
+    return this._sandboxes.snapshots().filter(({ id, owner }) => !inUse.has(id) && (me === undefined || owner === me));
   }
 
   private async _start(snapshot: Snapshot): Promise<void> {

@@ -216,6 +216,13 @@ async function take(
       return false;
     }
   };
+  const use = async (made: string): Promise<boolean> => {
+    const used = await change({ id: made });
+    if (!used || session.session?.kernel?.id !== made) {
+      void sandboxes.remove(made).catch(() => undefined); // the notebook was closed meanwhile: nobody would know of it
+    }
+    return used;
+  };
   switch (choice.kind) {
     case 'none':
       if (!session.hasNoKernel) {
@@ -226,16 +233,14 @@ async function take(
       return change({ id: choice.id });
     case 'snapshot': {
       const started = sandboxes.startSnapshot(choice.id);
-      const id = await told(started, trans.__('Starting from a snapshot…'), () => '');
-      return change({ id });
+      return use(await told(started, trans.__('Starting from a snapshot…'), () => ''));
     }
     case 'spec': {
       if (choice.profile === null || Object.keys(choice.resources).length === 0) {
         return change({ name: choice.name });
       }
       const name = PathExt.basename(session.path);
-      const { id } = await sandboxes.create(choice.profile, choice.resources, name, session.path);
-      return change({ id });
+      return use((await sandboxes.create(choice.profile, choice.resources, name, session.path)).id);
     }
   }
 }

@@ -230,17 +230,30 @@ describe('a sandbox that is being woken', () => {
 describe('the quota', () => {
   const quota = { owner: 'me', live: { used: 1, limit: 4 } };
 
-  it('is asked for only while somebody looks at all sandboxes', async () => {
+  it('is asked for once, and then only while somebody looks at all sandboxes', async () => {
     const server = new Server();
     server.handlers.set('GET api/quota', () => json(quota));
     const made = model(server);
+    const times = () => server.asked.filter(path => path === 'GET api/quota').length;
     await made.ready;
     made.watch({ id: 'one', visible: () => true });
     await made.refresh();
-    expect(server.asked).not.toContain('GET api/quota');
+    expect(times()).toBe(1);
     made.watch({ visible: () => true });
     await made.refresh();
+    expect(times()).toBe(2);
     expect(made.quota()).toEqual(quota);
+  });
+
+  it('says whose sandboxes these are: an administrator, who is told of everybody’s, has his own here', async () => {
+    const server = new Server();
+    server.handlers.set('GET api/quota', () => json(quota));
+    server.sandboxes = [sandbox(), sandbox({ id: 'other', owner: 'ann' })];
+    const made = model(server);
+    await made.ready;
+    made.expect('other');
+    await made.settled('other');
+    expect(made.all().map(({ id }) => id)).toEqual(['one']);
   });
 
   it('is not asked for again where the server does not know of any', async () => {

@@ -40,6 +40,20 @@ describe('offers', () => {
     expect(groups.map(group => group.label)).toEqual(['Not in a sandbox', '']);
   });
 
+  it('are in a sandbox on a gateway, too, or by a profile that is not known any more', () => {
+    const stanza = (provisioner_name: string, config: object) => ({ kernel_provisioner: { provisioner_name, config } });
+    const kernelspecs = {
+      far: spec('far', stanza('sandbox-remote', { profile: 'analysis', gateway: 'http://127.0.0.1:1' })),
+      gone: spec('gone', stanza('sandbox', { profile: 'gone' }))
+    };
+    const [inside, other] = offers(stock({ specs: { default: 'far', kernelspecs } }), trans);
+    expect(inside?.offers.map(({ detail }) => detail)).toEqual([
+      'in a sandbox on the gateway http://127.0.0.1:1',
+      'in a sandbox; the server does not know its profile any more'
+    ]);
+    expect(other?.label).toBe('');
+  });
+
   it('are one’s sandboxes that no session has, and that live', () => {
     const sandboxes = [
       sandbox({ id: 'asleep', state: 'suspended' }),

@@ -22,16 +22,15 @@ describe('a kind of output', () => {
   });
 
   it('is plain where it is text or a picture', () => {
-    const kinds = ['text/plain', 'image/png', 'image/svg+xml', 'application/json', 'application/vnd.plotly.v1+json'];
+    const kinds = ['text/plain', 'image/png', 'image/svg+xml', 'application/json'];
     expect(kinds.map(kindOf)).toEqual(kinds.map(() => 'plain'));
   });
 
   it('is sanitised where it is HTML, and confined where it is a chart that can load data', () => {
     expect(['text/html', 'text/markdown'].map(kindOf)).toEqual(['sanitised', 'sanitised']);
-    expect(['application/vnd.vega.v5+json', 'application/vnd.vegalite.v5+json'].map(kindOf)).toEqual([
-      'confined',
-      'confined'
-    ]);
+    expect(
+      ['application/vnd.vega.v5+json', 'application/vnd.vegalite.v5+json', 'application/vnd.plotly.v1+json'].map(kindOf)
+    ).toEqual(['confined', 'confined', 'confined']);
   });
 });
 
@@ -91,8 +90,11 @@ describe('the origin of output', () => {
   it('is plain for a plain kernel, and by the kernel there is rather than the one that is named', () => {
     expect(origin({ ...facts, kernel: kernel('plain'), named: 'ours' })).toEqual({ kind: 'plain' });
     expect(origin({ ...facts, named: 'plain' })).toEqual({ kind: 'plain' });
-    expect(origin({ ...facts, named: 'elsewhere' })).toEqual({ kind: 'plain' });
     expect(origin(facts)).toEqual({ kind: 'plain' });
+  });
+
+  it('is a sandbox’s where a notebook names a kernelspec that is gone', () => {
+    expect(origin({ ...facts, named: 'elsewhere' })).toEqual({ kind: 'sandbox', profile: 'elsewhere' });
   });
 
   it('is unknown while kernelspecs are, and for a kernel that none of them is of', () => {
@@ -148,9 +150,10 @@ describe('a chart', () => {
       model({ marks: [], usermeta: { embedOptions: {} } }, { [type]: { embed_options: options } }),
       type
     );
-    expect(shown.data[type]).toEqual({ marks: [] });
-    expect(shown.trusted).toBe(false);
-    expect(shown.metadata[type]).toEqual({
+    expect(shown?.data[type]).toMatchObject({ marks: [] });
+    expect(shown?.data[type]).not.toHaveProperty('usermeta');
+    expect(shown?.trusted).toBe(false);
+    expect(shown?.metadata[type]).toEqual({
       embed_options: {
         ast: true,
         actions: { export: true, source: false, compiled: false, editor: false },
@@ -160,6 +163,43 @@ describe('a chart', () => {
   });
 
   it('is never an address to load one from', () => {
-    expect(tamed(model('/lab'), type).data[type]).toEqual({});
+    expect(Object.keys(tamed(model('/lab'), type)?.data[type] as object)).toEqual(['config']);
+  });
+
+  it('binds nothing to an element of the page, and hears no keys and nothing of elements', () => {
+    const bound = { element: '.xterm-helper-textarea', event: 'compositionend' };
+    const spec = {
+      config: { events: { selector: true }, axis: { grid: true } },
+      signals: [
+        { name: 'typed', bind: bound },
+        { name: 'scale', bind: 'scales' }
+      ],
+      marks: [{ signals: [{ name: 'deeper', bind: { input: 'text', onfocus: 'alert(1)' } }] }],
+      layer: [[{ params: [{ bind: { legend: 'keydown' } }] }]]
+    };
+    const shown = tamed(model(spec), type)?.data[type] as Record<string, object>;
+    expect(JSON.stringify(shown)).not.toMatch(/element|onfocus|keydown/);
+    expect(shown['signals']).toEqual([{ name: 'typed' }, { name: 'scale', bind: 'scales' }]);
+    expect(shown['config']).toMatchObject({ axis: { grid: true }, events: { bind: 'none', selector: false } });
+  });
+});
+
+describe('a figure of plotly', () => {
+  const type = 'application/vnd.plotly.v1+json';
+  const shown = (figure: unknown) => tamed({ data: { [type]: figure }, metadata: {} } as never, type);
+  const template = { data: { scattermap: [{ type: 'scattermap' }] }, layout: { mapbox: { style: 'light' } } };
+
+  it('is drawn where it is data, with what it says of its behaviour', () => {
+    const config = { responsive: true, plotlyServerURL: 'https://x', scrollZoom: 'yes' };
+    const figure = { data: [{ type: 'bar' }], layout: { title: 'a', template }, config };
+    expect(shown(figure)?.data[type]).toEqual({ ...figure, config: { responsive: true } });
+  });
+
+  it('is held back where it is a map, or could become one', () => {
+    expect(shown({ data: [{ type: 'choroplethmapbox' }] })).toBeNull();
+    expect(shown({ data: [], frames: [{ data: [{ type: 'scattergeo' }] }] })).toBeNull();
+    const buttons = [{ method: 'restyle', args: [{ type: ['scattermap'] }] }];
+    expect(shown({ data: [{}], layout: { updatemenus: [{ buttons }] } })).toBeNull();
+    expect(shown('not a figure')?.data[type]).toEqual({ layout: {}, config: {} });
   });
 });

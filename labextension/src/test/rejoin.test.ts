@@ -47,6 +47,15 @@ describe('runs', () => {
     expect(storage.length).toBe(0);
   });
 
+  it('of a kernel are those of its fork, too', () => {
+    const runs = new Runs(new Memory(), '/');
+    runs.add('parent', 'request', 'cell');
+    runs.copy('parent', 'child');
+    runs.remove('parent', 'request');
+    runs.copy('idle', 'other');
+    expect([...runs.of('child'), ...runs.of('other')]).toEqual([['request', 'cell']]);
+  });
+
   it('of a hundred kernels are remembered, those of the oldest not', () => {
     const storage = new Memory();
     const runs = new Runs(storage, '/');

@@ -98,7 +98,7 @@ describe('totals', () => {
     sandbox({ id: 'c', state: 'suspended', snapshot: 's', usage: usage({ saved: 50 * MIB }) }),
     sandbox({ id: 'd', state: 'failed', memory: 99 })
   ];
-  const snapshots = [{ id: 'x', size: 10 * MIB }] as never;
+  const snapshots = [{ id: 'x', owner: 'me', size: 10 * MIB }] as never;
 
   it('are what is in use where nothing is bounded', () => {
     const found = totals(all, snapshots, null, trans);
@@ -114,6 +114,8 @@ describe('totals', () => {
       ['2 GiB of 4 GiB memory reserved', 0.5],
       ['60 MiB of 100 MiB saved', 0.6]
     ]);
+    const others = [{ id: 'y', owner: 'ann', published: true, size: 99 * MIB }] as never;
+    expect(totals([], others, quota, trans).at(-1)?.text).toBe('0 B of 100 MiB saved');
     const gpus = totals([], [] as never, { ...quota, gpus: { used: 1, limit: 2 } }, trans);
     expect(gpus.at(-1)).toMatchObject({ text: '1 of 2 GPUs', fraction: 0.5 });
   });

@@ -33,6 +33,10 @@
 }
 
 .sg-Chip-detail {
+  max-width: 18ch;
+  overflow: hidden;
+  text-overflow: ellipsis;
+  white-space: nowrap;
   color: var(--jp-ui-font-color2);
   font-variant-numeric: tabular-nums;
 }
