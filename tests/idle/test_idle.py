@@ -177,7 +177,7 @@ async def test_a_kernel_that_nobody_uses_goes_down_tier_by_tier(scene: Scene) ->
     assert times(sandbox) == [("pause", 600), ("suspend", 3600), ("expire", 2 * DAY)]
     (warned,) = scene.heard
     assert warned.kind is EventKind.WARNED and round(warned.time - T0) == round(1.8 * DAY)
-    assert warned.data == {"due": pytest.approx(T0 + 2 * DAY)}
+    assert warned.data == {"due": pytest.approx(T0 + 2 * DAY), "idle": True}
     assert warned.text == "it expires in 4.8 h unless it is used: not used for 2 days"
     assert not scene.driver._tasks, "what has ended is not watched"
 
@@ -228,7 +228,9 @@ async def test_a_longest_life_alone_asks_no_kernel_what_it_does(scene: Scene) ->
     sandbox = scene.add(busy_until=math.inf)
     await scene.pass_(2 * DAY)
     assert sandbox.readings == 0 and times(sandbox) == [("expire", DAY)]
-    assert scene.kinds() == ["warned"] and "longest life" in scene.heard[0].text
+    assert (
+        scene.kinds() == ["warned"] and "longest life" in scene.heard[0].text and scene.heard[0].data["idle"] is False
+    )
 
 
 async def test_what_is_resumed_has_its_whole_time_again(scene: Scene) -> None:

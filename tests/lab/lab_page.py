@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+import re
 from pathlib import Path
 
 from browser import Window
@@ -66,11 +67,17 @@ async def _boxes(shown: tuple[Locator, ...]) -> list[FloatRect]:
     return boxes
 
 
-async def alone(page: Window, *sections: str) -> None:
-    """Fold all of the panel "Running" but these sections."""
+def section(page: Window, name: str) -> Locator:
+    """The title of a section of the panel "Running"."""
+    label = page.page.locator(".lm-AccordionPanel-titleLabel", has_text=re.compile(f"^{name}$"))
+    return page.page.locator("#jp-running-sessions .lm-AccordionPanel-title", has=label)
+
+
+async def alone(page: Window, name: str) -> None:
+    """Fold all of the panel "Running" but this section."""
     for title in await page.page.locator("#jp-running-sessions .lm-AccordionPanel-title").all():
         text = str(await title.locator(".lm-AccordionPanel-titleLabel").text_content())
-        if text not in sections:
+        if (text == name) != ("lm-mod-expanded" in str(await title.get_attribute("class"))):
             await title.locator(".lm-AccordionPanel-titleCollapser").click()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from browser import Window
-from lab_page import alone, chip, choose, entry, picture, running, theme
+from lab_page import alone, chip, choose, entry, picture, running, section, theme
 from lab_server import KERNEL, ROOT
 from playwright.async_api import expect
 
@@ -50,9 +50,12 @@ async def test_nothing_is_wrong_with_names_roles_and_contrast(page: Window, tmp_
     await running(page)
     await expect(entry(page, "report.ipynb")).to_contain_text("Running")
     await expect(page.page.locator(".sg-SnapshotItem", has_text="prepared")).to_have_count(1)
-    await alone(page, "Sandboxes", "Sandbox Snapshots")
-    await picture(page, "panel", page.page.locator("#jp-left-stack"), margin=0)
-    problems = await found(page, ".sg-ChipHolder", ".sg-RunningItem", ".sg-SnapshotItem")
+    await alone(page, "Sandbox Snapshots")
+    await picture(page, "panel-snapshots", section(page, "Sandbox Snapshots"), page.page.locator(".sg-SnapshotItem"))
+    problems = await found(page, ".sg-SnapshotItem")
+    await alone(page, "Sandboxes")
+    await picture(page, "panel", section(page, "Sandboxes"), page.page.locator(".sg-RunningItem").last)
+    problems += await found(page, ".sg-ChipHolder", ".sg-RunningItem")
     await chip(page).click()
     problems += await found(page, ".sg-Menu")
     await page.page.keyboard.press("Escape")

@@ -237,7 +237,8 @@ async def test_tables_pictures_and_charts_need_no_permission_and_a_chart_reads_n
     await page.output(2).locator("summary").click()
     await expect(page.output(2).locator(".vega-actions a")).to_have_count(2)  # pictures to save, and no source
     await page.picture(tmp_path / "reader.png")
-    await picture(page, "active-output", bar(page), page.cell(1), margin=3, height=520)
+    await page.output(1).evaluate("output => output.scrollIntoView()")
+    await picture(page, "active-output", bar(page), page.output(1), margin=3, height=520)
     assert not [url for url in read if url.endswith("/lab")]
     await bar(page).get_by_role("button", name="Dismiss").click()
     await expect(bar(page)).to_have_count(0)

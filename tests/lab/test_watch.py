@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from acceptance import Product, profile_kernelspec
 from browser import Lab, Window
-from lab_page import chip, choose, dark, entry, picture, running
+from lab_page import alone, chip, choose, dark, entry, picture, running, section
 from lab_server import KERNEL, TIGHT, make_lab
 from playwright.async_api import Route, expect
 
@@ -77,6 +77,7 @@ async def test_many_are_suspended_resumed_and_ended_at_once_and_stand_against_th
     made = [await page.lab.ask("POST", "sandboxes", {"profile": KERNEL, "name": name}) for name in names]
     await page.visit()
     await running(page)
+    await alone(page, "Sandboxes")
     head = page.page.locator(".sg-Head")
     await expect(head).to_contain_text("3 of 8 live")
     await expect(head).to_contain_text("of 2 GiB saved")
@@ -97,7 +98,7 @@ async def test_many_are_suspended_resumed_and_ended_at_once_and_stand_against_th
     await page.page.locator(".sg-Entry-name", has_text="three.ipynb").click(modifiers=["Shift"])
     await expect(head).to_contain_text("3 chosen")
     await page.picture(tmp_path / "chosen.png")
-    await picture(page, "panel-chosen", page.page.locator("#jp-left-stack"), margin=0, height=420)
+    await picture(page, "panel-chosen", section(page, "Sandboxes"), page.page.locator(".sg-RunningItem").last)
     await head.get_by_role("button", name="Suspend", exact=True).press("Enter")
     dialog = page.page.locator(".jp-Dialog")
     await expect(dialog).to_contain_text("Suspend 3 sandboxes?")
