@@ -28,7 +28,7 @@ async def test_a_profile_is_chosen_with_less_memory_and_the_limit_holds(page: Wi
     await page.ready("Python 3 (ipykernel)")
     await opened(page)
     tight = offer(page, "Tight limits")
-    await expect(tight).to_contain_text("image host · 512 MiB · 1 core · no network")
+    await expect(tight).to_contain_text("image host · 512 MiB · 1 core · 128 MiB of files · no network")
     await expect(offer(page, "Python 3 (ipykernel)")).to_contain_text("Runs on the server itself")
     await tight.locator("input[type=radio]").click()
     await tight.locator("[data-field=memory]").fill("300")

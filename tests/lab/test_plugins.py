@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -33,14 +32,9 @@ PLUGINS = (
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("disabled")
-
-
-@pytest.fixture(scope="module")
-def disabling_lab(browser_path: str, product: Product, config: Path) -> Iterator[Lab]:
+def disabling_lab(browser_path: str, product: Product, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """A JupyterLab whose disabled plugins the tests choose."""
-    started = make_lab(config)
+    started = make_lab(tmp_path_factory.mktemp("disabled"))
     try:
         asyncio.run(started.start())
         yield started
@@ -56,11 +50,9 @@ async def ended(disabling_lab: Lab) -> AsyncIterator[None]:
 
 @pytest.mark.parametrize("plugin", PLUGINS)
 async def test_a_page_works_without_one_of_the_plugins(
-    disabling_lab: Lab, config: Path, browser_path: str, tmp_path: Path, plugin: str, ended: None
+    disabling_lab: Lab, browser_path: str, tmp_path: Path, plugin: str, ended: None
 ) -> None:
-    choice = config / "config" / "labconfig" / "page_config.json"
-    choice.parent.mkdir(exist_ok=True)
-    choice.write_text(json.dumps({"disabledExtensions": {f"{NAME}:{plugin}": True}}))
+    disabling_lab.disable(f"{NAME}:{plugin}")
     disabling_lab.write("part.ipynb", "6 * 7", kernel=KERNEL)
     async with window(disabling_lab, browser_path, tmp_path, plugin) as page:
         await page.visit("part.ipynb")

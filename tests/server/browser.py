@@ -95,6 +95,12 @@ class Lab:
         self._config = base / "config"
         self.process: subprocess.Popen[bytes] | None = None
 
+    def disable(self, *extensions: str) -> None:
+        """Have its page load none of these extensions, or plugins, of the front end."""
+        choice = self._config / "labconfig" / "page_config.json"
+        choice.parent.mkdir(parents=True, exist_ok=True)
+        choice.write_text(json.dumps({"disabledExtensions": dict.fromkeys(extensions, True)}))
+
     @property
     def url(self) -> str:
         """Where it answers."""

@@ -36,12 +36,17 @@ def lab(browser_path: str, _gateway: Served, tmp_path_factory: pytest.TempPathFa
         "--ServerApp.jpserver_extensions={'sandbox_gateway': False}",
         environment={"JUPYTER_GATEWAY_AUTH_TOKEN": _gateway.token},
     )
+    started.disable(OURS)
     try:
         asyncio.run(_warm(_gateway))
         asyncio.run(started.start())
         yield started
     finally:
         started.stop()
+
+
+OURS = "@sandbox-gateway/labextension"
+"""The package's own front end: these tests are about what JupyterLab does without it."""
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +57,7 @@ def local_lab(browser_path: str, product: Product, tmp_path_factory: pytest.Temp
     enabled.mkdir(parents=True)
     shutil.copy(Path(__file__).parents[2] / "jupyter-config" / "sandbox_gateway.json", enabled)
     started = Lab(base, environment={"JUPYTER_CONFIG_PATH": str(base / "etc")})
+    started.disable(OURS)
     try:
         asyncio.run(started.start())
         yield started
@@ -111,8 +117,6 @@ async def test_a_slider_talks_with_the_kernel_and_input_is_answered_in_the_page(
     await page.visit("talk.ipynb")
     await page.ready()
     await page.run(0)
-    # The package's front end is installed beside this JupyterLab, and holds widgets back.
-    await page.page.get_by_role("button", name="Allow active output for this notebook").click()
     handle = page.output(0).locator(".noUi-handle")
     await handle.focus()
     for _ in range(4):
