@@ -279,9 +279,14 @@ def test_kernels_come_and_go_and_nothing_is_left(
 
 
 def _files(home: Path) -> set[str]:
-    """All files of an installation but finished layers (a cache), kept logs and what SQLite has open."""
+    """All files of an installation but finished layers and templates (caches, made beside a start when the environment
+    has changed), kept logs and what SQLite has open."""
     found = {str(path.relative_to(home)) for path in home.rglob("*") if not path.name.startswith("store.sqlite-")}
-    return {name for name in found if not name.startswith(("logs/", "layers/")) or name.startswith("layers/tmp/")}
+    caches = ["logs/", "layers/", "templates/"]
+    for manifest in (home / "snapshots").glob("*/manifest.json"):
+        if json.loads(manifest.read_text())["kind"] == "template":
+            caches.append(f"snapshots/{manifest.parent.name}")
+    return {name for name in found if not name.startswith(tuple(caches)) or name.startswith("layers/tmp/")}
 
 
 def test_a_worker_that_is_interrupted_while_it_waits_leaves_nothing(product: Product) -> None:
