@@ -118,7 +118,9 @@ function figure(model: IRenderMime.IMimeModel, mimeType: string): IRenderMime.IM
     ...(frames === undefined ? {} : { frames }),
     config: Object.fromEntries(behaviour)
   };
-  return passive(model, { ...model.data, [mimeType]: drawn }, model.metadata);
+  const shown = passive(model, { ...model.data, [mimeType]: drawn }, model.metadata);
+  // Its renderer would add a picture, and show that in the figure's place when it is asked again.
+  return { ...shown, setData: () => undefined };
 }
 
 /** Whether a text in it, at any depth, is like this. */

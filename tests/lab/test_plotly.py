@@ -78,6 +78,8 @@ async def test_a_figure_is_drawn_without_permission_and_runs_nothing(
         await page.done(0, 1)
         await expect(page.output(0).locator(".js-plotly-plot .bars path")).to_have_count(3)
         await expect(page.output(0).locator(".gtitle")).to_contain_text("bars")
+        await page.output(0).locator(".nsewdrag").first.hover()
+        await expect(page.output(0).locator(".hoverlayer .hovertext")).to_have_count(1)  # no picture, but the figure
         await expect(page.notebook.locator(".sg-Bar")).to_have_count(0)
         await page.picture(tmp_path / "plotly.png")
         assert await page.page.evaluate("window.pwned") is None
