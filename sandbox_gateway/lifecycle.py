@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 OnProgress = Callable[[Progress], None]
 MAX_FORK = 1000
 """Children of one fork at most."""
+SWEPT = 2.0
+"""Seconds that a new id is waited for, while another process looks at its directory."""
 SWEEP_DELAY = 0.3
 """Seconds after a claim until what others left is looked for: what is started now needs the processor first."""
 SWEEP_INTERVAL = 5.0
@@ -121,10 +123,23 @@ class Lifecycle:
         requests.checked_id(sandbox_id)
         await self._serve()
         lock = OwnerLock(self.paths.sandbox(sandbox_id), self._socket)
+        end = time.monotonic() + SWEPT
+        while (
+            not lock.try_acquire() and time.monotonic() < end and not await asyncio.to_thread(self._exists, sandbox_id)
+        ):
+            # Another process that sweeps may have found the new directory, and looks whether it is anybody's.
+            await asyncio.sleep(0.02)
         lock.acquire()
         if self._sweeping is None or self._sweeping.done():
             self._sweeping = asyncio.create_task(self._sweep_aside())
         return lock
+
+    def _exists(self, sandbox_id: str) -> bool:
+        try:
+            self.store.get(sandbox_id)
+        except SandboxGatewayError as error:
+            return error.code != "unknown_sandbox"
+        return True
 
     def _abilities(self, runtime: str) -> Abilities:
         report = self._runtimes[runtime][1] if runtime in self._runtimes else RuntimeReport(runtime, False)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.lifecycle import Lifecycle
 from sandbox_gateway.live import LiveSandbox
 from sandbox_gateway.model import Death, DeathKind, Image, KernelSpec, State
+from sandbox_gateway.owner_lock import OwnerLock
 from sandbox_gateway.profiles import Profile
 from sandbox_gateway.request import CreateRequest
 from sandbox_gateway.runtimes.base import Handle
@@ -95,3 +98,22 @@ async def test_a_sandbox_that_died_counts_as_live_until_all_of_it_is_gone(slow: 
     record = lifecycle.store.get(ID)
     assert record.state is State.FAILED
     assert record.death is not None and "silence" in record.death.describe()
+
+
+async def test_a_new_id_is_had_although_a_sweep_of_another_process_looks_at_its_directory(
+    slow: tuple[Lifecycle, SlowToRemove],
+) -> None:
+    lifecycle, runtime = slow
+    runtime.go.set()
+    sweep = OwnerLock(lifecycle.paths.sandbox(ID))
+    sweep.acquire()
+    asyncio.get_running_loop().call_later(0.2, lambda: sweep.release(remove=True))
+    sandbox = await started(lifecycle)
+    assert sandbox.state is State.RUNNING
+    other = OwnerLock(lifecycle.paths.sandbox("other"))
+    with other:
+        lifecycle.store.put(replace(sandbox.record, id="other"))
+        with pytest.raises(SandboxGatewayError, match="is owned by") as caught:
+            await lifecycle.claim("other")
+        assert caught.value.code == "owned_elsewhere"
+    lifecycle.store.delete("other")

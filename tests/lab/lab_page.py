@@ -79,6 +79,7 @@ async def alone(page: Window, name: str) -> None:
         text = str(await title.locator(".lm-AccordionPanel-titleLabel").text_content())
         if (text == name) != ("lm-mod-expanded" in str(await title.get_attribute("class"))):
             await title.locator(".lm-AccordionPanel-titleCollapser").click()
+    await page.page.mouse.move(700, 500)  # what it points at has buttons of JupyterLab's, which have no names
 
 
 async def picture(page: Window, name: str, *shown: Locator, margin: int = _MARGIN, height: int | None = None) -> None:
