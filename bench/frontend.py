@@ -11,8 +11,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
-import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,6 +19,7 @@ from typing import Any
 
 from bench.kernels import PATIENCE, BenchError
 from bench.measures import SIDES, Measure, Plan
+from bench.rest import Rest
 from sandbox_gateway.host.paths import discover
 from sandbox_gateway.model import State
 from sandbox_gateway.store import Store
@@ -146,7 +145,7 @@ def multiply(sandbox_id: str, count: int) -> None:
             store.enter(replace(record, id=another, name=name, created=created), replace(launch, spec=spec))
 
 
-class Lab:
+class Lab(Rest):
     """A JupyterLab; the plain one does not know of us."""
 
     def __init__(self, side: str, folder: Path) -> None:
@@ -190,27 +189,7 @@ class Lab:
             stdout=self.log,
             stderr=subprocess.STDOUT,
         )
-        end = time.monotonic() + PATIENCE
-        while True:
-            try:
-                self.ask("GET", "/api/status")
-                return
-            except OSError as error:
-                if self.process.poll() is not None or time.monotonic() > end:
-                    raise BenchError(f"JupyterLab does not answer: {error}") from error
-                time.sleep(0.1)
-
-    def ask(self, method: str, path: str, body: Any = None) -> Any:
-        """One REST request."""
-        request = urllib.request.Request(
-            self.url + path,
-            method=method,
-            data=None if body is None else json.dumps(body).encode(),
-            headers={"Authorization": f"token {self.token}", "Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
-            text = answer.read()
-        return json.loads(text) if text else None
+        self.until_it_answers("JupyterLab")
 
     def suspended(self, profile: str) -> str:
         """A new sandbox, suspended; its id."""

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,12 +26,13 @@ import websocket
 from bench import processes
 from bench.kernels import PATIENCE, BenchError
 from bench.measures import SIDES, Measure, Plan
+from bench.rest import Rest
 
 V1 = "v1.kernel.websocket.jupyter.org"
 _NAMES = ("header", "parent_header", "metadata", "content")
 
 
-class Server:
+class Server(Rest):
     """One server in a process of its own; both are asked in the same way."""
 
     def __init__(self, side: str, folder: Path) -> None:
@@ -57,27 +57,7 @@ class Server:
         self.process = subprocess.Popen(
             [sys.executable, *command, *options], env=environment, stdout=self.log, stderr=subprocess.STDOUT
         )
-        end = time.monotonic() + PATIENCE
-        while True:
-            try:
-                self.ask("GET", "/api/status")
-                return
-            except OSError as error:
-                if self.process.poll() is not None or time.monotonic() > end:
-                    raise BenchError(f"the {side} server does not answer: {error}") from error
-                time.sleep(0.05)
-
-    def ask(self, method: str, path: str, body: Any = None) -> Any:
-        """One REST request."""
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}{path}",
-            method=method,
-            data=None if body is None else json.dumps(body).encode(),
-            headers={"Authorization": f"token {self.token}", "Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
-            text = answer.read()
-        return json.loads(text) if text else None
+        self.until_it_answers(f"the {side} server")
 
     def start(self, name: str) -> Session:
         """A new kernel to its first result."""

@@ -124,22 +124,15 @@ class Lifecycle:
         await self._serve()
         lock = OwnerLock(self.paths.sandbox(sandbox_id), self._socket)
         end = time.monotonic() + SWEPT
-        while (
-            not lock.try_acquire() and time.monotonic() < end and not await asyncio.to_thread(self._exists, sandbox_id)
-        ):
+        while not lock.try_acquire() and time.monotonic() < end:
+            if await asyncio.to_thread(self._unowned.state, sandbox_id) is not None:
+                break
             # Another process that sweeps may have found the new directory, and looks whether it is anybody's.
             await asyncio.sleep(0.02)
         lock.acquire()
         if self._sweeping is None or self._sweeping.done():
             self._sweeping = asyncio.create_task(self._sweep_aside())
         return lock
-
-    def _exists(self, sandbox_id: str) -> bool:
-        try:
-            self.store.get(sandbox_id)
-        except SandboxGatewayError as error:
-            return error.code != "unknown_sandbox"
-        return True
 
     def _abilities(self, runtime: str) -> Abilities:
         report = self._runtimes[runtime][1] if runtime in self._runtimes else RuntimeReport(runtime, False)

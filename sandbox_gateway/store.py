@@ -17,12 +17,12 @@ import sqlite3
 import stat
 import threading
 import time
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
+from sandbox_gateway import forks
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.events import Event, EventKind
 from sandbox_gateway.model import Activity, Death, Idle, Launch, OnOwnerExit, SandboxRecord, State
@@ -97,12 +97,6 @@ _LAUNCH = "INSERT OR REPLACE INTO launches (id, launch) VALUES (?, ?)"
 _WITHOUT_LAYERS = frozenset({State.TERMINATED, State.EXPIRED})
 
 
-_stores: weakref.WeakSet[Store] = weakref.WeakSet()
-_forks = threading.RLock()
-"""Held by the thread that forks, together with the lock of each of these stores."""
-_paused: list[Store] = []
-
-
 class Store:
     """The sandboxes of one installation.
 
@@ -115,8 +109,7 @@ class Store:
         self._database = database
         self._connection: sqlite3.Connection | None = None
         self._lock = threading.RLock()
-        with _forks:
-            _stores.add(self)
+        forks.quiet(self)
 
     @property
     def database(self) -> Path:
@@ -320,9 +313,9 @@ class Store:
                 self._connection = self._connect()
             yield self._connection
 
-    def _before_fork(self) -> None:
-        """Wait until no thread is inside SQLite, and close the file: neither a connection, nor the locks that SQLite
-        has noted for this process, nor a mutex that a thread holds may cross a fork.
+    def before_fork(self) -> None:
+        """Neither a connection, nor the locks that SQLite has noted for this process, nor a mutex that a thread holds
+        inside it may cross a fork: see :class:`~sandbox_gateway.forks.Quieted`.
         """
         self._lock.acquire()
         connection, self._connection = self._connection, None
@@ -330,7 +323,8 @@ class Store:
             with contextlib.suppress(sqlite3.Error):
                 connection.close()
 
-    def _after_fork(self) -> None:
+    def after_fork(self) -> None:
+        """The next use opens the file again."""
         self._lock.release()
 
     def _connect(self) -> sqlite3.Connection:
@@ -489,21 +483,3 @@ def _from_row(row: Sequence[Any]) -> SandboxRecord:
         raise SandboxGatewayError(
             "store_failed", f"the record of sandbox {data['id']} is damaged: {error}", "`jupyter sandbox rm` it."
         ) from error
-
-
-def _before_fork() -> None:
-    _forks.acquire()
-    _paused.extend(_stores)
-    for store in _paused:
-        store._before_fork()
-
-
-def _after_fork() -> None:
-    """In the parent and in the child, whose only thread has the forking one's identity and so its locks."""
-    for store in _paused:
-        store._after_fork()
-    _paused.clear()
-    _forks.release()
-
-
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)

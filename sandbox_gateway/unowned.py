@@ -197,7 +197,7 @@ class Unowned:
         stays = False
         try:
             # It may have been made, or resumed, since we looked.
-            state = await asyncio.to_thread(self._state, sandbox_id)
+            state = await asyncio.to_thread(self.state, sandbox_id)
             stays = state in LIVE or state is State.SUSPENDED
             if state in LIVE:
                 return
@@ -209,7 +209,8 @@ class Unowned:
                 _empty_directory(lock.directory)
             lock.release(remove=not stays)
 
-    def _state(self, sandbox_id: str) -> State | None:
+    def state(self, sandbox_id: str) -> State | None:
+        """What is on record of it; None where nothing is."""
         try:
             return self._store.get(sandbox_id).state
         except SandboxGatewayError as error:

@@ -1,4 +1,4 @@
-import { afterEach, describe, expect, it } from 'vitest';
+import { afterEach, describe, expect, it, vi } from 'vitest';
 
 import { Refused, Unreachable } from '../client';
 import type { SandboxEvent } from '../events';
@@ -265,6 +265,50 @@ describe('the quota', () => {
     await made.refresh();
     expect(server.asked.filter(path => path === 'GET api/quota')).toHaveLength(1);
     expect([made.quota(), made.connection]).toEqual([null, 'ok']);
+  });
+});
+
+describe('what nobody told', () => {
+  it('is a death while the page or the server was away: it is told once, and again after a restart', async () => {
+    const server = new Server();
+    server.sandboxes = [sandbox()];
+    const made = model(server);
+    await made.ready;
+    const heard: string[] = [];
+    made.happened.connect((_, event) => heard.push(`${event.kind} ${String(event.data['kind'] ?? '')}`));
+    const death = { kind: 'out_of_memory', reason: 'out of memory' } as never;
+    const dead = sandbox({ state: 'failed', death });
+    server.sandboxes = [dead];
+    await made.refresh();
+    expect(heard).toEqual(['died out_of_memory']);
+    server.tell('died', 'one', 'failed', { kind: 'out_of_memory' });
+    await settled();
+    expect(heard).toHaveLength(1);
+    server.sandboxes = [sandbox()];
+    server.tell('restarted', 'one', 'running');
+    await settled();
+    server.sandboxes = [dead];
+    server.tell('died', 'one', 'failed', { kind: 'out_of_memory' });
+    await made.refresh();
+    expect(heard.slice(1)).toEqual(['restarted ', 'died out_of_memory']);
+  });
+
+  it('is the end of an operation: one that is silent for long is asked for', async () => {
+    const server = new Server();
+    server.sandboxes = [sandbox()];
+    const made = model(server);
+    await made.ready;
+    const schema_id = 'https://events.jupyter.org/sandbox_gateway/operation/v1';
+    const event = { operation: 'op', kind: 'suspend', phase: 'started', sandbox: 'one', text: '' };
+    server.stream.emit({ schema_id, ...event, done: null, total: null });
+    await made.refresh();
+    expect(made.operation('one')?.kind).toBe('suspend');
+    expect(server.asked).not.toContain('GET api/operations/op');
+    server.handlers.set('GET api/operations/op', () => json({ ended: '2025-01-01T00:00:00Z', progress: {} }));
+    const now = vi.spyOn(Date, 'now').mockReturnValue(Date.now() + 60_000);
+    await made.refresh();
+    now.mockRestore();
+    expect(made.operation('one')).toBeUndefined();
   });
 });
 
