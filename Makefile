@@ -18,7 +18,7 @@ STAMP := $(VENV)/.installed
 # Never the user's own environment: the product freezes the one it runs in, and that is to be .venv.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
-.PHONY: help setup run test soak lint docs bench frontend pictures clean
+.PHONY: help setup run test fuzz soak lint docs bench frontend pictures clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -48,6 +48,11 @@ test: setup lint docs ## linters, docs and all tests, JOBS=2 files at a time; TE
 	@sh tools/system_packages.sh "$$(command -v $(PYTHON))" test
 	@echo "test: pytest $(TESTS)"
 	@JUPYTER_PLATFORM_DIRS=1 $(BIN)/python -m pytest $(or $(TESTS),$(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile))
+
+fuzz: setup ## the property tests with examples chosen at random, N=200 times; what fails is printed with its example
+	@echo "fuzz: up to $(N) rounds, until one fails"
+	@round=0; while test $$round -lt $(N); do round=$$((round + 1)); JUPYTER_PLATFORM_DIRS=1 \
+	  $(BIN)/python -m pytest -q -x -m hypothesis --hypothesis-profile=fuzz || exit 1; done
 
 soak: setup ## suspend, resume, fork and kill at random, N=200 times [SEED=number] [KERNELS=4]; nothing may be lost
 	@echo "soak: $(N) suspend and resume cycles on $(KERNELS) kernels at once"

@@ -23,8 +23,10 @@ from sandbox_gateway.host.paths import Paths, discover
 from sandbox_gateway.host.setup import find_runsc
 from sandbox_gateway.runtimes.gvisor import GvisorRuntime
 
-# How long an example takes says more about the machine than about the code.
-settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# How long an example takes says more about the machine than about the code. The suite tries the same examples each
+# time, so that a failure belongs to a change; `make fuzz` looks for new ones.
+settings.register_profile("any-machine", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("fuzz", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any-machine")
 
 WATCHED = Watched()

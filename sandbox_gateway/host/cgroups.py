@@ -315,8 +315,8 @@ def _make(directory: Path) -> None:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             return
-        except FileNotFoundError:
-            continue  # the parent was just removed with its last child: make it again
+        except (FileNotFoundError, FileExistsError):
+            continue  # the parent was removed with its last child, before or while we looked at it: make it again
         except OSError as error:
             raise SandboxGatewayError("runtime_failed", f"cannot make cgroup {directory}: {error.strerror}") from error
     raise SandboxGatewayError("runtime_failed", f"cannot make cgroup {directory}")

@@ -37,7 +37,7 @@ def read_elf(path: str) -> Elf | None:
         return None
     try:
         return _parse(fd)
-    except (struct.error, OSError, ValueError, IndexError):
+    except (struct.error, OSError, ValueError, OverflowError):
         return None
     finally:
         os.close(fd)
@@ -78,7 +78,10 @@ def _parse(fd: int) -> Elf | None:
     strings = next((value for tag, value in entries if tag == _DT_STRTAB), None)
     if strings is None:
         return Elf((ident[4], machine), interpreter, (), ())
-    base = next(offset + strings - address for address, size, offset in loads if address <= strings < address + size)
+    placed = [offset + strings - address for address, size, offset in loads if address <= strings < address + size]
+    if not placed:
+        return None
+    base = placed[0]
 
     def text(value: int) -> str:
         return os.fsdecode(os.pread(fd, 4096, base + value).split(b"\0")[0])

@@ -149,7 +149,8 @@ class Cache:
 
     def __init__(self, paths: Paths, binary: Path, topic: str) -> None:
         status = binary.stat()
-        identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        # Not the time of its last change: a link to it or a backup moves that.
+        identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
         key = f"{binary.resolve()}|{identity}|{topic}|{FEATURES}"
         self._path = paths.home / "cache" / f"runsc-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 

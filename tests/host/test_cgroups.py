@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -260,6 +261,24 @@ def test_real_groups_are_made_and_removed_at_the_same_time(real: CgroupTree) -> 
         thread.join()
     assert errors == []
     assert real.names(parent) == []
+
+
+def test_a_group_is_made_though_its_parent_came_and_went_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parent is there when we make it, and gone with its last group when we look at it."""
+    tree = tree_v1(tmp_path, ("memory",))
+    make, raced = os.mkdir, []
+
+    def race(path: Path, mode: int = 0o777) -> None:
+        if path == tmp_path / "memory/parent" and not raced:
+            raced.append(path)
+            raise FileExistsError(errno.EEXIST, "File exists", str(path))
+        make(path, mode)
+
+    monkeypatch.setattr(os, "mkdir", race)
+    tree.create("parent", "one", Limits(memory=64 << 20))
+    assert raced and tree.names("parent") == ["one"]
 
 
 def test_version_2_for_real_is_tried_where_it_exists(real: CgroupTree) -> None:

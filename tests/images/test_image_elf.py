@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes.util
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,29 @@ def test_the_closure_is_what_ldd_says() -> None:
 
 def test_a_library_that_is_nowhere_is_named() -> None:
     assert closure([], ["libdoesnotexist.so.9"]).missing == {"libdoesnotexist.so.9"}
+
+
+def dynamic_section_at(data: bytearray) -> int:
+    """Where the program header of the dynamic section begins."""
+    (table,) = struct.unpack_from("<Q", data, 32)
+    size, count = struct.unpack_from("<HH", data, 54)
+    return int(next(at for at in range(table, table + count * size, size) if data[at : at + 4] == b"\2\0\0\0"))
+
+
+@pytest.mark.skipif(Path(SHELL).read_bytes()[4:6] != b"\2\1", reason="the program is of another class or order")
+@pytest.mark.parametrize("damage", ["beyond what a file can have", "in no segment"])
+def test_a_dynamic_section_that_leads_nowhere_is_no_program(tmp_path: Path, damage: str) -> None:
+    data = bytearray(Path(SHELL).read_bytes())
+    header = dynamic_section_at(data)
+    if damage == "in no segment":
+        (section, _, _, size) = struct.unpack_from("<QQQQ", data, header + 8)
+        for at in range(section, section + size, 16):
+            if data[at : at + 8] == b"\5" + b"\0" * 7:  # where the strings are
+                data[at + 15] = 0xFF
+    else:
+        data[header + 15] = 0xFF
+    (tmp_path / "damaged").write_bytes(data)
+    assert read_elf(str(tmp_path / "damaged")) is None
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

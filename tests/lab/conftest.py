@@ -25,7 +25,6 @@ active_output = true
 """
 """A profile whose administrator lets its output act."""
 HERE = Path(__file__).resolve().parent
-THEMES = "settings/@jupyterlab/apputils-extension:themes"
 expect.set_options(timeout=PATIENCE * 1000)
 
 
@@ -64,7 +63,8 @@ async def page(lab: Lab, browser_path: str, tmp_path: Path, request: pytest.Fixt
     """A fresh browser; what was started is ended after it."""
     async with window(lab, browser_path, tmp_path, request.node.name) as opened:
         yield opened
-    await lab.ask("PUT", THEMES, {"raw": "{}"}, base="/lab/api")
+    lab.forget_settings()
+    await lab.end_terminals()
     await lab.end_kernels()
     for sandbox in (await lab.ask("GET", "sandboxes?state=all&limit=1000"))["sandboxes"]:
         await lab.ask("DELETE", f"sandboxes/{sandbox['id']}?forget=true")

@@ -97,6 +97,16 @@ async def test_real_runsc_runs_and_saves_and_is_not_tried_twice(
     assert await probe(paths, runsc_binary) == report
 
 
+def test_what_is_known_of_a_binary_outlives_a_link_to_it(paths: Paths, tmp_path: Path) -> None:
+    """A backup links to files, which moves the time of their last change and says nothing about their content."""
+    binary = script(tmp_path / "runsc", "exit 0")
+    gvisor_probe.Cache(paths, binary, "topic").write("known")
+    os.link(binary, tmp_path / "backup")
+    assert gvisor_probe.Cache(paths, binary, "topic").read() == "known"
+    script(binary, "exit 1; # another program")
+    assert gvisor_probe.Cache(paths, binary, "topic").read() is None
+
+
 @pytest.mark.parametrize(
     ("make", "works"),
     [

@@ -109,10 +109,8 @@ class Lab:
     async def start(self) -> None:
         """Start it, and return when it answers; again after it was killed: same port, same token, same folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        settings = self._config / "lab" / "user-settings" / "@jupyterlab" / "apputils-extension"
-        settings.mkdir(parents=True, exist_ok=True)
-        # The one question that a first start asks: news from the project's site.
-        (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
+        if not self._user_settings.exists():
+            self.forget_settings()
         arguments = [
             *(*self._program, "--no-browser", f"--ServerApp.root_dir={self.folder}"),
             *(f"--ServerApp.port={self.port}", "--ServerApp.port_retries=0", "--ServerApp.ip=127.0.0.1"),
@@ -140,6 +138,18 @@ class Lab:
             except OSError:
                 await asyncio.sleep(0.1)
         raise TimeoutError("JupyterLab does not answer")
+
+    @property
+    def _user_settings(self) -> Path:
+        return self._config / "lab" / "user-settings"
+
+    def forget_settings(self) -> None:
+        """The user's settings are as of a first start; the server reads them anew for every page."""
+        shutil.rmtree(self._user_settings, ignore_errors=True)
+        settings = self._user_settings / "@jupyterlab" / "apputils-extension"
+        settings.mkdir(parents=True)
+        # The one question that a first start asks: news from the project's site.
+        (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
 
     async def ask(self, method: str, path: str, body: Any = None, *, base: str = "/api") -> Any:
         """One REST request that has to succeed; the decoded answer."""
@@ -188,6 +198,11 @@ class Lab:
         for session in await self.ask("GET", "sessions"):
             await self.ask("DELETE", f"sessions/{session['id']}")
 
+    async def end_terminals(self) -> None:
+        """Close every terminal."""
+        for terminal in await self.ask("GET", "terminals"):
+            await self.ask("DELETE", f"terminals/{terminal['name']}")
+
     def kill(self) -> None:
         """End the server as ``kill -9`` does."""
         if self.process is not None:
@@ -200,7 +215,7 @@ class Lab:
             return
         self.process.send_signal(signal.SIGTERM)
         try:
-            self.process.wait(30)
+            self.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
