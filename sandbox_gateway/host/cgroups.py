@@ -116,6 +116,17 @@ class CgroupTree:
         """The files into which a process writes its pid to enter the group."""
         return [str(root / parent / name / "cgroup.procs") for root in self.roots.values()]
 
+    def expect_moves(self) -> None:
+        """Take the wait before processes are moved: the first move for some time lasts a grace period of the kernel's
+        (15 ms), for the lock that it needs, and those after it do not. This one is of ourselves, to where we are.
+        """
+        for line in _text("/proc/self/cgroup").splitlines():
+            _, names, path = line.split(":", 2)
+            root = next((self.roots[name] for name in names.split(",") if name in self.roots), None)
+            if root is not None:
+                _write_if_there(root / path.lstrip("/") / "cgroup.procs", str(os.getpid()))
+                return
+
     def processes(self, parent: str, name: str) -> list[ProcessRef]:
         """The processes in the group now."""
         found: dict[int, ProcessRef] = {}

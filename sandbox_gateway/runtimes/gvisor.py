@@ -117,6 +117,9 @@ class GvisorRuntime:
         handle = Handle(spec.id, self.name, directory, "files", data)
         self._ending.discard(spec.id)
         yield handle
+        if grouped:
+            # Beside what comes next: the launcher is the first one to be moved.
+            asyncio.get_running_loop().run_in_executor(None, tree.expect_moves)
         group = tree.path(self.cgroup_parent, spec.id) if grouped and not self._rootless else None
         await to_its_end(
             asyncio.to_thread(gvisor_files.make, self.paths.runsc_root, spec, directory, self._init(), group)

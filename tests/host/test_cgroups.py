@@ -263,6 +263,12 @@ def test_real_groups_are_made_and_removed_at_the_same_time(real: CgroupTree) -> 
     assert real.names(parent) == []
 
 
+def test_to_expect_moves_moves_nobody(real: CgroupTree) -> None:
+    before = Path("/proc/self/cgroup").read_text()
+    real.expect_moves()
+    assert Path("/proc/self/cgroup").read_text() == before
+
+
 def test_a_group_is_made_though_its_parent_came_and_went_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
