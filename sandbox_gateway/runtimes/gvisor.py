@@ -117,9 +117,6 @@ class GvisorRuntime:
         handle = Handle(spec.id, self.name, directory, "files", data)
         self._ending.discard(spec.id)
         yield handle
-        if grouped:
-            # Beside what comes next: the launcher is the first one to be moved.
-            asyncio.get_running_loop().run_in_executor(None, tree.expect_moves)
         group = tree.path(self.cgroup_parent, spec.id) if grouped and not self._rootless else None
         await to_its_end(
             asyncio.to_thread(gvisor_files.make, self.paths.runsc_root, spec, directory, self._init(), group)
@@ -127,6 +124,8 @@ class GvisorRuntime:
         if grouped:
             yield replace(handle, step="cgroup")
             await to_its_end(asyncio.to_thread(tree.create, self.cgroup_parent, spec.id, spec.limits))
+            # Beside the start of the launcher, which then moves itself.
+            asyncio.get_running_loop().run_in_executor(None, tree.expect_moves)
         yield replace(handle, step="container")
         pid_file = directory / BUNDLE / "pid"
         command: tuple[str, ...] = ("create", f"--bundle={directory / BUNDLE}", f"--pid-file={pid_file}", spec.id)
