@@ -19,6 +19,7 @@ from jupyter_server.services.sessions.sessionmanager import SessionManager
 from jupyter_server.utils import url_path_join
 
 from sandbox_gateway.server import logs
+from sandbox_gateway.server.attaching import attaching_handlers
 from sandbox_gateway.server.event_handlers import event_handlers
 from sandbox_gateway.server.events import EventBridge
 from sandbox_gateway.server.kernel_handlers import kernel_handlers
@@ -88,7 +89,7 @@ def load(serverapp: ServerApp) -> None:
 def _pass_on(serverapp: ServerApp) -> None:
     assert serverapp.event_logger is not None
     relay = Relay(serverapp.event_logger)
-    add_routes(serverapp, [(rf"/api/(?:{'|'.join(ROOTS)})((?:/.*)?)", PassedHandler)])
+    add_routes(serverapp, [(rf"/api/(?:{'|'.join(ROOTS)})((?:/.*)?)", PassedHandler), *attaching_handlers()])
     # One that has not answered yet may be: the page then shows that it is away, and goes on when it is there.
     _tell_pages(serverapp, lambda: "" if relay.ours is False else "remote")
 

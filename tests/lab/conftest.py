@@ -16,6 +16,7 @@ from acceptance import Product, product, profile_kernelspec  # noqa: E402
 from browser import PATIENCE, Lab, Window, chromium, window  # noqa: E402
 from lab_server import make_lab  # noqa: E402
 from playwright.async_api import expect  # noqa: E402
+from served import Served  # noqa: E402
 
 __all__ = ["product"]
 
@@ -56,6 +57,35 @@ def lab(browser_path: str, product: Product, tmp_path_factory: pytest.TempPathFa
                 started.stop()
     finally:
         profiles.write_text(before)
+
+
+@pytest.fixture(scope="module")
+def gateway(product: Product, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A headless gateway."""
+    served = Served(tmp_path_factory.mktemp("gateway") / "gateway.log")
+    asyncio.run(served.start())
+    try:
+        yield served
+    finally:
+        if served.process is not None and served.process.poll() is None:
+            asyncio.run(served.clear())
+        served.stop()
+
+
+@pytest.fixture(scope="module")
+def remote_lab(browser_path: str, gateway: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """A JupyterLab whose kernels are on the gateway, with our extension."""
+    started = make_lab(
+        tmp_path_factory.mktemp("remote"),
+        f"--gateway-url={gateway.url}",
+        environment={"JUPYTER_GATEWAY_AUTH_TOKEN": gateway.token},
+    )
+    try:
+        asyncio.run(started.start())
+        yield started
+    finally:
+        started.stop()
+    assert "Task was destroyed" not in started.log.read_text()
 
 
 @pytest.fixture

@@ -3,48 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+import uuid
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from acceptance import Product
 from browser import Lab, window
 from lab_page import chip, choose, entry, running
-from lab_server import KERNEL, make_lab
+from lab_server import KERNEL
 from notebook_files import remember
 from playwright.async_api import expect
 from served import Served
 
 pytestmark = pytest.mark.timeout(300)
 SCRIPT = "from IPython.display import HTML\nHTML('<script>window.pwned = true</script>')"
-
-
-@pytest.fixture(scope="module")
-def gateway(product: Product, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    served = Served(tmp_path_factory.mktemp("gateway") / "gateway.log")
-    asyncio.run(served.start())
-    try:
-        yield served
-    finally:
-        if served.process is not None and served.process.poll() is None:
-            asyncio.run(served.clear())
-        served.stop()
-
-
-@pytest.fixture(scope="module")
-def remote_lab(browser_path: str, gateway: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    """A JupyterLab whose kernels are on the gateway, with our extension."""
-    started = make_lab(
-        tmp_path_factory.mktemp("remote"),
-        f"--gateway-url={gateway.url}",
-        environment={"JUPYTER_GATEWAY_AUTH_TOKEN": gateway.token},
-    )
-    try:
-        asyncio.run(started.start())
-        yield started
-    finally:
-        started.stop()
-    assert "Task was destroyed" not in started.log.read_text()
 
 
 @pytest.fixture
@@ -117,6 +89,25 @@ async def test_what_the_gateway_refuses_is_passed_on_as_it_is(remote_lab: Lab, g
     made = await served.ok("POST", "/api/sandboxes", {"profile": "python3-gvisor", "name": "by hand"})
     assert [one["name"] for one in (await served.ok("GET", "/api/sandboxes"))["sandboxes"]] == ["by hand"]
     assert (await served.ask("DELETE", f"/api/sandboxes/{made['id']}?forget=true")).status == 204
+
+
+async def test_a_session_takes_any_kernel_that_the_gateway_has_and_no_other(
+    remote_lab: Lab, gateway: Served, ended: None
+) -> None:
+    served = Served(Path(remote_lab.log), token=remote_lab.token)
+    served.port = remote_lab.port
+    session = {"path": "any.ipynb", "name": "any.ipynb", "type": "notebook", "kernel": {"name": KERNEL}}
+    begun = await served.ok("POST", "/api/sessions", session)
+    made = await served.ok("POST", "/api/sandboxes", {"profile": KERNEL, "resources": {"memory": 700 << 20}})
+    changed = await served.ok("PATCH", f"/api/sessions/{begun['id']}", {"kernel": {"id": made["id"]}})
+    assert changed["kernel"]["id"] == made["id"]
+    assert [one["id"] for one in await served.ok("GET", "/api/kernels")] == [made["id"]]
+    nobodys = str(uuid.uuid4())
+    refused = await served.ask("PATCH", f"/api/sessions/{begun['id']}", {"kernel": {"id": nobodys}})
+    assert (refused.status, refused.body["message"]) == (404, f"Kernel does not exist: {nobodys}")
+    odd = await served.ask("PATCH", f"/api/sessions/{begun['id']}", {"kernel": {"id": "../../sandboxes"}})
+    assert odd.status == 400
+    assert (await served.ok("GET", f"/api/sessions/{begun['id']}"))["kernel"]["id"] == made["id"]
 
 
 async def test_a_gateway_that_is_away_is_no_refusal(remote_lab: Lab, gateway: Served) -> None:
