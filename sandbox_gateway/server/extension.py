@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
 from jupyter_server.gateway.gateway_client import GatewayClient
 from jupyter_server.serverapp import ServerApp
@@ -27,13 +27,11 @@ from sandbox_gateway.server.kernels import SandboxMappingKernelManager
 from sandbox_gateway.server.metrics import Metrics, MetricsHandler
 from sandbox_gateway.server.operations import operations_of
 from sandbox_gateway.server.passing import PassedHandler, Relay
+from sandbox_gateway.server.relaying import MAX_MESSAGE, RELAY, RelayedConnection
 from sandbox_gateway.server.rest import ROOTS, rest_handlers
 from sandbox_gateway.server.session_handlers import session_handlers
 from sandbox_gateway.server.sessions import SandboxSessionManager
 from sandbox_gateway.server.websocket import SandboxWebSocketConnection, SandboxWebSocketHandler
-
-MAX_MESSAGE: Final = 256 << 20
-"""Bytes of one WebSocket message from a client at most; tornado's own 10 MiB end the connection of an upload."""
 
 
 def link(serverapp: ServerApp) -> None:
@@ -41,6 +39,9 @@ def link(serverapp: ServerApp) -> None:
     gateway = GatewayClient.instance(parent=serverapp)
     if gateway.gateway_enabled:
         serverapp.log.info("sandbox_gateway: kernels are on %s", gateway.url)
+        if not serverapp.trait_has_value("kernel_websocket_connection_class"):
+            serverapp.kernel_websocket_connection_class = RelayedConnection
+            serverapp.tornado_settings.setdefault("websocket_max_message_size", MAX_MESSAGE)
         return
     ours = {
         "kernel_manager_class": (AsyncMappingKernelManager, SandboxMappingKernelManager),
@@ -88,7 +89,7 @@ def load(serverapp: ServerApp) -> None:
 
 def _pass_on(serverapp: ServerApp) -> None:
     assert serverapp.event_logger is not None
-    relay = Relay(serverapp.event_logger)
+    relay = serverapp.web_app.settings[RELAY] = Relay(serverapp.event_logger)
     add_routes(serverapp, [(rf"/api/(?:{'|'.join(ROOTS)})((?:/.*)?)", PassedHandler), *attaching_handlers()])
     # One that has not answered yet may be: the page then shows that it is away, and goes on when it is there.
     _tell_pages(serverapp, lambda: "" if relay.ours is False else "remote")

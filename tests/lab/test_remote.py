@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from lab_page import chip, choose, entry, running
 from lab_server import KERNEL
 from notebook_files import remember
 from playwright.async_api import expect
-from served import Served
+from served import V1, Served
 
 pytestmark = pytest.mark.timeout(300)
 SCRIPT = "from IPython.display import HTML\nHTML('<script>window.pwned = true</script>')"
@@ -54,31 +55,62 @@ async def test_a_notebook_on_a_gateway_is_suspended_resumed_and_forked(
         assert page.errors() == []
 
 
-async def test_a_page_that_is_loaded_anew_in_mid_cell_gets_what_comes_from_then_on(
-    remote_lab: Lab, gateway: Served, browser_path: str, tmp_path: Path, ended: None
+def through(remote_lab: Lab) -> Served:
+    """Ways to ask JupyterLab's server what a client asks a gateway."""
+    served = Served(Path(remote_lab.log), token=remote_lab.token)
+    served.port = remote_lab.port
+    return served
+
+
+@pytest.mark.parametrize("protocol", [V1, None], ids=["v1", "legacy"])
+async def test_buffers_and_large_messages_pass_both_ways(
+    remote_lab: Lab, gateway: Served, ended: None, protocol: str | None
 ) -> None:
-    """The replay is not asked for through JupyterLab's server: what the page showed and did not save is lost."""
-    code = "import time\nfor n in range(200):\n    print(n, flush=True)\n    time.sleep(0.05)"
-    async with window(remote_lab, browser_path, tmp_path, "reloaded") as page:
-        remote_lab.write("long.ipynb", code, "print(n)", kernel=KERNEL)
-        await page.visit("long.ipynb")
-        await page.ready()
-        await page.run(0)
-        await expect(page.output(0)).to_contain_text("19")
-        page.page.on("dialog", lambda asked: asked.accept())
-        await page.reload()
-        await page.run(1)
-        await page.printed(1, "199")
-        told, *lines = (await page.text(0)).splitlines()
-        assert told.startswith("[sandbox] here some of the output may be missing")
-        assert len(lines) > 50
-        assert lines == [str(n) for n in range(int(lines[0]), 200)]
-        assert page.errors() == []
+    served = through(remote_lab)
+    kernel = (await served.ok("POST", "/api/kernels", {"name": KERNEL}))["id"]
+    socket = await served.open(kernel, protocol=protocol)
+    code = """
+from IPython.display import display
+def opened(comm, msg):
+    comm.on_msg(lambda msg: comm.send({"size": len(msg["buffers"][0])}, buffers=[bytes(msg["buffers"][0])[::-1]]))
+get_ipython().kernel.comm_manager.register_target("echo", opened)
+display({"text/plain": "x" * (30 << 20)}, raw=True)
+"""
+    cell = await socket.run(code)
+    (shown,) = (m for m in cell.messages if m["msg_type"] == "display_data")
+    assert len(shown["content"]["data"]["text/plain"]) == 30 << 20
+    socket.send("comm_open", {"comm_id": "one", "target_name": "echo", "data": {}})
+    sent = os.urandom(12 << 20)
+    socket.send("comm_msg", {"comm_id": "one", "data": {}}, buffers=[sent])
+    async with asyncio.timeout(60):
+        while (message := await socket.next()) is None or message["msg_type"] != "comm_msg":
+            assert message is not None, "the WebSocket was closed"
+    assert message["content"]["data"] == {"size": len(sent)}
+    assert [bytes(buffer) for buffer in message["buffers"]] == [sent[::-1]]
+    socket.close()
+
+
+async def test_nothing_is_lost_when_the_gateway_is_killed_under_a_running_cell(
+    remote_lab: Lab, gateway: Served, ended: None
+) -> None:
+    served = through(remote_lab)
+    kernel = (await served.ok("POST", "/api/kernels", {"name": KERNEL}))["id"]
+    socket = await served.open(kernel)
+    cell = socket.execute("import time\nfor n in range(100):\n    print(n, flush=True)\n    time.sleep(0.03)")
+    await socket.follow(cell, 20)
+    gateway.kill()
+    later = socket.execute("print('sent while it was away')")
+    await gateway.start()
+    await socket.finish(cell)
+    cell.once()
+    assert cell.stdout == "".join(f"{n}\n" for n in range(100))
+    await socket.finish(later)
+    assert later.stdout == "sent while it was away\n"
+    socket.close()
 
 
 async def test_what_the_gateway_refuses_is_passed_on_as_it_is(remote_lab: Lab, gateway: Served, ended: None) -> None:
-    served = Served(Path(remote_lab.log), token=remote_lab.token)  # its way to ask, of another server
-    served.port = remote_lab.port
+    served = through(remote_lab)
     missing = await served.ask("GET", "/api/sandboxes/none")
     assert (missing.status, missing.body["code"]) == (404, "unknown_sandbox")
     assert missing.headers["Content-Type"].startswith("application/problem+json")
@@ -94,8 +126,7 @@ async def test_what_the_gateway_refuses_is_passed_on_as_it_is(remote_lab: Lab, g
 async def test_a_session_takes_any_kernel_that_the_gateway_has_and_no_other(
     remote_lab: Lab, gateway: Served, ended: None
 ) -> None:
-    served = Served(Path(remote_lab.log), token=remote_lab.token)
-    served.port = remote_lab.port
+    served = through(remote_lab)
     session = {"path": "any.ipynb", "name": "any.ipynb", "type": "notebook", "kernel": {"name": KERNEL}}
     begun = await served.ok("POST", "/api/sessions", session)
     made = await served.ok("POST", "/api/sandboxes", {"profile": KERNEL, "resources": {"memory": 700 << 20}})
@@ -111,8 +142,7 @@ async def test_a_session_takes_any_kernel_that_the_gateway_has_and_no_other(
 
 
 async def test_a_gateway_that_is_away_is_no_refusal(remote_lab: Lab, gateway: Served) -> None:
-    served = Served(Path(remote_lab.log), token=remote_lab.token)
-    served.port = remote_lab.port
+    served = through(remote_lab)
     await asyncio.to_thread(gateway.stop)
     try:
         assert (await served.ask("GET", "/api/sandboxes")).status == 502

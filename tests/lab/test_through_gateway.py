@@ -28,9 +28,15 @@ from test_panel import (
     test_an_idle_sandbox_that_ends_soon_is_told_and_kept,
 )
 from test_picker import offer, opened
+from test_rejoin import (
+    test_a_cell_that_is_suspended_in_the_middle_is_complete_after_a_reload_and_a_resume,
+    test_a_display_that_is_changed_an_error_and_a_second_run_are_shown_as_without_a_reload,
+)
 
 __all__ = [
+    "test_a_cell_that_is_suspended_in_the_middle_is_complete_after_a_reload_and_a_resume",
     "test_a_death_is_told_with_its_reason_and_what_to_do",
+    "test_a_display_that_is_changed_an_error_and_a_second_run_are_shown_as_without_a_reload",
     "test_a_fork_of_a_notebook_goes_its_own_way_and_stands_under_its_parent",
     "test_a_notebook_is_suspended_by_its_chip_and_running_a_cell_resumes_it",
     "test_a_snapshot_is_saved_listed_and_started_from",
