@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 from jupyter_server.auth.decorator import authorized
+from jupyter_server.gateway.managers import GatewayMappingKernelManager
 from jupyter_server.services.kernels.handlers import _kernel_id_regex
 from jupyter_server.services.sessions.handlers import SessionHandler, _session_id_regex
 from tornado import web
@@ -26,6 +27,7 @@ class AttachingSessionHandler(SessionHandler):
         kernel = body.get("kernel") if isinstance(body, dict) else None
         kernel_id = kernel.get("id") if isinstance(kernel, dict) else None
         if isinstance(kernel_id, str) and re.fullmatch(_kernel_id_regex, kernel_id) is not None:
+            await self.session_manager.get_session(session_id=session_id)  # 404 where there is none
             await self._know(kernel_id)
         done = super().patch(session_id)
         if done is not None:
@@ -33,7 +35,7 @@ class AttachingSessionHandler(SessionHandler):
 
     async def _know(self, kernel_id: str) -> None:
         manager = self.kernel_manager
-        if kernel_id in manager:
+        if kernel_id in manager or not isinstance(manager, GatewayMappingKernelManager):
             return
         await manager.start_kernel(kernel_id=kernel_id)  # "using existing kernel": it is only asked for
         if not manager.get_kernel(kernel_id).has_kernel:

@@ -20,7 +20,7 @@ from jupyter_server.base.handlers import APIHandler
 from jupyter_server.gateway.gateway_client import GatewayClient
 from jupyter_server.utils import url_path_join
 from tornado import web
-from tornado.httpclient import AsyncHTTPClient, HTTPRequest
+from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest
 from tornado.httputil import HTTPHeaders
 from tornado.iostream import StreamClosedError
 from tornado.websocket import websocket_connect
@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 PATIENCE: Final = 3700.0
 """Seconds until an answer begins; ``wait`` is an hour at most."""
+PROMPT: Final = 20.0
+"""Seconds for an answer that somebody waits for and that can be done without."""
 FIRST_PAUSE: Final = 0.5
 LONGEST_PAUSE: Final = 30.0
 """Seconds between two attempts to reach a gateway that is away."""
@@ -162,6 +164,13 @@ class Relay:
         for path in sorted(SCHEMAS.glob("*.yaml")):
             if schema_id(path) not in event_logger.schemas:
                 event_logger.register_event_schema(path)
+
+    async def ask(self) -> None:
+        """Find out now whether the gateway is one of ours, unless that is known; it is not of one that is away."""
+        if self.ours is None:
+            with contextlib.suppress(OSError, HTTPClientError):
+                async with asyncio.timeout(PROMPT):
+                    self.ours = await self._is_ours()
 
     async def run(self) -> None:
         """Connect, and again when the connection is lost; a gateway that is not ours ends it."""

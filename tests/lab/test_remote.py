@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import struct
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from lab_server import KERNEL
 from notebook_files import remember
 from playwright.async_api import expect
 from served import V1, Served
+from tornado.httpclient import HTTPClientError
 
 pytestmark = pytest.mark.timeout(300)
 SCRIPT = "from IPython.display import HTML\nHTML('<script>window.pwned = true</script>')"
@@ -107,6 +110,63 @@ async def test_nothing_is_lost_when_the_gateway_is_killed_under_a_running_cell(
     await socket.finish(later)
     assert later.stdout == "sent while it was away\n"
     socket.close()
+
+
+def frame(opcode: int, data: bytes) -> bytes:
+    """A frame as a client sends it (RFC 6455)."""
+    length = struct.pack("!B", 0x80 | len(data)) if len(data) < 126 else struct.pack("!BH", 0x80 | 126, len(data))
+    return bytes([0x80 | opcode]) + length + bytes(4) + data
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+async def test_what_a_page_said_before_it_went_is_done(
+    remote_lab: Lab, gateway: Served, ended: None, at_once: bool
+) -> None:
+    served = through(remote_lab)
+    kernel = (await served.ok("POST", "/api/kernels", {"name": KERNEL}))["id"]
+    watching = await served.open(kernel)
+    await watching.run("said = []")
+    if at_once:
+        reader, writer = await asyncio.open_connection("127.0.0.1", remote_lab.port)
+        lines = [
+            f"GET /api/kernels/{kernel}/channels?session_id=going HTTP/1.1",
+            f"Host: 127.0.0.1:{remote_lab.port}",
+            f"Authorization: token {remote_lab.token}",
+            *("Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: eA=="),
+        ]
+        cells = []
+        for number in range(20):
+            header = {"msg_id": str(number), "msg_type": "execute_request", "session": "going", "version": "5.4"}
+            content = {"code": f"said.append({number})"}
+            whole = {"channel": "shell", "header": header, "parent_header": {}, "metadata": {}, "content": content}
+            cells.append(frame(1, json.dumps(whole).encode()))
+        writer.write("".join(f"{line}\r\n" for line in (*lines, "")).encode() + b"".join(cells) + frame(8, b""))
+        await reader.read()
+        writer.close()
+    else:
+        going = await served.open(kernel)
+        for number in range(20):
+            going.execute(f"said.append({number})")
+        going.close()
+    async with asyncio.timeout(60):
+        while (await watching.run("print(len(said))")).stdout != "20\n":
+            pass
+    assert (await watching.run("print(said)")).stdout == f"{list(range(20))}\n"
+    watching.close()
+
+
+async def test_a_connection_to_a_kernel_that_is_gone_is_refused(remote_lab: Lab, gateway: Served, ended: None) -> None:
+    served = through(remote_lab)
+    kernel = (await served.ok("POST", "/api/kernels", {"name": KERNEL}))["id"]
+    socket = await served.open(kernel)
+    await socket.run("1")
+    assert (await gateway.ask("DELETE", f"/api/sandboxes/{kernel}?forget=true")).status == 204
+    while await socket.next() is not None:
+        pass  # told that it is gone, not left waiting
+    socket.close()
+    with pytest.raises(HTTPClientError) as refused:
+        await served.open(kernel)
+    assert refused.value.code == 404
 
 
 async def test_what_the_gateway_refuses_is_passed_on_as_it_is(remote_lab: Lab, gateway: Served, ended: None) -> None:
