@@ -11,9 +11,10 @@ import { Refused, Unreachable } from './client';
 import { bytes, moment, span } from './format';
 import { Meter, Sparkline } from './meters';
 import type { ISandboxes } from './model';
+import { proposal } from './proposals';
 import type { Use, Uses } from './uses';
 import { used } from './uses';
-import { title } from './view';
+import { called, happened as word, title } from './view';
 
 /** Ask before a suspend; null is no, else whether to ask next time, too. */
 export async function askToSuspend(sandbox: Sandbox, trans: TranslationBundle): Promise<{ askAgain: boolean } | null> {
@@ -88,16 +89,6 @@ export async function askForName(sandbox: Sandbox, trans: TranslationBundle): Pr
     buttons: [Dialog.cancelButton(), Dialog.okButton({ label: trans.__('Save') })]
   });
   return result.button.accept ? (result.value ?? '') : null;
-}
-
-/** A name that the server takes, made from the label and the time. */
-export function proposal(sandbox: Sandbox, now = new Date()): string {
-  const base = title(sandbox)
-    .replace(/\.ipynb$/, '')
-    .replace(/[^A-Za-z0-9._-]+/g, '-')
-    .replace(/^-+|-+$/g, '');
-  const stamp = now.toISOString().slice(0, 16).replace(/[-:]/g, '').replace('T', '-');
-  return `${base.slice(0, 48)}-${stamp}`;
 }
 
 class NameField extends Widget implements Dialog.IBodyWidget<string> {
@@ -186,7 +177,7 @@ function Details({ sandbox, happened, uses, trans }: IDetails): JSX.Element {
   };
   const rows: [string, React.ReactNode][] = [
     [trans.__('Id'), <code key="id">{sandbox.id}</code>],
-    [trans.__('State'), `${sandbox.state}, ${moment(sandbox.since)}`],
+    [trans.__('State'), `${called(sandbox, trans)}, ${moment(sandbox.since)}`],
     [trans.__('Profile'), sandbox.profile],
     [trans.__('Runtime'), sandbox.isolated ? sandbox.runtime : trans.__('%1 (not isolated)', sandbox.runtime)],
     ...used(sandbox, uses, trans).map((use): [string, React.ReactNode] => [
@@ -233,7 +224,7 @@ function Details({ sandbox, happened, uses, trans }: IDetails): JSX.Element {
           <ol className="sg-Happened">
             {[...happened].reverse().map(event => (
               <li key={event.id}>
-                <time dateTime={event.time}>{moment(event.time)}</time> <b>{event.kind}</b> {event.text}
+                <time dateTime={event.time}>{moment(event.time)}</time> <b>{word(event.kind, trans)}</b> {event.text}
               </li>
             ))}
           </ol>

@@ -7,10 +7,11 @@ import * as React from 'react';
 import { each, failures } from './batch';
 import type { Sandbox } from './client';
 import { confirm, explain } from './dialogs';
-import { suspendIcon } from './icons';
+import { pauseIcon, snapshotIcon, suspendIcon } from './icons';
 import { Meter } from './meters';
 import type { ISandboxes } from './model';
 import { told } from './progress';
+import { proposals } from './proposals';
 import type { Selection } from './selection';
 import { totals } from './totals';
 import type { Deed } from './view';
@@ -69,8 +70,10 @@ export class Head extends ReactWidget {
               />
               {trans.__('%1 chosen', chosen.length)}
             </label>
+            {this._button('pause', pauseIcon, trans.__('Pause'), chosen)}
             {this._button('suspend', suspendIcon, trans.__('Suspend'), chosen)}
             {this._button('resume', runIcon, trans.__('Resume'), chosen)}
+            {this._button('snapshot', snapshotIcon, trans.__('Save Snapshots'), chosen)}
             {this._button('end', closeIcon, trans.__('End'), chosen)}
           </div>
         )}
@@ -123,7 +126,18 @@ export class Head extends ReactWidget {
         break;
       }
     }
+    const saved = proposals(able);
     const deeds: Partial<Record<Deed, [(id: string) => Promise<unknown>, string, string]>> = {
+      pause: [
+        id => sandboxes.pause(id),
+        trans._n('Pausing %1 sandbox…', 'Pausing %1 sandboxes…', count),
+        trans.__('Not all could be paused')
+      ],
+      snapshot: [
+        id => sandboxes.snapshot(id, saved.get(id) ?? ''),
+        trans._n('Saving %1 snapshot…', 'Saving %1 snapshots…', count),
+        trans.__('Not all could be saved')
+      ],
       suspend: [
         id => sandboxes.suspend(id, 'by its user'),
         trans._n('Suspending %1 sandbox…', 'Suspending %1 sandboxes…', count),

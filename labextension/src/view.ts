@@ -76,6 +76,35 @@ export function view(about: About, trans: TranslationBundle): View {
   };
 }
 
+/** What the state is called. */
+export function called(sandbox: Sandbox, trans: TranslationBundle): string {
+  return state({ sandbox, busy: false, connection: 'ok', trouble: '' }, trans)[1];
+}
+
+/** What an event says that has happened; one of a newer server by its own name. */
+export function happened(kind: string, trans: TranslationBundle): string {
+  const words: Record<string, string> = {
+    created: trans.__('made'),
+    started: trans.__('started'),
+    paused: trans.__('paused'),
+    resumed: trans.__('resumed'),
+    suspended: trans.__('suspended'),
+    woke: trans.__('woken'),
+    forked: trans.__('forked'),
+    snapshot: trans.__('saved'),
+    adopted: trans.__('taken over'),
+    handed_over: trans.__('handed over'),
+    restarted: trans.__('restarted'),
+    warned: trans.__('warned'),
+    interrupted: trans.__('interrupted'),
+    expired: trans.__('expired'),
+    died: trans.__('died'),
+    stopped: trans.__('ended'),
+    failed: trans.__('failed')
+  };
+  return words[kind] ?? kind;
+}
+
 function state(about: About, trans: TranslationBundle): [Look, string] {
   const { sandbox, busy, operation } = about;
   if (operation?.kind === 'suspend' && sandbox.state !== 'suspended') {

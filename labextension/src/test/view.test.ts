@@ -1,8 +1,9 @@
 import { describe, expect, it } from 'vitest';
 
 import { age, bytes } from '../format';
+import { proposals } from '../proposals';
 import type { About } from '../view';
-import { advice, possible, title, tree, view } from '../view';
+import { advice, happened, possible, title, tree, view } from '../view';
 import { sandbox, trans } from './fake';
 
 function about(changes: Partial<About> = {}): About {
@@ -86,7 +87,31 @@ describe('the tree', () => {
   });
 });
 
+describe('a snapshot of each of several', () => {
+  it('has a name of its own', () => {
+    const several = [
+      sandbox({ id: '11112222', name: 'day.ipynb' }),
+      sandbox({ id: '33334444', name: 'day.ipynb' }),
+      sandbox({ id: '55556666', name: 'night.ipynb' })
+    ];
+    const now = new Date('2026-11-28T10:20:30Z');
+    expect([...proposals(several, now).values()]).toEqual([
+      'day-20261128-1020-1111',
+      'day-20261128-1020-3333',
+      'night-20261128-1020'
+    ]);
+  });
+});
+
 describe('words', () => {
+  it('for what has happened, and for what a newer server tells', () => {
+    expect(['woke', 'handed_over', 'levitated'].map(kind => happened(kind, trans))).toEqual([
+      'woken',
+      'handed over',
+      'levitated'
+    ]);
+  });
+
   it('for sizes', () => {
     expect([0, 1023, 1536, 71 << 20, 8 * 2 ** 30, 1.5 * 2 ** 40].map(bytes)).toEqual([
       '0 B',
