@@ -79,7 +79,8 @@ class RelayedConnection(GatewayWebSocketConnection):
         except (OSError, HTTPClientError):
             return  # it is away, and will come back
         if answer.code in REFUSALS:
-            raise web.HTTPError(answer.code, f"the gateway refuses kernel {self.kernel_id}")
+            why = "it has ended, or is not yours: choose another" if answer.code in (404, 410) else "check the token"
+            raise web.HTTPError(answer.code, f"the gateway refuses kernel {self.kernel_id}; {why}")
 
     async def connect(self) -> None:
         """Begin to pass on."""
@@ -104,6 +105,9 @@ class RelayedConnection(GatewayWebSocketConnection):
             return
         self._waiting += len(message)
         if self._waiting > MAX_WAITING:
+            self.log.warning(
+                "more than %s bytes of a page wait for the gateway: run them again when it is back", MAX_WAITING
+            )
             self.websocket_handler.close(TOO_MUCH, "too much waits for the gateway")
             return
         self._to_send.append(message)

@@ -16,7 +16,7 @@ from acceptance import Product, product, profile_kernelspec  # noqa: E402
 from browser import PATIENCE, Lab, Window, chromium, window  # noqa: E402
 from lab_server import make_lab  # noqa: E402
 from playwright.async_api import expect  # noqa: E402
-from served import Served  # noqa: E402
+from served import Served, running  # noqa: E402
 
 __all__ = ["product"]
 
@@ -63,13 +63,8 @@ def lab(browser_path: str, product: Product, tmp_path_factory: pytest.TempPathFa
 def gateway(product: Product, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A headless gateway."""
     served = Served(tmp_path_factory.mktemp("gateway") / "gateway.log")
-    asyncio.run(served.start())
-    try:
+    with running(served):
         yield served
-    finally:
-        if served.process is not None and served.process.poll() is None:
-            asyncio.run(served.clear())
-        served.stop()
 
 
 @pytest.fixture(scope="module")

@@ -22,16 +22,10 @@ async def opened(page: Window) -> None:
     await expect(page.page.locator(".sg-Picker")).to_be_visible()
 
 
-async def test_a_profile_is_chosen_with_less_memory_and_the_limit_holds(page: Window) -> None:
-    page.lab.write("pick.ipynb", "print(1)", "x = bytearray(400 << 20)", kernel="python3")
-    await page.visit("pick.ipynb")
-    await page.ready("Python 3 (ipykernel)")
-    await opened(page)
-    tight = offer(page, "Tight limits")
-    await expect(tight).to_contain_text("image host · 512 MiB · 1 core · 128 MiB of files · no network")
-    await expect(offer(page, "Python 3 (ipykernel)")).to_contain_text("Runs on the server itself")
-    await tight.locator("input[type=radio]").click()
-    await tight.locator("[data-field=memory]").fill("300")
+async def chosen_with_less_memory(page: Window, profile: Locator) -> None:
+    """Take the profile "Tight limits" with 300 MiB in the open picker, and find that the limit holds."""
+    await profile.locator("input[type=radio]").click()
+    await profile.locator("[data-field=memory]").fill("300")
     await picture(page, "picker-limits", page.page.locator(".jp-Dialog-content"))
     await page.accept()
     await page.ready("Tight limits")
@@ -41,6 +35,17 @@ async def test_a_profile_is_chosen_with_less_memory_and_the_limit_holds(page: Wi
     await page.run(1)
     await expect(page.page.locator(".Toastify__toast", has_text="died")).to_contain_text("out of memory at 300 MiB")
     assert page.errors() == []
+
+
+async def test_a_profile_is_chosen_with_less_memory_and_the_limit_holds(page: Window) -> None:
+    page.lab.write("pick.ipynb", "print(1)", "x = bytearray(400 << 20)", kernel="python3")
+    await page.visit("pick.ipynb")
+    await page.ready("Python 3 (ipykernel)")
+    await opened(page)
+    tight = offer(page, "Tight limits")
+    await expect(tight).to_contain_text("image host · 512 MiB · 1 core · 128 MiB of files · no network")
+    await expect(offer(page, "Python 3 (ipykernel)")).to_contain_text("Runs on the server itself")
+    await chosen_with_less_memory(page, tight)
 
 
 async def test_a_suspended_sandbox_of_no_notebook_is_gone_on_with(page: Window) -> None:

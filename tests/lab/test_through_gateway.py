@@ -27,7 +27,7 @@ from test_panel import (
     test_a_snapshot_is_saved_listed_and_started_from,
     test_an_idle_sandbox_that_ends_soon_is_told_and_kept,
 )
-from test_picker import offer, opened
+from test_picker import chosen_with_less_memory, offer, opened
 from test_rejoin import (
     test_a_cell_that_is_suspended_in_the_middle_is_complete_after_a_reload_and_a_resume,
     test_a_display_that_is_changed_an_error_and_a_second_run_are_shown_as_without_a_reload,
@@ -68,16 +68,7 @@ async def test_a_profile_is_chosen_with_less_memory_and_the_limit_holds(page: Wi
     await opened(page)
     tight = offer(page, "Tight limits")
     await expect(tight).to_contain_text("512 MiB")
-    await tight.locator("input[type=radio]").click()
-    await tight.locator("[data-field=memory]").fill("300")
-    await page.accept()
-    await page.ready("Tight limits")
-    await expect(chip(page)).to_contain_text("of 300 MiB")
-    await page.run(0)
-    await page.printed(0, "1")
-    await page.run(1)
-    await expect(page.page.locator(".Toastify__toast", has_text="died")).to_contain_text("out of memory at 300 MiB")
-    assert page.errors() == []
+    await chosen_with_less_memory(page, tight)
 
 
 async def test_output_reaches_neither_the_token_nor_the_terminals_until_it_is_allowed(page: Window) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from acceptance import Product, product
-from served import Served
+from served import Served, running
 
 __all__ = ["product"]
 
@@ -21,13 +20,8 @@ __all__ = ["product"]
 @pytest.fixture(scope="module")
 def _gateway(product: Product, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     served = Served(tmp_path_factory.mktemp("gateway") / "gateway.log")
-    asyncio.run(served.start())
-    try:
+    with running(served):
         yield served
-    finally:
-        if served.process is not None and served.process.poll() is None:
-            asyncio.run(served.clear())
-        served.stop()
 
 
 @pytest.fixture

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from acceptance import Product
-from served import Served
+from served import Served, running
 
 
 def token(product: Product, name: str, *options: str) -> str:
@@ -29,10 +28,5 @@ def revoke(product: Product, name: str) -> None:
 def gateway_for_users(product: Product, log: Path, *options: str) -> Iterator[Served]:
     """A running gateway whose users have tokens; what it is asked without one is asked by an administrator."""
     served = Served(log, "--users", *options, token=token(product, "root", "--admin"))
-    asyncio.run(served.start())
-    try:
+    with running(served):
         yield served
-    finally:
-        if served.process is not None and served.process.poll() is None:
-            asyncio.run(served.clear())
-        served.stop()

@@ -14,7 +14,8 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,18 @@ class Cell:
     def done(self) -> bool:
         """Whether it has ended."""
         return self.idle and self.reply is not None
+
+
+@contextmanager
+def running(served: Served) -> Iterator[Served]:
+    """Start a gateway; at the end what it has is ended, and then the gateway, unless a test did so."""
+    asyncio.run(served.start())
+    try:
+        yield served
+    finally:
+        if served.process is not None and served.process.poll() is None:
+            asyncio.run(served.clear())
+        served.stop()
 
 
 class Socket:
