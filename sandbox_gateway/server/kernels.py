@@ -15,7 +15,6 @@ from typing import Any
 from jupyter_client.kernelspec import NATIVE_KERNEL_NAME, NoSuchKernel
 from jupyter_client.multikernelmanager import DuplicateKernelError
 from jupyter_core.utils import ensure_async
-from jupyter_server._tz import isoformat
 from jupyter_server.base.call_context import CallContext
 from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
 from jupyter_server.utils import ApiPath
@@ -26,6 +25,7 @@ from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host.paths import discover
 from sandbox_gateway.images.service import Progress
 from sandbox_gateway.kernelspecs import PROVISIONER
+from sandbox_gateway.model import timestamp
 from sandbox_gateway.server.callers import EVERYBODY, Caller
 from sandbox_gateway.server.config import SandboxGateway
 from sandbox_gateway.server.events import EventBridge
@@ -117,7 +117,7 @@ class SandboxMappingKernelManager(AsyncMappingKernelManager):
         model = {
             "id": kernel_id,
             "name": ours.kernel_name,
-            "last_activity": isoformat(ours.last_activity),
+            "last_activity": timestamp(ours.last_activity.timestamp()),
             "execution_state": ours.execution_state,
             "connections": self._kernel_connections.get(kernel_id, 0),
         }
