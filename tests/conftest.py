@@ -91,3 +91,13 @@ def paths() -> Iterator[Paths]:
         yield discover({"SANDBOX_GATEWAY_HOME": str(home)}).ensure()
     finally:
         shutil.rmtree(home, ignore_errors=True)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show what failed at the first of two tries: a second one that passes must not hide a bug."""
+    for report in terminalreporter.getreports("rerun"):
+        terminalreporter.section(f"first try of {report.nodeid}")
+        terminalreporter.write_line(report.longreprtext)
+        for name, text in report.sections:
+            terminalreporter.section(name, sep="-")
+            terminalreporter.write_line(text)
