@@ -72,7 +72,7 @@ NOT_ISOLATED = frozenset({"fake"})
 def timestamp(then: float) -> str:
     """``then`` (seconds since the epoch) as RFC 3339 in UTC, always with a fraction.
 
-    jupyter_server reads a gateway's kernels with ``%f`` (``gateway/managers.py``), which a whole second has to fit, too.
+    jupyter_server reads a gateway's kernels with ``%f`` (``gateway/managers.py``), also whole seconds.
     """
     return datetime.fromtimestamp(then, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
