@@ -49,11 +49,11 @@ class Activity:
         if channel == "stdin":
             self._asking = None
 
-    def asked(self, parts: Sequence[bytes]) -> None:
+    def asked(self, parts: Sequence[bytes | memoryview]) -> None:
         """The kernel asks for input."""
         self._asking = _parent(parts)[0]
 
-    def status(self, parts: Sequence[bytes]) -> None:
+    def status(self, parts: Sequence[bytes | memoryview]) -> None:
         """The kernel has published what it is doing."""
         request, state = _parent(parts)
         if state == "busy" and request and len(self._requests) < _MOST:
@@ -76,14 +76,14 @@ class Activity:
         }
 
 
-def _parent(parts: Sequence[bytes]) -> tuple[str, str]:
+def _parent(parts: Sequence[bytes | memoryview]) -> tuple[str, str]:
     """The id of the waking request that a message belongs to, and the message's ``execution_state``; or empty."""
     for index, part in enumerate(parts[:16]):
         if part == relay.DELIMITER and len(parts) > index + 5:
             if len(parts[index + 3]) > _LONGEST or len(parts[index + 5]) > _LONGEST:
                 break
             try:
-                parent, content = json.loads(parts[index + 3]), json.loads(parts[index + 5])
+                parent, content = json.loads(bytes(parts[index + 3])), json.loads(bytes(parts[index + 5]))
                 if str(parent.get("msg_type")).encode() in WAKING:
                     return str(parent.get("msg_id"))[:200], str(content.get("execution_state"))
             except (ValueError, AttributeError, RecursionError):

@@ -34,13 +34,13 @@ _QUIET: Final = 0.03
 class ChannelHooks:
     """Where messages and news of the channels go."""
 
-    message: Callable[[str, Sequence[bytes]], None]
+    message: Callable[[str, Sequence[bytes | memoryview]], None]
     """Channel name and parts."""
     ready: Callable[[], None]
     """The kernel can be spoken to and heard; called once."""
     broken: Callable[[str], None]
     """The output pipe carried garbage, with the reason; it is closed."""
-    status: Callable[[Sequence[bytes]], None]
+    status: Callable[[Sequence[bytes | memoryview]], None]
     """A status message, which is handed on as well."""
     hungry: Callable[[], bool]
     """False while the buffer towards the host takes no more of what could wait in the kernel."""
@@ -215,22 +215,28 @@ class KernelChannels:
     def _look_at_pipe(self) -> tuple[int, bool]:
         if self._pipe is None or self._reader is None:
             return 0, False
+        room = self._reader.room()
+        data = b""
         try:
-            data = os.read(self._pipe, self._reading.next)
+            if room is None:
+                data = os.read(self._pipe, self._reading.next)
+                size = len(data)
+            else:
+                size = os.readv(self._pipe, [room])
         except BlockingIOError:
             return 0, False
         try:
-            messages = self._reader.feed(data) if data else []
+            messages = self._reader.feed(data) if room is None else self._reader.filled(size)
         except PipeError as error:
             self._close_pipe()
             self._hooks.broken(str(error))
             return 0, False
-        if not data:
+        if not size:
             self._close_pipe()
             if self._sockets is not None:
                 self._subscribe()
             return 0, False
-        full = self._reading.filled(len(data))
+        full = self._reading.filled(size)
         for channel, parts in messages:
             if channel == "iopub":
                 self._publish(parts)
@@ -258,7 +264,7 @@ class KernelChannels:
         self._output.look()
         self._await_welcome()
 
-    def _publish(self, parts: Sequence[bytes]) -> None:
+    def _publish(self, parts: Sequence[bytes | memoryview]) -> None:
         kind = relay.kind_of(parts)
         if kind == relay.STATUS:
             self._hooks.status(parts)

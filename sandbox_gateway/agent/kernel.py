@@ -49,7 +49,7 @@ class Phase(enum.Enum):
 class Hooks:
     """Where a kernel's messages and news go."""
 
-    message: Callable[[str, Sequence[bytes]], None]
+    message: Callable[[str, Sequence[bytes | memoryview]], None]
     """Channel name and parts."""
     event: Callable[[dict[str, Any]], None]
     log: Callable[[], None]
@@ -304,7 +304,7 @@ class Kernel:
         self._hooks.event(event)
         self._open_gate()
 
-    def _message(self, channel: str, parts: Sequence[bytes]) -> None:
+    def _message(self, channel: str, parts: Sequence[bytes | memoryview]) -> None:
         if channel == "stdin":
             self.activity.asked(parts)
         self._hooks.message(channel, parts)

@@ -16,6 +16,9 @@ CHANNELS: Final = {b"SGio": "iopub", b"SGsh": "shell"}
 MAX_MESSAGE: Final = 512 * 1024 * 1024
 """Bytes of one message, all parts together."""
 MAX_PARTS: Final = 1024
+LONG: Final = 256 * 1024
+"""Bytes of a message above which it is not copied."""
+Part = bytes | memoryview
 _HEAD = struct.Struct("!4sI")
 _COUNT = struct.Struct("!I")
 
@@ -25,20 +28,40 @@ class PipeError(ValueError):
 
 
 class PipeReader:
-    """Cuts a byte sequence into messages."""
+    """Cuts a byte sequence into messages.
+
+    Long messages are read where they stay: as long as :meth:`room` names a place, what comes belongs there. Copies are
+    dear inside a sandbox, where each fresh page is the sentry's work.
+    """
 
     def __init__(self, limit: int = MAX_MESSAGE) -> None:
         self._limit = limit
         self._pieces: list[bytes] = []
         self._have = 0
         self._need = _HEAD.size
+        self._channel = ""
+        self._long: memoryview | None = None
+        self._room: memoryview | None = None
 
     @property
     def waiting(self) -> bool:
         """Whether a message is only partly here."""
-        return self._have > 0
+        return self._have > 0 or self._long is not None
 
-    def feed(self, data: bytes) -> list[tuple[str, list[bytes]]]:
+    def room(self) -> memoryview | None:
+        """Where the rest of a long message belongs, for ``readv``; None: read anywhere, and :meth:`feed`."""
+        return self._room
+
+    def filled(self, size: int) -> list[tuple[str, list[Part]]]:
+        """``size`` bytes were read into :meth:`room`; returns what :meth:`feed` does."""
+        assert self._room is not None and self._long is not None
+        self._room = self._room[size:]
+        if self._room:
+            return []
+        whole, self._long, self._room = self._long, None, None
+        return [(self._channel, _parts(whole, 0, len(whole)))]
+
+    def feed(self, data: bytes) -> list[tuple[str, list[Part]]]:
         """Add bytes; returns the channel and the parts of each message they complete, in order.
 
         Raises :class:`PipeError`; the pipe is then useless.
@@ -48,9 +71,10 @@ class PipeReader:
         if self._have < self._need:
             return []
         whole = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
-        messages: list[tuple[str, list[bytes]]] = []
+        messages: list[tuple[str, list[Part]]] = []
         at, end = 0, len(whole)
         need = _HEAD.size
+        channel: str | None = None
         while end - at >= _HEAD.size:
             magic, total = _HEAD.unpack_from(whole, at)
             channel = CHANNELS.get(magic)
@@ -62,14 +86,23 @@ class PipeReader:
             at += _HEAD.size
             messages.append((channel, _parts(whole, at, total)))
             at += total
+        if need > LONG and channel is not None:
+            self._begin_long(channel, whole[at + _HEAD.size :], need - _HEAD.size)
+            at, need = end, _HEAD.size
         rest = whole[at:]
         self._pieces = [rest] if rest else []
         self._have = len(rest)
         self._need = need
         return messages
 
+    def _begin_long(self, channel: str, start: bytes, total: int) -> None:
+        self._channel = channel
+        self._long = memoryview(bytearray(total))
+        self._long[: len(start)] = start
+        self._room = self._long[len(start) :]
 
-def _parts(whole: bytes, at: int, total: int) -> list[bytes]:
+
+def _parts(whole: bytes | memoryview, at: int, total: int) -> list[Part]:
     (count,) = _COUNT.unpack_from(whole, at)
     table = _COUNT.size * (count + 1)
     if count > MAX_PARTS or table > total:
@@ -78,8 +111,9 @@ def _parts(whole: bytes, at: int, total: int) -> list[bytes]:
     if table + sum(lengths) != total:
         raise PipeError("the lengths of a frame on the output pipe do not add up")
     position = at + table
-    parts: list[bytes] = []
+    parts: list[Part] = []
     for length in lengths:
-        parts.append(whole[position : position + length])
+        part = whole[position : position + length]
+        parts.append(part if length > LONG else bytes(part))
         position += length
     return parts

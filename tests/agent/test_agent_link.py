@@ -200,6 +200,49 @@ def test_the_pipe_reader_takes_any_cut() -> None:
             PipeReader().feed(bad)
 
 
+@pytest.mark.parametrize("cut", [11, 300_000, 1 << 20])
+def test_the_pipe_reader_reads_a_long_message_where_it_stays(cut: int) -> None:
+    """Its long part is no copy, and what comes before and behind it comes out whole."""
+    from struct import pack
+
+    long = bytes(range(256)) * 4096
+    short = pack("!4sIIII", b"SGio", 4 + 8 + 5, 2, 2, 3) + b"abcde"
+    frame = pack("!4sIIII", b"SGsh", 4 + 8 + 2 + len(long), 2, 2, len(long)) + b"ab" + long
+    stream = memoryview(short + frame + short)
+    reader = PipeReader()
+    found = []
+    placed = 0
+    while stream:
+        room = reader.room()
+        size = min(cut if room is None or cut > 11 else 99_999, len(stream), len(stream) if room is None else len(room))
+        if room is None:
+            found += reader.feed(bytes(stream[:size]))
+        else:
+            room[:size] = stream[:size]
+            found += reader.filled(size)
+            placed += size
+        stream = stream[size:]
+    assert [(channel, [bytes(part) for part in parts]) for channel, parts in found] == [
+        ("iopub", [b"ab", b"cde"]),
+        ("shell", [b"ab", long]),
+        ("iopub", [b"ab", b"cde"]),
+    ]
+    assert not reader.waiting
+    assert placed > 0
+
+
+def test_the_lengths_of_a_long_message_are_checked() -> None:
+    """Its table is checked as a short one's is."""
+    from struct import pack
+
+    reader = PipeReader()
+    assert reader.feed(pack("!4sIII", b"SGio", 1 << 20, 1, 5)) == []
+    room = reader.room()
+    assert room is not None and reader.waiting
+    with pytest.raises(PipeError):
+        reader.filled(len(room))
+
+
 def test_pacing_begins_when_messages_come_fast_and_ends_with_a_request() -> None:
     """A burst turns to looking by the clock, silence or a waiting client turns back."""
     pace = Pace()
