@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sandbox_gateway import identity
 from sandbox_gateway import request as requests
@@ -35,12 +35,15 @@ from sandbox_gateway.request import CreateRequest
 from sandbox_gateway.runtimes.base import Handle, Runtime, RuntimeReport
 from sandbox_gateway.seat import Seat
 from sandbox_gateway.snapshots import Kind, Snapshot, SnapshotStore, collect
+from sandbox_gateway.standby import Standby
 from sandbox_gateway.store import Store
 from sandbox_gateway.suspension import Saved, Suspension
 from sandbox_gateway.templates import Member, Plan, Pool, TemplateRecord, Templates
 from sandbox_gateway.unowned import Unowned
 
 log = logging.getLogger(__name__)
+
+L = TypeVar("L", bound=LiveSandbox)
 
 OnProgress = Callable[[Progress], None]
 MAX_FORK = 1000
@@ -289,11 +292,12 @@ class Lifecycle:
         text = f"a template of profile {made.profile} was built in {made.took:.1f} s"
         self.events.note("", EventKind.TEMPLATE_BUILT, text, profile=made.profile, key=made.key)
 
-    async def blank(self, launch: Launch, profile: Profile, seat: Seat, name: str) -> LiveSandbox:
+    async def blank(self, launch: Launch, profile: Profile, seat: Seat, name: str) -> Standby:
         """Record a sandbox that is nobody's, for a template or the pool; nothing of it is made yet."""
         runtime, report = await self.runtime(profile.runtime)
         record = replace(self._record(launch, profile), name=name, on_owner_exit=OnOwnerExit.TERMINATE)
-        return await self._new(record, launch, seat, runtime, report)
+        await asyncio.to_thread(self.store.enter, record, launch)
+        return self._live(record, launch, seat, runtime, report, Standby)
 
     async def _clear(self, sandbox_id: str) -> None:
         """Remove what an earlier owner of this id, whose lock we have now, has left half-way."""
@@ -317,15 +321,14 @@ class Lifecycle:
         **how: Any,
     ) -> LiveSandbox:
         await asyncio.to_thread(self.store.enter, record, launch)
-        if not record.blank:
-            made_from = {} if record.parent is None else {"parent": record.parent}
-            self.events.note(record.id, EventKind.CREATED, **made_from, **how)
-        return self._live(record, launch, seat, runtime, report)
+        made_from = {} if record.parent is None else {"parent": record.parent}
+        self.events.note(record.id, EventKind.CREATED, **made_from, **how)
+        return self._live(record, launch, seat, runtime, report, LiveSandbox)
 
     def _live(
-        self, record: SandboxRecord, launch: Launch, seat: Seat, runtime: Runtime, report: RuntimeReport
-    ) -> LiveSandbox:
-        sandbox = LiveSandbox(
+        self, record: SandboxRecord, launch: Launch, seat: Seat, runtime: Runtime, report: RuntimeReport, kind: type[L]
+    ) -> L:
+        sandbox = kind(
             record,
             launch,
             seat,
@@ -392,7 +395,7 @@ class Lifecycle:
         except BaseException:
             lock.release()
             raise
-        sandbox = self._live(record, launch, seat, runtime, report)
+        sandbox = self._live(record, launch, seat, runtime, report, LiveSandbox)
         self._seats[record.id] = seat
         try:
             # Before the agent sends what the clients have not: replies wait here for those who come back.

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -23,12 +23,12 @@ from sandbox_gateway.attachment import Attachment, Callbacks, Remains
 from sandbox_gateway.cursors import Progress
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.events import EventKind, EventLog
-from sandbox_gateway.host.machine import boot_id
 from sandbox_gateway.idle.world import Reading
 from sandbox_gateway.in_order import InOrder
-from sandbox_gateway.introduction import inherited, introduce
+from sandbox_gateway.incarnation import Incarnation
+from sandbox_gateway.introduction import inherited
 from sandbox_gateway.kernel_exit import KernelExit
-from sandbox_gateway.kernel_watch import KernelWatch, Preparation
+from sandbox_gateway.kernel_watch import KernelWatch
 from sandbox_gateway.ledger import Ledger
 from sandbox_gateway.link.host import Link
 from sandbox_gateway.messages import Buffer
@@ -42,7 +42,7 @@ from sandbox_gateway.model import (
     SandboxRecord,
     State,
 )
-from sandbox_gateway.runtimes.base import Handle, Runtime, Stats
+from sandbox_gateway.runtimes.base import Runtime, Stats
 from sandbox_gateway.seat import Seat
 from sandbox_gateway.snapshots import Kind, Snapshot
 from sandbox_gateway.store import Store
@@ -54,14 +54,8 @@ T = TypeVar("T")
 
 SETTLE = 1.0
 """Seconds that clients are given to take what is theirs before an owner goes; what is left comes again."""
-PREPARATION = 600.0
-"""Seconds that a kernel may take until it has imported everything that its template is to hold."""
-STILLNESS = 0.2
-"""Seconds that a kernel is left alone before it is saved as a template."""
 _LOOK = 0.5
 """Seconds in which the agent tells what its files take; it does in some milliseconds."""
-_PROMPT = 0.5
-"""Seconds in which a restored kernel normally takes its identity."""
 _AWAKE = frozenset({State.RUNNING, State.RESTARTING})
 _FOR_GOOD = frozenset({"snapshot_damaged", "snapshot_unfit", "unknown_snapshot", "workspace_changed"})
 """Why a suspended sandbox cannot be woken, however often that is tried."""
@@ -93,20 +87,19 @@ class LiveSandbox:
         self.ended = asyncio.Event()
         self.admission: Callable[[], AbstractAsyncContextManager[object]] = contextlib.nullcontext
         """Entered when a client's wish is to wake it; raises where its owner may not have one more (a quota)."""
-        self._runtime = runtime
         self._suspension = suspension
         self._events = events
         self._ledger = Ledger(record, store, events)
         self._on_end = on_end
         self._log_file = log_file
-        self._handle: Handle | None = Handle.of(record.handle)
-        self._attachment: Attachment | None = None
-        self._agent: Mapping[str, Any] = {}
+        callbacks = Callbacks(self._message, seat.channels.dropped, self.kernel.event, self._died)
+        self._incarnation = Incarnation(
+            launch.spec, seat, callbacks, runtime=runtime, suspension=suspension, ledger=self._ledger
+        )
         self._ending = False
         self._removal: asyncio.Task[None] | None = None
         self._making: asyncio.Task[Any] | None = None
         self._waking: asyncio.Task[None] | None = None
-        self._policy_told = False
         self._progress = Progress(seat.cursors, seat.channels.served, self._numbers)
         seat.channels.on_served = self._progress.moved
         self._saved: Saved | None = None
@@ -136,9 +129,7 @@ class LiveSandbox:
     @property
     def link(self) -> Link:
         """The link; raises ``link_failed`` while the sandbox is not running."""
-        if self._attachment is None:
-            raise SandboxGatewayError("link_failed", f"sandbox {self.id} is {self.state}, not running")
-        return self._attachment.link
+        return self._incarnation.link
 
     # Beginnings, driven by Lifecycle
 
@@ -153,72 +144,6 @@ class LiveSandbox:
         """Become a clone of what was saved, with an ``identity`` of its own (see :mod:`sandbox_gateway.identity`)."""
         await self._make(self._restore_as_new(saved, identity))
 
-    async def prepare(self, preload: Sequence[str]) -> Preparation:
-        """Boot a kernel that is to become a template, and wait until it is ready and still. The sandbox stays
-        CREATING: one that is found so without an owner is removed. Raises as :meth:`create`."""
-        return await self._make(self._prepare(preload))
-
-    async def _prepare(self, preload: Sequence[str]) -> Preparation:
-        ready: asyncio.Future[Preparation] = asyncio.get_running_loop().create_future()
-        self.kernel.ready = ready
-        await self._create(self.launch.kernel, preload=list(preload))
-        gone = asyncio.create_task(self.kernel.gone.wait())
-        try:
-            either: set[asyncio.Future[Any]] = {ready, gone}
-            await asyncio.wait(either, timeout=PREPARATION, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            gone.cancel()
-        if not ready.done():
-            what = "ended" if self.kernel.exit is not None else f"was not ready within {PREPARATION:.0f} seconds"
-            raise SandboxGatewayError("kernel_failed", f"the kernel {what}")
-        self.seat.channels.connect(self.link)
-        self.launch = replace(self.launch, facts=await introduce(self.seat.channels, self.launch.key))
-        await asyncio.sleep(STILLNESS)
-        await self.link.drain()
-        return ready.result()
-
-    async def preserve(self, template_key: str) -> Snapshot:
-        """Save what :meth:`prepare` made, as a template; it is left paused, for :meth:`vanish`.
-
-        Raises ``snapshot_failed``, ``disk_full``, ``unsupported``.
-        """
-        return await self._make(self._preserve(template_key))
-
-    async def _preserve(self, template_key: str) -> Snapshot:
-        self._suspension.check()
-        attachment, self._attachment = self._attachment, None
-        remains = Remains({}) if attachment is None else await attachment.close(silence=True)
-        await self._suspension.freeze(self._made())
-        return await self._suspension.save(
-            self._made(), self.record, self.launch, remains.received, Kind.TEMPLATE, template_key=template_key
-        )
-
-    async def stand_by(self, saved: Saved | None) -> None:
-        """Be ready for the sandbox that will :meth:`step_in`: restored from ``saved`` and attached, or with None only
-        made. It stays CREATING. Raises as :meth:`create`, and what stands against the restore."""
-        await self._make(self._stand_by(saved))
-
-    async def _stand_by(self, saved: Saved | None) -> None:
-        if saved is None:
-            await self._steps()
-            return
-        with self._suspension.hold(saved):
-            await self._suspension.fit(saved)
-            await self._restore(saved)
-
-    @property
-    def stands(self) -> bool:
-        """Whether what stands by is still there, as far as can be told without asking it."""
-        return not self._ending and (self._attachment is None or not self._attachment.link.closed)
-
-    def surrender(self) -> Attachment | None:
-        """Give up what stood by to the sandbox whose record has its handle by now; this one is nothing any more."""
-        attachment, self._attachment = self._attachment, None
-        self._ending = self.kernel.muted = True
-        self._handle = None
-        self._progress.stop()
-        return attachment
-
     async def step_in(self, attachment: Attachment | None, saved: Saved, identity: Mapping[str, Any]) -> None:
         """Go on with what stood by, which was made from ``saved``, with an ``identity`` of its own.
 
@@ -229,22 +154,11 @@ class LiveSandbox:
     async def _step_in(self, attachment: Attachment | None, saved: Saved, identity: Mapping[str, Any]) -> None:
         self._descend(saved)
         if attachment is None:
-            await self._ledger.save(epoch=saved.epoch + 1, step="restore")
-            self._handle = await self._suspension.restore_into(self._made(), saved)
-            await self._ledger.save(step="started", handle=self._made().as_json())
-            remains = Remains(saved.received, None)
-            await self._attach(self.record.epoch, remains, hold=True, then=lambda: self._identify(identity))
+            await self._incarnation.restore_into(saved, identity)
         else:
-            attachment.serve(self._callbacks())
-            self._attachment = attachment
-            await asyncio.gather(self._tell_policy(), self._identify(identity))
+            await self._incarnation.take(attachment, identity)
         self._begin()
         await self._ledger.move(State.RUNNING)
-
-    async def vanish(self) -> None:
-        """End and remove everything, the record too: of a sandbox that nobody ever used."""
-        await self.destroy(Death(DeathKind.STOPPED, "it was made for a template"))
-        await self._ledger.delete()
 
     async def _make(self, making: Coroutine[Any, Any, T]) -> T:
         self._making = task = asyncio.create_task(self._order.serially(making))
@@ -257,21 +171,10 @@ class LiveSandbox:
         finally:
             self._making = None
 
-    async def _create(self, kernel: KernelSpec, preload: list[str] | None = None) -> None:
-        await self._steps()
-        await self._ledger.save(step="start")
-        self._handle = await self._runtime.start(self._made())
-        await self._ledger.save(step="attach", handle=self._made().as_json())
-        await self._attach(self.record.epoch)
-        if preload is None:
-            await self._boot(kernel)
-        else:
-            await self.link.call("start_kernel", **self._kernel_parameters(kernel), preload=preload)
-
-    async def _steps(self) -> None:
-        async for handle in self._runtime.create(self.launch.spec, self.seat.directory):
-            self._handle = handle
-            await self._ledger.save(step=handle.step, handle=handle.as_json())
+    async def _create(self, kernel: KernelSpec) -> None:
+        await self._incarnation.make()
+        await self._incarnation.start()
+        await self._boot(kernel)
 
     async def _boot(self, kernel: KernelSpec) -> None:
         """Start the kernel process; returns when it is spawned. Raises ``kernel_failed`` when it cannot be."""
@@ -288,24 +191,9 @@ class LiveSandbox:
 
     async def _restore_as_new(self, saved: Saved, identity: Mapping[str, Any]) -> None:
         self._descend(saved)
-        await self._restore(saved, identity)
+        await self._incarnation.restore(saved, identity)
         self._begin()
         await self._ledger.move(State.RUNNING)
-
-    async def _identify(self, identity: Mapping[str, Any]) -> None:
-        told = asyncio.create_task(self.link.call("identify", timeout=30.0, **identity))
-        try:
-            await asyncio.wait({told}, timeout=_PROMPT)
-            if not told.done():
-                # This looks at the kernel's sockets, whose signals may have been lost (GVISOR.md).
-                await self._suspension.heartbeat(self.link)
-            await told
-        except SandboxGatewayError as error:
-            text = f"the clone did not take its identity: {error.message}"
-            raise SandboxGatewayError("identity_failed", text) from error
-        finally:
-            told.cancel()
-            await asyncio.gather(told, return_exceptions=True)
 
     async def adopt(self) -> None:
         """Go on where an owner that is gone has left off. The record's state is RUNNING, PAUSED, SUSPENDED,
@@ -322,11 +210,11 @@ class LiveSandbox:
             return
         try:
             # An owner that was killed in a pause, a suspend or a fork left it frozen, whatever is on record.
-            await self._suspension.thaw(self._made())
+            await self._suspension.thaw(self._incarnation.made)
         except SandboxGatewayError as error:
             if error.code != "unsupported":
                 raise
-        await self._attach(self.record.epoch, Remains(self.seat.cursors.read(), None))
+        await self._incarnation.attach(self.record.epoch, Remains(self.seat.cursors.read(), None))
         told = await self.link.call("stats")
         if told.get("phase") == "none":
             if self.state is State.RESTARTING:
@@ -337,41 +225,9 @@ class LiveSandbox:
         await self._ledger.move(State.RUNNING)
         await self._ledger.save(owner_pid=os.getpid())
 
-    # The incarnation
-
-    def _made(self) -> Handle:
-        if self._handle is None:
-            raise SandboxGatewayError("link_failed", f"sandbox {self.id} is {self.state}, not running")
-        return self._handle
-
-    async def _attach(
-        self,
-        epoch: int,
-        remains: Remains | None = None,
-        *,
-        hold: bool = False,
-        then: Callable[[], Awaitable[None]] | None = None,
-    ) -> None:
-        """Attach to the running incarnation; with ``hold`` nothing of it is handed out before :meth:`_begin`.
-
-        ``then`` asks the agent for something more, without waiting for its answer to what it is told first.
-        """
-        callbacks = self._callbacks()
-        remains = remains or Remains({}, None)
-        attachment = Attachment(self._runtime, self._made(), callbacks, epoch=epoch, outbox=remains.outbox)
-        self._agent = await attachment.open(owner=str(self.seat.lock.pid), received=remains.received)
-        self._attachment = attachment
-        if not hold:
-            attachment.release()
-        await asyncio.gather(self._tell_policy(), *([then()] if then is not None else ()))
-
-    def _callbacks(self) -> Callbacks:
-        return Callbacks(self._message, self.seat.channels.dropped, self.kernel.event, self._died)
-
     def _begin(self) -> None:
         """Everything is in order: clients may see and be seen."""
-        assert self._attachment is not None
-        self._attachment.release()
+        self._incarnation.release()
         self._connect()
 
     def _connect(self) -> None:
@@ -380,53 +236,6 @@ class LiveSandbox:
             self.seat.channels.connect(self.link)
         else:
             self.seat.channels.disconnect()
-
-    async def _restore(self, saved: Saved, identity: Mapping[str, Any] | None = None) -> None:
-        """Make an incarnation from what was saved and see that it lives; one retry in a new epoch.
-
-        With an ``identity`` it has become that, too, by which it answers.
-        """
-        first: SandboxGatewayError | None = None
-        epoch = max(self.record.epoch, saved.epoch)
-        for attempt in (1, 2):
-            epoch += 1
-            try:
-                first_of_it = {"epoch": epoch, "boot_id": boot_id()}
-                async for handle in self._suspension.restore(self.launch.spec, self.seat.directory, saved):
-                    self._handle = handle
-                    await self._ledger.save(step=handle.step, handle=handle.as_json(), **first_of_it)
-                    first_of_it = {}
-                remains = saved.remains or Remains(saved.received, None)
-                await self._attach(epoch, remains, hold=True, then=lambda: self._answers(identity))
-                return
-            except BaseException as error:
-                await self._drop_incarnation()
-                if not isinstance(error, SandboxGatewayError) or attempt == 2 or error.code == "disk_full":
-                    raise
-                log.warning("sandbox %s: restored, but %s; trying once more", self.id, error.message)
-                first = first or error
-
-    async def _answers(self, identity: Mapping[str, Any] | None) -> None:
-        if identity is None:
-            await self._suspension.heartbeat(self.link)
-        else:
-            await self._identify(identity)
-
-    async def _drop_incarnation(self) -> None:
-        """End processes and files of the current incarnation; the sandbox itself goes on without."""
-        attachment, self._attachment = self._attachment, None
-        if attachment is not None:
-            await attachment.close()
-        handle, self._handle = self._handle, None
-        if handle is not None:
-            await self._removed_from_host(handle)
-        await self._ledger.save(step="", handle={})
-
-    async def _removed_from_host(self, handle: Handle) -> None:
-        await self._runtime.destroy(handle)
-        if handle.directory != self.seat.directory:  # where it stood by
-            with contextlib.suppress(OSError):
-                handle.directory.rmdir()
 
     # Pause, suspend, resume
 
@@ -439,23 +248,23 @@ class LiveSandbox:
             return
         self._ledger.check(State.PAUSED)
         self.seat.channels.sleep(self._wake)
-        attachment = self._attachment
+        attachment = self._incarnation.attachment
         if attachment is not None:
             attachment.freeze()
         try:
-            await self._suspension.freeze(self._made())
+            await self._suspension.freeze(self._incarnation.made)
             await self._keep_facts()
             self._ledger.why = reason
             await self._ledger.move(State.PAUSED)
         except BaseException:
             with contextlib.suppress(SandboxGatewayError):
-                await self._suspension.thaw(self._made())
+                await self._suspension.thaw(self._incarnation.made)
             self._go_on()
             raise
 
     def _go_on(self) -> None:
-        if self._attachment is not None:
-            self._attachment.thaw()
+        if self._incarnation.attachment is not None:
+            self._incarnation.attachment.thaw()
             self._connect()
 
     async def suspend(self, reason: str = "") -> None:
@@ -471,7 +280,7 @@ class LiveSandbox:
             return
         self._ledger.check(State.SUSPENDING)
         self._suspension.check()
-        before, handle = self.state, self._made()
+        before, handle = self.state, self._incarnation.made
         self._ledger.why = ""
         self.seat.channels.sleep(self._wake)
         try:
@@ -480,7 +289,7 @@ class LiveSandbox:
             if before is State.RUNNING:
                 self._go_on()
             raise
-        attachment, self._attachment = self._attachment, None
+        attachment = self._incarnation.let_go()
         remains = Remains(self.seat.cursors.read(), None)
         try:
             if attachment is not None:
@@ -505,9 +314,7 @@ class LiveSandbox:
             raise
         self._saved = Saved(snapshot, remains)
         # From here on the snapshot counts; what cannot be removed now is swept later.
-        self._handle = None
-        await self._removed_from_host(handle)
-        await self._ledger.save(step="", handle={})
+        await self._incarnation.drop()
         self._sealing = asyncio.create_task(self._suspension.seal(snapshot))
         self._progress.moved()
         log.info("sandbox %s was suspended%s", self.id, f": {reason}" if reason else "")
@@ -521,8 +328,8 @@ class LiveSandbox:
         """A suspend failed: go on as ``before``. What is beyond that has died."""
         try:
             if before is State.RUNNING:
-                await self._suspension.thaw(self._made())
-                await self._attach(self.record.epoch, remains)
+                await self._suspension.thaw(self._incarnation.made)
+                await self._incarnation.attach(self.record.epoch, remains)
                 self._connect()
             await self._ledger.insist(before)
         except SandboxGatewayError as error:
@@ -545,14 +352,14 @@ class LiveSandbox:
         if self.state in _AWAKE:
             return
         if self.state is State.PAUSED:
-            await self._suspension.thaw(self._made())
-            if self._attachment is None:
-                await self._attach(self.record.epoch, Remains(self.seat.cursors.read(), None))
+            await self._suspension.thaw(self._incarnation.made)
+            if self._incarnation.attachment is None:
+                await self._incarnation.attach(self.record.epoch, Remains(self.seat.cursors.read(), None))
             self._go_on()
             await self._ledger.insist(State.RUNNING)
-            if not self._policy_told:
+            if not self._incarnation.policy_told:
                 # It was changed while the agent could not hear of it.
-                await self._tell_policy()
+                await self._incarnation.tell_policy()
             return
         self._ledger.check(State.RESUMING)
         # Checksums are for later; until there are some, the files' identity tells that they are what was saved.
@@ -563,7 +370,7 @@ class LiveSandbox:
             saved = self._saved or self._as_served(await self._suspension.load(self.record))
             await self._suspension.fit(saved)
             await self._ledger.move(State.RESUMING)
-            await self._restore(saved)
+            await self._incarnation.restore(saved)
         except BaseException as error:
             if sealing is not None and self._saved is not None:
                 self._sealing = asyncio.create_task(self._suspension.seal(self._saved.snapshot))
@@ -576,7 +383,7 @@ class LiveSandbox:
         # On record before anybody hears of it: a crash in between must not go back behind what clients have seen.
         await self._ledger.insist(State.RUNNING, snapshot=None)
         self._begin()
-        self._suspension.done_with(saved, self._made())
+        self._suspension.done_with(saved, self._incarnation.made)
 
     def _as_served(self, saved: Saved) -> Saved:
         """What an earlier owner had taken and its clients had not: the agent has to send it again."""
@@ -623,7 +430,8 @@ class LiveSandbox:
             hint = "Resume it first." if self.state is State.SUSPENDED else None
             raise SandboxGatewayError("illegal_transition", f"a sandbox that is {self.state} cannot be saved", hint)
         self._suspension.check()
-        attachment, handle, running = self._attachment, self._made(), self.state is State.RUNNING
+        attachment, handle = self._incarnation.attachment, self._incarnation.made
+        running = self.state is State.RUNNING
         if attachment is not None:
             attachment.freeze()
         try:
@@ -748,13 +556,9 @@ class LiveSandbox:
             await self._ledger.save(name=name)
         if on_owner_exit is not None:
             await self._ledger.save(on_owner_exit=on_owner_exit)
-            self._policy_told = False
+            self._incarnation.policy_told = False
             if self.state is State.RUNNING:
-                await self._tell_policy()
-
-    async def _tell_policy(self) -> None:
-        await self.link.call("policy", on_owner_exit=str(self.record.on_owner_exit), grace=self.record.grace)
-        self._policy_told = True
+                await self._incarnation.tell_policy()
 
     def poll(self) -> int | None:
         """None while the kernel lives (paused and suspended are alive), else its return code (negative: a signal)."""
@@ -776,7 +580,7 @@ class LiveSandbox:
 
     async def stats(self) -> Stats:
         """Resource use of the sandbox now."""
-        return await self._runtime.stats(self._handle) if self._handle is not None else Stats()
+        return await self._incarnation.stats()
 
     async def usage(self) -> Stats:
         """As :meth:`stats`, with what only its agent sees: the files inside. Not known while it does not run."""
@@ -829,7 +633,7 @@ class LiveSandbox:
         await self._sealed()
         self._progress.stop()
         self.seat.channels.disconnect()
-        attachment, self._attachment = self._attachment, None
+        attachment = self._incarnation.let_go()
         received = self._numbers()
         if attachment is not None:
             received = (await attachment.close(silence=self.state is State.RUNNING)).received
@@ -842,8 +646,8 @@ class LiveSandbox:
 
     async def _finish(self, death: Death, final: State) -> None:
         async with self._order.lock:
-            if final is State.TERMINATED and self.state is State.RUNNING and self._attachment is not None:
-                await raw_log.keep(self._attachment.link, self._log_file)
+            if final is State.TERMINATED and self.state is State.RUNNING and self._incarnation.attachment is not None:
+                await raw_log.keep(self._incarnation.link, self._log_file)
             self.death = self.death or death
             # Live until all of it is gone: whoever comes after a crash of ours still finds something to remove.
             if self.death.kind is DeathKind.EXPIRED and self.state is State.SUSPENDED:
@@ -854,12 +658,11 @@ class LiveSandbox:
                     await self._ledger.insist(State.TERMINATING, death=self.death)
             self.seat.channels.disconnect()
             self._progress.stop()
-            attachment, self._attachment = self._attachment, None
+            attachment = self._incarnation.let_go()
             if attachment is not None:
                 await attachment.close()
             try:
-                if self._handle is not None:
-                    await self._removed_from_host(self._handle)
+                await self._incarnation.remove()
                 await self._sealed()
                 if self.record.snapshot is not None:
                     await self._suspension.remove(self.record.snapshot)
@@ -898,9 +701,10 @@ class LiveSandbox:
 
     def _numbers(self) -> Mapping[int, int] | None:
         """What was taken of each channel; None while that is not known here."""
-        if self._attachment is not None:
+        attachment = self._incarnation.attachment
+        if attachment is not None:
             # What is held back was not given to any client.
-            return None if self._attachment.holding else self._attachment.link.received()
+            return None if attachment.holding else attachment.link.received()
         remains = self._saved.remains if self._saved is not None else None
         return remains.received if remains is not None else None
 

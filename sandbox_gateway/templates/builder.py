@@ -21,12 +21,12 @@ from typing import Protocol
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.events import EventKind, EventLog
 from sandbox_gateway.kernel_watch import Preparation
-from sandbox_gateway.live import LiveSandbox
 from sandbox_gateway.model import BLANK, Launch
 from sandbox_gateway.owner import OwnerLock
 from sandbox_gateway.profiles import Profile
 from sandbox_gateway.seat import Seat
 from sandbox_gateway.snapshots import Snapshot, SnapshotStore
+from sandbox_gateway.standby import Standby
 from sandbox_gateway.templates.blank import blank, make_holders
 from sandbox_gateway.templates.plan import Plan
 from sandbox_gateway.templates.records import TemplateRecord, TemplateRecords
@@ -53,7 +53,7 @@ class Maker(Protocol):
         """Take the right to an id."""
         ...
 
-    async def blank(self, launch: Launch, profile: Profile, seat: Seat, name: str) -> LiveSandbox:
+    async def blank(self, launch: Launch, profile: Profile, seat: Seat, name: str) -> Standby:
         """Record a sandbox that nobody is to use; nothing of it is made yet."""
         ...
 
@@ -172,7 +172,7 @@ class Builder:
         return True
 
 
-async def _remove(sandbox: LiveSandbox | None, seat: Seat, holders: Path) -> None:
+async def _remove(sandbox: Standby | None, seat: Seat, holders: Path) -> None:
     try:
         if sandbox is not None:
             await sandbox.vanish()

@@ -18,13 +18,13 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from sandbox_gateway.errors import SandboxGatewayError
-from sandbox_gateway.live import LiveSandbox
 from sandbox_gateway.model import STANDBY, Launch, SandboxSpec
 from sandbox_gateway.owner import OwnerLock
 from sandbox_gateway.profiles import Profile
 from sandbox_gateway.profiles.profile import Pool as Wanted
 from sandbox_gateway.request import BASE_ENVIRONMENT, clone
 from sandbox_gateway.seat import Seat
+from sandbox_gateway.standby import Standby
 from sandbox_gateway.suspension import Saved
 from sandbox_gateway.templates.plan import Plan
 
@@ -43,7 +43,7 @@ class Maker(Protocol):
         """Take the right to an id."""
         ...
 
-    async def blank(self, launch: Launch, profile: Profile, seat: Seat, name: str) -> LiveSandbox:
+    async def blank(self, launch: Launch, profile: Profile, seat: Seat, name: str) -> Standby:
         """Record a sandbox that is nobody's; nothing of it is made yet."""
         ...
 
@@ -52,7 +52,7 @@ class Maker(Protocol):
 class Member:
     """One sandbox that stands ready."""
 
-    sandbox: LiveSandbox
+    sandbox: Standby
     seat: Seat
     saved: Saved
     """The template."""
@@ -223,7 +223,7 @@ def _nobodys(launch: Launch, sandbox_id: str) -> Launch:
     )
 
 
-async def _undo(sandbox: LiveSandbox | None, seat: Seat) -> None:
+async def _undo(sandbox: Standby | None, seat: Seat) -> None:
     try:
         if sandbox is not None:
             await sandbox.vanish()

@@ -27,7 +27,7 @@ def live(channels: KernelChannels) -> LiveSandbox:
     seat: Any = SimpleNamespace(channels=channels, cursors=None)
     return LiveSandbox(
         record,
-        nothing,
+        Launch(cast("SandboxSpec", None), KernelSpec(("python",)), b"key", 1, 1),
         seat,
         runtime=nothing,
         store=nothing,
@@ -82,7 +82,7 @@ async def test_who_is_told_of_a_restart_may_ask_at_once_and_the_new_kernel_answe
     link = SimpleNamespace(send=lambda channel, parts: happened.append(bytes(parts[0]).decode()), call=call)
     kernel = KernelSpec(("python",))
     sandbox.launch = Launch(cast("SandboxSpec", None), kernel, b"key", 1, 1)
-    sandbox._attachment = SimpleNamespace(link=link)  # type: ignore[assignment]
+    sandbox._incarnation.attachment = SimpleNamespace(link=link)  # type: ignore[assignment]
     sandbox._ledger._store = SimpleNamespace(put=put, put_launch=lambda *what: None)  # type: ignore[assignment]
     sandbox._ledger._events = SimpleNamespace(moved=lambda *what: None)  # type: ignore[assignment]
     channels.connect(cast("Sender", link))
@@ -129,7 +129,7 @@ async def test_a_log_without_end_is_cut() -> None:
             return Endless()
 
     sandbox = live(KernelChannels(b"key"))
-    sandbox._attachment = SimpleNamespace(link=Link())  # type: ignore[assignment]
+    sandbox._incarnation.attachment = SimpleNamespace(link=Link())  # type: ignore[assignment]
     assert len(await sandbox.log()) == LOG_LIMIT
 
 
@@ -145,11 +145,11 @@ async def test_what_a_resumed_kernel_says_is_for_nobody_before_it_is_on_record_t
 
     async def restore(found: Any) -> None:
         link = SimpleNamespace(send=lambda channel, parts: order.append("request"), received=dict)
-        sandbox._attachment = SimpleNamespace(link=link, release=lambda: order.append("released"))  # type: ignore[assignment]
-        sandbox._handle = SimpleNamespace()  # type: ignore[assignment]
+        sandbox._incarnation.attachment = SimpleNamespace(link=link, release=lambda: order.append("released"))  # type: ignore[assignment]
+        sandbox._incarnation.handle = SimpleNamespace()  # type: ignore[assignment]
 
     sandbox._saved = saved
-    sandbox._restore = restore  # type: ignore[method-assign, assignment]
+    sandbox._incarnation.restore = restore  # type: ignore[method-assign, assignment]
     sandbox._suspension = SimpleNamespace(fit=fit, done_with=lambda found, handle: None)  # type: ignore[assignment]
     sandbox._ledger._store = SimpleNamespace(put=lambda record: order.append(str(record.state)))  # type: ignore[assignment]
     sandbox._ledger._events = SimpleNamespace(moved=lambda *what: None)  # type: ignore[assignment]

@@ -1,0 +1,108 @@
+"""A sandbox that nobody uses yet: it is made for a template, or stands by in a pool for one that will take its place.
+
+Its record stays CREATING and *blank*, so that one which is found without an owner is removed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from sandbox_gateway.attachment import Attachment, Remains
+from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.introduction import introduce
+from sandbox_gateway.kernel_watch import Preparation
+from sandbox_gateway.live import LiveSandbox
+from sandbox_gateway.model import Death, DeathKind
+from sandbox_gateway.snapshots import Kind, Snapshot
+from sandbox_gateway.suspension import Saved
+
+PREPARATION = 600.0
+"""Seconds that a kernel may take until it has imported everything that its template is to hold."""
+STILLNESS = 0.2
+"""Seconds that a kernel is left alone before it is saved as a template."""
+
+
+class Standby(LiveSandbox):
+    """Made by :meth:`Lifecycle.blank <sandbox_gateway.lifecycle.Lifecycle.blank>`."""
+
+    # For a template
+
+    async def prepare(self, preload: Sequence[str]) -> Preparation:
+        """Boot a kernel for a template, and wait until it is ready and still. Raises as :meth:`create`."""
+        return await self._make(self._prepare(preload))
+
+    async def _prepare(self, preload: Sequence[str]) -> Preparation:
+        ready: asyncio.Future[Preparation] = asyncio.get_running_loop().create_future()
+        self.kernel.ready = ready
+        await self._incarnation.make()
+        await self._incarnation.start()
+        await self.link.call("start_kernel", **self._kernel_parameters(self.launch.kernel), preload=list(preload))
+        gone = asyncio.create_task(self.kernel.gone.wait())
+        try:
+            either: set[asyncio.Future[Any]] = {ready, gone}
+            await asyncio.wait(either, timeout=PREPARATION, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+        if not ready.done():
+            what = "ended" if self.kernel.exit is not None else f"was not ready within {PREPARATION:.0f} seconds"
+            raise SandboxGatewayError("kernel_failed", f"the kernel {what}")
+        self.seat.channels.connect(self.link)
+        self.launch = replace(self.launch, facts=await introduce(self.seat.channels, self.launch.key))
+        await asyncio.sleep(STILLNESS)
+        await self.link.drain()
+        return ready.result()
+
+    async def preserve(self, template_key: str) -> Snapshot:
+        """Save what :meth:`prepare` made, as a template; it is left paused, for :meth:`vanish`.
+
+        Raises ``snapshot_failed``, ``disk_full``, ``unsupported``.
+        """
+        return await self._make(self._preserve(template_key))
+
+    async def _preserve(self, template_key: str) -> Snapshot:
+        self._suspension.check()
+        attachment = self._incarnation.let_go()
+        remains = Remains({}) if attachment is None else await attachment.close(silence=True)
+        handle = self._incarnation.made
+        await self._suspension.freeze(handle)
+        return await self._suspension.save(
+            handle, self.record, self.launch, remains.received, Kind.TEMPLATE, template_key=template_key
+        )
+
+    # For a pool
+
+    async def stand_by(self, saved: Saved | None) -> None:
+        """Be ready for the sandbox that will :meth:`step_in <sandbox_gateway.live.LiveSandbox.step_in>`: restored from
+        ``saved`` and attached, or with None only made. Raises as :meth:`create`, and what stands against the restore.
+        """
+        await self._make(self._stand_by(saved))
+
+    async def _stand_by(self, saved: Saved | None) -> None:
+        if saved is None:
+            await self._incarnation.make()
+            return
+        with self._suspension.hold(saved):
+            await self._suspension.fit(saved)
+            await self._incarnation.restore(saved)
+
+    @property
+    def stands(self) -> bool:
+        """Whether what stands by is still there, as far as can be told without asking it."""
+        attachment = self._incarnation.attachment
+        return not self._ending and (attachment is None or not attachment.link.closed)
+
+    def surrender(self) -> Attachment | None:
+        """Give up what stood by to the sandbox whose record has its handle by now; this one is nothing any more."""
+        self._ending = self.kernel.muted = True
+        self._progress.stop()
+        return self._incarnation.surrender()
+
+    # Its end
+
+    async def vanish(self) -> None:
+        """End and remove everything, the record too: of a sandbox that nobody ever used."""
+        await self.destroy(Death(DeathKind.STOPPED, "it was made for a template"))
+        await self._ledger.delete()
