@@ -254,6 +254,7 @@ def test_kernels_come_and_go_and_nothing_is_left(
     before = _files(product.home)
     # Kernels that other tests of this session hold; one that was stopped keeps its endpoints until it is let go.
     others = {path.name for path in run.iterdir()} - {"owners", "runsc", "empty"}
+    earlier = {row["id"] for row in json.loads(product.command("ps", "--all", "--json").stdout)}
     seed = int(os.environ.get("SANDBOX_TEST_CHURN_SEED", random.randrange(10**6)))
     report = Report()
     begun = time.monotonic()
@@ -276,7 +277,9 @@ def test_kernels_come_and_go_and_nothing_is_left(
     assert product.ids() <= others
     until(lambda: _files(product.home) == before, found=lambda: sorted(_files(product.home) ^ before))
     ended = json.loads(product.command("ps", "--all", "--json").stdout)
-    assert all(row["state"] in ("terminated", "failed") for row in ended if row["id"] not in others)
+    ours = [row for row in ended if row["id"] not in earlier]
+    assert [row for row in ours if row["state"] not in ("terminated", "failed")] == []
+    assert ours, "what has ended is still told of"
 
 
 def _files(home: Path) -> set[str]:
