@@ -10,16 +10,15 @@ import asyncio
 import contextlib
 import logging
 import os
-import secrets
 import time
-import uuid
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from sandbox_gateway import identity
 from sandbox_gateway import request as requests
+from sandbox_gateway.clones import Clones, ForkOutcome
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.events import Event, EventKind, EventLog
 from sandbox_gateway.host.machine import boot_id
@@ -27,8 +26,9 @@ from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.idle import Abilities, IdleDriver, Policies, World
 from sandbox_gateway.images.service import ImageService, Progress
 from sandbox_gateway.live import LiveSandbox
-from sandbox_gateway.model import LIVE, Death, DeathKind, Idle, Image, Launch, Limits, OnOwnerExit, SandboxRecord, State
+from sandbox_gateway.model import LIVE, Death, DeathKind, Image, Launch, OnOwnerExit, SandboxRecord, State
 from sandbox_gateway.owner import NoOwner, OwnerLock, OwnerServer, ask, holder
+from sandbox_gateway.owner_requests import carry_out
 from sandbox_gateway.profiles import Profile, load_profiles
 from sandbox_gateway.registry import make_runtime
 from sandbox_gateway.request import CreateRequest
@@ -46,28 +46,16 @@ log = logging.getLogger(__name__)
 L = TypeVar("L", bound=LiveSandbox)
 
 OnProgress = Callable[[Progress], None]
-MAX_FORK = 1000
-"""Children of one fork at most."""
 SWEPT = 2.0
 """Seconds that a new id is waited for, while another process looks at its directory."""
 SWEEP_DELAY = 0.3
 """Seconds after a claim until what others left is looked for: what is started now needs the processor first."""
 SWEEP_INTERVAL = 5.0
 """Seconds between two such looks of one process: they read the whole store, and many starts may follow each other."""
-AT_A_TIME = 4
-"""Restores under way at the same time."""
 
 
 def _unheard(step: Progress) -> None:
     """Nobody wants to know how far it is."""
-
-
-@dataclass(frozen=True, slots=True)
-class ForkOutcome:
-    """What became of one child."""
-
-    id: str
-    error: SandboxGatewayError | None = None
 
 
 class Lifecycle:
@@ -88,13 +76,13 @@ class Lifecycle:
         that has several. ``clones``: what becomes of clones when it ends, where not what their profile says."""
         self.paths = paths.ensure()
         self._attend = attend
-        self._clones_end = clones
         self._socket = socket
         self.store = Store(paths.database)
         self.snapshots = SnapshotStore(paths)
         self.images = images or ImageService(paths)
         self.templates = Templates(paths, self, self.snapshots, on_built=self._template_built)
         self.pool = Pool(self)
+        self._clones = Clones(self, clones)
         self.live: dict[str, LiveSandbox] = {}
         self._seats: dict[str, Seat] = {}
         self._make_runtime = runtimes
@@ -263,7 +251,7 @@ class Lifecycle:
     async def launch(self, wanted: CreateRequest, progress: OnProgress | None = None) -> tuple[Launch, tuple[str, ...]]:
         """What a sandbox for ``wanted`` is made from, and notes on what does not hold here, or only softly."""
         _, report = await self.runtime(wanted.profile.runtime)
-        notes, limits = _enforceable(report, wanted.profile)
+        notes, limits = requests.enforceable(report, wanted.profile)
         who = requests.identity(wanted, root=os.geteuid() == 0)
         image = await self.image(wanted.profile, who.uid, progress)
         private = (self.paths.home, self.paths.runtime)
@@ -474,87 +462,28 @@ class Lifecycle:
 
         A child that fails leaves nothing and its reason in its outcome. Raises only what stands in the way of all.
         """
-        if not 1 <= count <= MAX_FORK:
-            raise SandboxGatewayError("invalid_request", f"{count} is not a number of children from 1 to {MAX_FORK}")
-        snapshot = await asyncio.to_thread(self.snapshots.find, snapshot_id)
-        runtime, report = await self.runtime(snapshot.manifest.runtime)
-        lease = await asyncio.to_thread(self.snapshots.hold, snapshot)
-        try:
-            await Suspension(runtime, report, self.snapshots).fit(Saved(snapshot))
-            return await self._clones(snapshot, count, owner, runtime, report)
-        finally:
-            lease.release()
+        return await self._clones.spawn(snapshot_id, count, owner)
 
-    async def _clones(
-        self, snapshot: Snapshot, count: int, owner: str, runtime: Runtime, report: RuntimeReport
-    ) -> list[ForkOutcome]:
-        room = asyncio.Semaphore(AT_A_TIME)
-
-        async def one() -> ForkOutcome:
-            async with room:
-                child = str(uuid.uuid4())
-                try:
-                    await self._clone(snapshot, child, owner, runtime, report)
-                except SandboxGatewayError as error:
-                    return ForkOutcome(child, error)
-                return ForkOutcome(child)
-
-        return list(await asyncio.gather(*(one() for _ in range(count))))
-
-    async def _clone(
-        self, snapshot: Snapshot, child: str, owner: str, runtime: Runtime, report: RuntimeReport
-    ) -> LiveSandbox:
-        manifest = snapshot.manifest
-        parent = manifest.saved_launch()
-        launch = requests.clone(parent, child, secrets.token_hex(32).encode())
-        seat = Seat(await self.claim(child), launch.key, missing_file_hint=launch.missing_file_hint)
-        now = time.time()
-        profile = await asyncio.to_thread(self._profile, manifest.profile)
-        record = SandboxRecord(
-            id=child,
-            state=State.CREATING,
-            profile=manifest.profile,
-            runtime=manifest.runtime,
-            created=now,
-            changed=now,
-            boot_id=boot_id(),
-            layers=manifest.layers,
-            on_owner_exit=self._clones_end or (profile.on_owner_exit if profile is not None else OnOwnerExit.KEEP),
-            grace=profile.grace if profile is not None else Profile(manifest.profile).grace,
-            owner_pid=os.getpid(),
-            parent=f"sandbox:{manifest.sandbox}" if manifest.kind is Kind.FORK else f"snapshot:{snapshot.id}",
-            epoch=manifest.epoch,
-            owner=owner,
-            idle=await asyncio.to_thread(self._chosen_idle, manifest.sandbox),
-        )
-        self._seats[child] = seat
+    async def clone(self, record: SandboxRecord, launch: Launch, saved: Saved, parent: Launch) -> LiveSandbox:
+        """One sandbox from a snapshot of ``parent``, with the identity of ``launch``, owned by this process; on any
+        failure nothing is left and the reason is raised."""
+        seat = Seat(await self.claim(record.id), launch.key, missing_file_hint=launch.missing_file_hint)
+        self._seats[record.id] = seat
         try:
             if self._attend is not None:
-                self._attend(child, seat)
+                self._attend(record.id, seat)
+            runtime, report = await self.runtime(record.runtime)
             sandbox = await self._new(record, launch, seat, runtime, report)
             seat.channels.retain()
             seat.channels.renew(parent.key)
-            await self._made(sandbox, sandbox.restore(Saved(snapshot), identity.fresh(launch)))
+            await self._made(sandbox, sandbox.restore(saved, identity.fresh(launch)))
             if self._attend is None:
                 seat.bridge()
         except BaseException:
-            self._seats.pop(child, None)
+            self._seats.pop(record.id, None)
             seat.release()
             raise
         return sandbox
-
-    def _chosen_idle(self, parent: str) -> Idle | None:
-        """The idle times that were chosen for the sandbox that a snapshot is of, while it is known."""
-        try:
-            return self.store.get(parent).idle
-        except SandboxGatewayError:
-            return None
-
-    def _profile(self, name: str) -> Profile | None:
-        try:
-            return load_profiles(self.paths).get(name)
-        except SandboxGatewayError:
-            return None
 
     async def runtime(self, name: str) -> tuple[Runtime, RuntimeReport]:
         """The runtime called ``name`` and what it can do here; raises with a hint when it cannot run at all."""
@@ -598,32 +527,9 @@ class Lifecycle:
     async def _answer(self, op: str, sandbox_id: str, params: Mapping[str, Any]) -> dict[str, Any]:
         await self._refuse_expired(sandbox_id)
         sandbox = self.owned(sandbox_id)
-        if op == "stop":
-            await sandbox.destroy(
-                Death(DeathKind.STOPPED, str(params.get("reason") or "stopped by `jupyter sandbox stop`"))
-            )
-        elif op == "suspend":
-            await sandbox.suspend(str(params.get("reason") or "by `jupyter sandbox suspend`"))
-        elif op == "resume":
-            await sandbox.resume()
-        elif op == "pause":
-            await sandbox.pause()
-        elif op == "save":
-            snapshot = await sandbox.save(
-                Kind.FORK if params.get("kind") == "fork" else Kind.SAVED, str(params.get("name") or "")
-            )
-            return {"snapshot": snapshot.id}
-        elif op == "connect":
-            return {"connection_file": str(await self.connect(sandbox_id))}
-        elif op == "hand_over":
-            await self.hand_over(sandbox_id)
-        elif op == "log":
-            return {"log": (await sandbox.log()).decode(errors="replace")}
-        elif op == "stats":
-            stats = await sandbox.stats()
-            return {"memory": stats.memory, "cpu_seconds": stats.cpu_seconds, "processes": stats.processes}
-        else:
-            raise SandboxGatewayError("invalid_request", f"unknown request {op!r}")
+        answer = await carry_out(op, sandbox, params, self.hand_over)
+        if answer is not None:
+            return answer
         # Who is told that it is done finds it among the events.
         await self.events.flush()
         return {"state": str(sandbox.state)}
@@ -721,27 +627,3 @@ class Lifecycle:
 
 class _Ended(SandboxGatewayError):
     """Somebody ended a sandbox while it was made: nothing takes its place."""
-
-
-def _enforceable(report: RuntimeReport, profile: Profile) -> tuple[tuple[str, ...], Limits]:
-    """The limits that hold here and notes on those that do not, or only softly.
-
-    A limit that the profile file asks for and that cannot be enforced is an error (DESIGN 4.14).
-    """
-    notes: list[str] = []
-    absent: dict[str, None] = {}
-    for name in ("cpu", "memory", "disk", "processes"):
-        if getattr(profile.limits, name) is None:
-            continue
-        capability = report.get(f"limits.{name}")
-        if not capability.available:
-            if name in profile.required_limits:
-                raise SandboxGatewayError(
-                    "limit_unsupported",
-                    f"profile {profile.name}: the {name} limit cannot be enforced here: {capability.reason}",
-                    capability.hint or None,
-                )
-            absent[name] = None
-        if capability.reason:
-            notes.append(f"{name} limit: {capability.reason}")
-    return tuple(notes), replace(profile.limits, **absent)

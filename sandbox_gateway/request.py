@@ -11,6 +11,7 @@ from pathlib import Path
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.model import STANDBY, Image, KernelSpec, Launch, Limits, Mount, SandboxSpec, WorkspaceMode
 from sandbox_gateway.profiles import HOME, WORKSPACE, Profile
+from sandbox_gateway.runtimes.base import RuntimeReport
 
 DEFAULT_UID = 1000
 AGENT_UID = 64999
@@ -159,6 +160,30 @@ def missing_file_hint(request: CreateRequest) -> str:
         "[sandbox] This kernel does not see the notebook's folder: it starts in an empty home. "
         "Pick 'Python 3 (gVisor, this folder)' to open the folder to it.\n"
     )
+
+
+def enforceable(report: RuntimeReport, profile: Profile) -> tuple[tuple[str, ...], Limits]:
+    """The limits that hold here and notes on those that do not, or only softly.
+
+    A limit that the profile file asks for and that cannot be enforced is an error (DESIGN 4.14).
+    """
+    notes: list[str] = []
+    absent: dict[str, None] = {}
+    for name in ("cpu", "memory", "disk", "processes"):
+        if getattr(profile.limits, name) is None:
+            continue
+        capability = report.get(f"limits.{name}")
+        if not capability.available:
+            if name in profile.required_limits:
+                raise SandboxGatewayError(
+                    "limit_unsupported",
+                    f"profile {profile.name}: the {name} limit cannot be enforced here: {capability.reason}",
+                    capability.hint or None,
+                )
+            absent[name] = None
+        if capability.reason:
+            notes.append(f"{name} limit: {capability.reason}")
+    return tuple(notes), replace(profile.limits, **absent)
 
 
 def _workspace(request: CreateRequest) -> Path | None:

@@ -26,6 +26,7 @@ from typing import Any, Final, TypeVar, overload
 
 from sandbox_gateway import request as requests
 from sandbox_gateway.background import background_loop
+from sandbox_gateway.clones import ForkOutcome
 from sandbox_gateway.embedded import lifecycle
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.events import Event, EventKind
@@ -33,7 +34,7 @@ from sandbox_gateway.execution import Execution
 from sandbox_gateway.keeper import ask_keeper, take_over
 from sandbox_gateway.kernel_client import KernelClient, client_of, left
 from sandbox_gateway.kernelspecs import kernel_argv
-from sandbox_gateway.lifecycle import ForkOutcome, Lifecycle
+from sandbox_gateway.lifecycle import Lifecycle
 from sandbox_gateway.live import LiveSandbox
 from sandbox_gateway.model import Death, DeathKind, KernelSpec, OnOwnerExit, State
 from sandbox_gateway.profiles import DEFAULT_PROFILE, load_profiles

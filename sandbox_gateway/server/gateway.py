@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from sandbox_gateway.choices import chosen
+from sandbox_gateway.clones import ForkOutcome
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.events import Event
 from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.images.service import Progress
-from sandbox_gateway.lifecycle import ForkOutcome, Lifecycle
+from sandbox_gateway.lifecycle import Lifecycle
 from sandbox_gateway.live import LiveSandbox
 from sandbox_gateway.model import LIVE, SandboxRecord, State, WorkspaceMode
 from sandbox_gateway.owner import OWNERS

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from sandbox_gateway.choices import TIERS, choice_schema
+from sandbox_gateway.clones import ForkOutcome
 from sandbox_gateway.events import Event
-from sandbox_gateway.lifecycle import ForkOutcome
 from sandbox_gateway.model import NOT_ISOLATED, Idle, Limits, SandboxRecord, timestamp
 from sandbox_gateway.profiles import Profile
 from sandbox_gateway.quotas import Quota, Usage

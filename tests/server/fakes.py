@@ -14,11 +14,11 @@ from typing import Any
 from sandbox_gateway import messages
 from sandbox_gateway.channels import KernelChannels
 from sandbox_gateway.choices import chosen
+from sandbox_gateway.clones import ForkOutcome
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.events import Event, EventKind
 from sandbox_gateway.images.service import Progress
 from sandbox_gateway.kernel_client import IDENTITY
-from sandbox_gateway.lifecycle import ForkOutcome
 from sandbox_gateway.messages import Buffer
 from sandbox_gateway.model import (
     LIVE,
