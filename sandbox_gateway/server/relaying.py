@@ -195,11 +195,11 @@ class RelayedConnection(GatewayWebSocketConnection):
                 try:
                     await written
                 except BaseException as error:
-                    # Not all of it has left: it is sent by the next connection.
+                    # Not all of it has left: it is sent by the next connection. Who reads may see the end first.
                     self._to_send.appendleft(message)
+                    self._stumbles += 1
                     if not isinstance(error, WebSocketClosedError):
                         raise
-                    self._stumbles += 1
                     return
                 self._waiting -= len(message)
                 self._stumbles = 0
