@@ -8,7 +8,6 @@ during its calls; what is here only hands over.
 from __future__ import annotations
 
 import os
-import secrets
 import signal
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from sandbox_gateway.background import background_loop
 from sandbox_gateway.embedded import SandboxedKernel
 from sandbox_gateway.model import KernelSpec
 from sandbox_gateway.profiles import DEFAULT_PROFILE
+from sandbox_gateway.provisioning import check_encryption, signing_key
 
 CONTROL_GRACE = 1.0
 """Seconds between SIGTERM and SIGKILL in :meth:`SandboxProvisioner.terminate`; the caller waits and kills itself."""
@@ -46,14 +46,10 @@ class SandboxProvisioner(KernelProvisionerBase):
 
     async def pre_launch(self, **kwargs: Any) -> dict[str, Any]:
         """Called by ``KernelManager.pre_start_kernel``. The environment given is only a source for the allow-list."""
+        check_encryption(self.parent)
         offered = dict(kwargs.pop("env", None) or os.environ)
         extra_arguments = list(kwargs.pop("extra_arguments", None) or [])
         kwargs.pop("kernel_id", None)
-        manager = self.parent
-        if manager is not None and not self.connection_info:
-            key = getattr(getattr(manager, "session", None), "key", b"")
-        else:
-            key = self.connection_info.get("key", b"")
         spec = KernelSpec(
             argv=(*guard.unwrap(self.kernel_spec.argv), *extra_arguments),
             environment={str(name): str(value) for name, value in (self.kernel_spec.env or {}).items()},
@@ -63,7 +59,7 @@ class SandboxProvisioner(KernelProvisionerBase):
             cmd=list(spec.argv),
             env={},
             sandbox_spec=spec,
-            sandbox_key=key or secrets.token_hex(32).encode(),
+            sandbox_key=signing_key(self.parent, self.connection_info),
             sandbox_environment=offered,
             **kwargs,
         )

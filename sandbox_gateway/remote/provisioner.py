@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import signal
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -19,6 +18,7 @@ from traitlets import Enum, Float, List, Unicode
 
 from sandbox_gateway.background import background_loop
 from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.provisioning import check_encryption, signing_key
 from sandbox_gateway.remote.address import parse
 from sandbox_gateway.remote.kernel import RemoteKernel
 from sandbox_gateway.remote.session import PATIENCE
@@ -57,19 +57,15 @@ class RemoteSandboxProvisioner(KernelProvisionerBase):
 
     async def pre_launch(self, **kwargs: Any) -> dict[str, Any]:
         """Called by ``KernelManager.pre_start_kernel``. The environment given is only a source for the allow-list."""
+        check_encryption(self.parent)
         offered = dict(kwargs.pop("env", None) or os.environ)
         kwargs.pop("extra_arguments", None)
         kwargs.pop("kernel_id", None)
-        manager = self.parent
-        if manager is not None and not self.connection_info:
-            key = getattr(getattr(manager, "session", None), "key", b"")
-        else:
-            key = self.connection_info.get("key", b"")
         environment = chosen(offered, self.variables, self.kernel_spec.env or {})
         return await super().pre_launch(
             cmd=["sandbox-remote"],
             env={},
-            sandbox_key=key or secrets.token_hex(32).encode(),
+            sandbox_key=signing_key(self.parent, self.connection_info),
             sandbox_environment=environment,
             sandbox_name=re.split(r"[/\\]", str(offered.get("JPY_SESSION_NAME", "")))[-1],
             **kwargs,

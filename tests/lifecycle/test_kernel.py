@@ -11,7 +11,10 @@ import threading
 from pathlib import Path
 
 import pytest
-from acceptance import FILES_KERNEL, KERNEL, Client, Product, environment, kernel, profile_kernelspec, until
+from acceptance import FILES_KERNEL, KERNEL, START, Client, Product, environment, kernel, profile_kernelspec, until
+from jupyter_client.manager import KernelManager
+
+from sandbox_gateway.errors import SandboxGatewayError
 
 
 def test_a_cell_runs_inside_gvisor(client: Client) -> None:
@@ -21,6 +24,29 @@ def test_a_cell_runs_inside_gvisor(client: Client) -> None:
 
 def test_the_kernel_knows_its_id(client: Client) -> None:
     assert client.run("import os; print(os.environ['SANDBOX_ID'])").stdout.strip() == client.id
+
+
+@pytest.mark.parametrize("policy", ["auto", "required"])
+def test_encryption_is_refused_where_it_is_required_and_never_only_pretended(product: Product, policy: str) -> None:
+    manager = KernelManager(kernel_name=KERNEL, transport_encryption=policy)
+    # As ipykernel's own kernelspec says, which JUPYTER_DEFAULT_PROVISIONER_NAME may put into a sandbox.
+    assert manager.kernel_spec is not None
+    manager.kernel_spec.metadata["supported_encryption"] = "curve"
+    if policy == "required":
+        before = product.ids()
+        with pytest.raises(SandboxGatewayError, match="not encrypted"):
+            manager.start_kernel()
+        assert product.ids() == before
+        return
+    manager.start_kernel()
+    client = manager.blocking_client()
+    try:
+        client.start_channels()
+        client.wait_for_ready(timeout=START)
+        assert manager.curve_publickey is None
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
 
 
 def test_ps_shows_the_running_kernel_with_its_owner(client: Client, product: Product) -> None:
