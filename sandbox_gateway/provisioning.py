@@ -25,5 +25,5 @@ def check_encryption(manager: Any) -> None:
         raise SandboxGatewayError(
             "unsupported",
             "transport_encryption is 'required', and a sandboxed kernel's sockets are not encrypted",
-            "They do not leave this machine. Set transport_encryption to 'auto' or 'disabled'.",
+            "These sockets do not leave this machine. Set transport_encryption to 'auto' or 'disabled'.",
         )

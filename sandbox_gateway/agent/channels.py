@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 BATCH: Final = 512
 """Messages taken from one socket before the link gets its turn."""
 _PIPE_SIZE: Final = 1024 * 1024
+_LOOKS: Final = 64
+"""Looks in a row at a pipe that a kernel may go on filling."""
 _WELCOME_WAIT: Final = 0.25
 _QUIET: Final = 0.03
 
@@ -132,7 +134,7 @@ class KernelChannels:
 
     def last_words(self) -> bool:
         """Take what a kernel that has ended left behind; False while more may be on its way."""
-        for _ in range(64):
+        for _ in range(_LOOKS):
             if self._pipe is None or not self._look_at_pipe()[0]:
                 break
         if self._pipe is None and self._output is not None:
@@ -185,9 +187,8 @@ class KernelChannels:
         for name, socket in sockets.requests.items():
             messages, rest = sockets.receive(socket, BATCH)
             more = more or rest
-            if messages and self._output is not None:
-                self._output.relax()
-                self._output.look()
+            if messages:
+                self._take_outputs()
             for parts in messages:
                 if name != "control" or not self._own_reply(parts):
                     self._hooks.message(name, parts)
@@ -201,6 +202,15 @@ class KernelChannels:
                 self._await_welcome()
         if more:
             self._loop.soon(self._service)
+
+    def _take_outputs(self) -> None:
+        """Everything that was published before what came on another channel: it is in the pipe."""
+        for _ in range(_LOOKS):
+            if self._output is None:
+                return
+            self._output.relax()
+            if not self._output.look() or self._pipe is None:
+                return
 
     def _look_at_iopub(self) -> tuple[int, bool]:
         if self._sockets is None:
@@ -236,7 +246,7 @@ class KernelChannels:
             if self._sockets is not None:
                 self._subscribe()
             return 0, False
-        full = self._reading.filled(size)
+        full = self._reading.filled(size) or (room is not None and size == len(room))
         for channel, parts in messages:
             if channel == "iopub":
                 self._publish(parts)

@@ -17,7 +17,9 @@ MAX_MESSAGE: Final = 512 * 1024 * 1024
 """Bytes of one message, all parts together."""
 MAX_PARTS: Final = 1024
 LONG: Final = 256 * 1024
-"""Bytes of a message above which it is not copied."""
+LONGEST: Final = 32 * 1024 * 1024
+"""Bytes of a message from which on, and up to which, it is read where it stays. Its place is made when its first bytes
+have come: whoever only claims a length gets no more than this."""
 Part = bytes | memoryview
 _HEAD = struct.Struct("!4sI")
 _COUNT = struct.Struct("!I")
@@ -30,8 +32,8 @@ class PipeError(ValueError):
 class PipeReader:
     """Cuts a byte sequence into messages.
 
-    Long messages are read where they stay: as long as :meth:`room` names a place, what comes belongs there. Copies are
-    dear inside a sandbox, where each fresh page is the sentry's work.
+    A long message of which a part is still to come is read where it stays: as long as :meth:`room` names a place, what
+    comes belongs there. Copies are dear inside a sandbox, where each fresh page is the sentry's work.
     """
 
     def __init__(self, limit: int = MAX_MESSAGE) -> None:
@@ -66,6 +68,7 @@ class PipeReader:
 
         Raises :class:`PipeError`; the pipe is then useless.
         """
+        assert self._room is None
         self._pieces.append(data)
         self._have += len(data)
         if self._have < self._need:
@@ -86,7 +89,7 @@ class PipeReader:
             at += _HEAD.size
             messages.append((channel, _parts(whole, at, total)))
             at += total
-        if need > LONG and channel is not None:
+        if channel is not None and LONG < need <= LONGEST:
             self._begin_long(channel, whole[at + _HEAD.size :], need - _HEAD.size)
             at, need = end, _HEAD.size
         rest = whole[at:]
@@ -113,7 +116,6 @@ def _parts(whole: bytes | memoryview, at: int, total: int) -> list[Part]:
     position = at + table
     parts: list[Part] = []
     for length in lengths:
-        part = whole[position : position + length]
-        parts.append(part if length > LONG else bytes(part))
+        parts.append(whole[position : position + length])
         position += length
     return parts

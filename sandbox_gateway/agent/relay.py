@@ -19,6 +19,7 @@ DELIMITER: Final = b"<IDS|MSG>"
 
 NAMES: Final = ("shell", "control", "stdin", "iopub", "hb")
 _MAX_GREETING: Final = 256 * 1024
+_MAX_HEADER: Final = 1024 * 1024
 _DROPPABLE = re.compile(rb'"msg_type"\s*:\s*"(?:stream|display_data|update_display_data)"')
 _KIND = re.compile(rb'"msg_type"\s*:\s*"(iopub_welcome|status)"')
 WELCOME: Final = b"iopub_welcome"
@@ -30,7 +31,8 @@ def header_of(parts: Sequence[bytes | memoryview]) -> bytes:
     """The raw header of a Jupyter message (protocol 5: behind delimiter and signature); empty if there is none."""
     for index, part in enumerate(parts[:16]):
         if part == DELIMITER:
-            return bytes(parts[index + 2]) if len(parts) > index + 2 else b""
+            header = parts[index + 2] if len(parts) > index + 2 else b""
+            return bytes(header) if len(header) <= _MAX_HEADER else b""
     return b""
 
 
@@ -58,9 +60,9 @@ class Greeting:
     def of(cls, parts: Sequence[bytes | memoryview]) -> Greeting:
         """Read the content of an ``iopub_welcome``; what makes no sense in it counts as not said."""
         try:
-            text = bytes(parts[[bytes(part) for part in parts[:16]].index(DELIMITER) + 5])
-            content = json.loads(text) if len(text) <= _MAX_GREETING else {}
-        except (ValueError, IndexError, RecursionError):
+            text = parts[next(at for at, part in enumerate(parts[:16]) if part == DELIMITER) + 5]
+            content = json.loads(bytes(text)) if len(text) <= _MAX_GREETING else {}
+        except (ValueError, IndexError, RecursionError, StopIteration):
             content = {}
         if not isinstance(content, dict):
             return cls()

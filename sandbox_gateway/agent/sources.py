@@ -74,19 +74,19 @@ class Source:
         self._closed = False
         self._watch(True)
 
-    def look(self) -> None:
-        """Take what is there, and arrange for the next look."""
+    def look(self) -> bool:
+        """Take what is there, and arrange for the next look; returns whether there may be more at once."""
         self._queued = False
         if self.is_closed():
-            return
+            return False
         if self._allowed is not None and not self._allowed():
             self._watch(False)
             if self._timer is None:
                 self._timer = self._loop.later(_HELD, self._asked)
-            return
+            return False
         found, more = self._take()
         if self.is_closed():
-            return
+            return False
         paced = self._pace.looked(time.monotonic(), found)
         if more:
             self._again()
@@ -96,6 +96,7 @@ class Source:
                 self._timer = self._loop.later(INTERVAL, self._due)
         else:
             self._watch(True)
+        return more
 
     def relax(self) -> None:
         """Somebody waits: be woken at once from now on."""

@@ -35,6 +35,8 @@ PING: Final = 300.0
 while where that is large and the line is slow."""
 REFUSALS: Final = (401, 403, 404, 410)
 """Answers that will be the same when asked again."""
+RESTARTS: Final = (1001, 1012)
+"""Codes by which a gateway that will come back ends a connection."""
 TOO_BIG, COME_AGAIN, TOO_MUCH = 1009, 1012, 1013
 """Codes of RFC 6455 and its registry with which a page's connection is ended; JupyterLab connects again after each."""
 
@@ -130,6 +132,8 @@ class RelayedConnection(GatewayWebSocketConnection):
                 replay = ""
                 if await self._exchange(gateway):
                     attempts = 0
+                if gateway.close_code in RESTARTS:
+                    self._stumbles = 0
                 if gateway.close_code is not None and _is_final(gateway):
                     return self.websocket_handler.close(gateway.close_code, gateway.close_reason)
                 if self._stumbles >= STUMBLES:
@@ -230,7 +234,7 @@ def _written(gateway: WebSocketClientConnection, message: str | bytes) -> asynci
 def _is_final(gateway: WebSocketClientConnection) -> bool:
     """Whether the gateway has ended the connection for good: neither lost (1006), nor restarted (1001, 1012), nor for
     want of an answer to a ping (1000, without a reason)."""
-    return gateway.close_code not in (1001, 1006, 1012) and (gateway.close_code != 1000 or bool(gateway.close_reason))
+    return gateway.close_code not in (1006, *RESTARTS) and (gateway.close_code != 1000 or bool(gateway.close_reason))
 
 
 _draining: set[asyncio.Task[None]] = set()
