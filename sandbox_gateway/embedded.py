@@ -75,7 +75,7 @@ class SandboxedKernel:
     """A kernel under one id: launch, restart in place, signal, stop, close."""
 
     def __init__(self, kernel_id: str, profile: str, *, key: bytes) -> None:
-        self.id = requests.checked_id(kernel_id)
+        self.id = requests.chosen_id(kernel_id)
         self._profile_name = profile
         self._key = key
         self._sandbox: LiveSandbox | None = None

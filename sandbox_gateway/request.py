@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sandbox_gateway.errors import SandboxGatewayError
-from sandbox_gateway.model import STANDBY, Image, KernelSpec, Launch, Limits, Mount, SandboxSpec, WorkspaceMode
+from sandbox_gateway.model import BLANK, STANDBY, Image, KernelSpec, Launch, Limits, Mount, SandboxSpec, WorkspaceMode
 from sandbox_gateway.profiles import HOME, WORKSPACE, Profile
 from sandbox_gateway.runtimes.base import RuntimeReport
 
@@ -59,6 +59,14 @@ def checked_id(value: str) -> str:
             "invalid_request", f"{value!r} cannot be a sandbox's id", "Use letters, digits, '-' and '_', at most 64."
         )
     return value
+
+
+def chosen_id(value: str) -> str:
+    """As :func:`checked_id`, for one that a caller chooses: nothing that would be taken for nobody's."""
+    if value.startswith((BLANK, STANDBY)):
+        text = f"{value!r} cannot be a kernel's id: what begins with {BLANK!r} or {STANDBY!r} is nobody's"
+        raise SandboxGatewayError("invalid_request", text, "Choose another, or none: jupyter_client then makes one.")
+    return checked_id(value)
 
 
 def identity(request: CreateRequest, *, root: bool) -> Identity:

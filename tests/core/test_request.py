@@ -34,3 +34,10 @@ def test_the_machine_itself_is_no_workspace(tmp_path: Path, folder: str, mode: W
 
 def test_a_folder_is_a_workspace(tmp_path: Path) -> None:
     assert requests.identity(wanted(tmp_path, tmp_path, WorkspaceMode.RW), root=True).uid == tmp_path.stat().st_uid
+
+
+@pytest.mark.parametrize("chosen", ["template-mine", "standby-1", "../x", ""])
+def test_an_id_that_would_count_as_nobodys_or_as_a_path_cannot_be_chosen(chosen: str) -> None:
+    with pytest.raises(SandboxGatewayError, match="cannot be a"):
+        requests.chosen_id(chosen)
+    assert requests.chosen_id("my-template") == "my-template"
