@@ -182,10 +182,9 @@ class Kernel:
             process.signal_group(self.pid, signal.SIGINT)
 
     def signal(self, number: int) -> None:
-        """Send a signal to the kernel's process group."""
-        if self.pid is None or self._status is not None:
-            raise KernelError("invalid_request", "no kernel is running")
-        process.signal_group(self.pid, number)
+        """Send a signal to the kernel's process group; one that has ended, as the host may not know yet, takes none."""
+        if self.pid is not None and self._status is None:
+            process.signal_group(self.pid, number)
 
     def send(self, channel: str, parts: Sequence[bytes | memoryview]) -> None:
         """Hand a client's message to the kernel; held back until the kernel is ready, dropped when there is none."""

@@ -130,6 +130,13 @@ def test_a_death_is_reported_with_the_end_of_stderr(kernel: Host) -> None:
     assert kernel.text(msg_id) == "last words\n"
 
 
+def test_a_signal_to_a_kernel_that_has_just_ended_is_no_error(kernel: Host) -> None:
+    """Who restarts a kernel interrupts it first, and may not have heard of its end."""
+    kernel.call("signal", signum=signal.SIGKILL)
+    assert kernel.event("kernel_exit")["signal"] == signal.SIGKILL
+    kernel.call("signal", signum=signal.SIGINT)
+
+
 def test_a_crash_reports_the_signal(kernel: Host) -> None:
     """SIGSEGV in the kernel is reported as such."""
     kernel.execute("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", wait=False)
