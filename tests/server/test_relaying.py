@@ -42,10 +42,10 @@ class OurGateway(Relay):
 class Page(WebSocketHandler):
     """The server's end of the page's connection, as jupyter_server has it."""
 
+    present = 0
+
     def select_subprotocol(self, offered: list[str]) -> str | None:
         return V1 if V1 in offered else None
-
-    present = 0
 
     async def open(self) -> None:
         Page.present += 1
