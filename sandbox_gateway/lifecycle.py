@@ -34,7 +34,7 @@ from sandbox_gateway.registry import make_runtime
 from sandbox_gateway.request import CreateRequest
 from sandbox_gateway.runtimes.base import Handle, Runtime, RuntimeReport
 from sandbox_gateway.seat import Seat
-from sandbox_gateway.snapshots import Kind, Snapshot, SnapshotStore, collect
+from sandbox_gateway.snapshots import Kind, Snapshot, SnapshotStore, collect, layers_in_use
 from sandbox_gateway.standby import Standby
 from sandbox_gateway.store import Store
 from sandbox_gateway.suspension import Saved, Suspension
@@ -618,11 +618,12 @@ class Lifecycle:
             raise SandboxGatewayError("owned_elsewhere", f"sandbox {sandbox_id} has an owner")
 
     def _collect(self) -> None:
-        """Snapshots that nobody needs, and those beyond the budget."""
+        """Remove snapshots that nobody needs and those beyond the budget, then the layers that nothing needs now."""
         budget = None
         with contextlib.suppress(SandboxGatewayError):  # a profile file that cannot be read asks for nothing
             budget = load_profiles(self.paths).settings.snapshot_budget
         collect(self.snapshots, self.store.list, budget=budget)
+        self.images.collect(layers_in_use(self.snapshots, self.store.list))
 
 
 class _Ended(SandboxGatewayError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -11,6 +13,8 @@ import pytest
 from sandbox_gateway.cursors import NAME
 from sandbox_gateway.host.machine import boot_id
 from sandbox_gateway.host.paths import Paths
+from sandbox_gateway.images.store import HANDED_OUT_FOR, LayerStore, Recipe, StoredLayer
+from sandbox_gateway.images.tree import Tree
 from sandbox_gateway.lifecycle import Lifecycle
 from sandbox_gateway.model import SandboxRecord, State
 
@@ -53,3 +57,30 @@ async def test_a_suspended_sandbox_without_an_owner_keeps_its_directory_and_an_e
     lifecycle.store.put(replace(record, state=State.TERMINATED, snapshot=None))
     await lifecycle.sweep()
     assert not directory.exists()
+
+
+def layer(paths: Paths, text: str) -> StoredLayer:
+    """A state of one environment, last wanted longer ago than what was just handed out."""
+
+    def build() -> Recipe:
+        tree = Tree()
+        tree.file("/text", text)
+        return Recipe(tree)
+
+    made = LayerStore(paths).ensure("environment", text, build, what="environment")
+    then = time.time() - HANDED_OUT_FOR - 1
+    os.utime(made.path.with_suffix(".json"), (then, then))
+    return made
+
+
+async def test_the_layer_of_a_former_environment_goes_when_no_sandbox_needs_it(lifecycle: Lifecycle) -> None:
+    """Each `pip install` makes an image of a gigabyte or so: nobody has to know `prune` to keep room on the disk."""
+    unneeded, needed, present = (layer(lifecycle.paths, text) for text in ("first", "second", "present"))
+    now = time.time()
+    record = SandboxRecord(ID, State.SUSPENDED, "p", "fake", now, now, boot_id(), snapshot="0" * 32)
+    lifecycle.store.put(replace(record, layers=(needed.digest,)))
+    (await lifecycle.claim("another")).release()
+    async with asyncio.timeout(20):
+        while unneeded.path.exists():
+            await asyncio.sleep(0.02)
+    assert needed.path.exists() and present.path.exists()
