@@ -8,6 +8,7 @@ the tests where no sandbox can run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -98,6 +99,28 @@ def _runsc() -> Path | None:
     return found[-1] if found else None
 
 
+def _take_layers(target: Path) -> None:
+    """Link the image layers of the user's own installation into a new one's ``target``: no byte of a layer is ever
+    changed, and each would take a gigabyte or more otherwise. What cannot be linked is built at the first start.
+    """
+    from sandbox_gateway.host.paths import discover
+
+    source = discover().layers
+    own = f"environment:{sys.prefix}:"
+    target.mkdir(mode=0o700)
+    (target / "index").mkdir(mode=0o700)
+    for path in sorted((source / "index").glob("*.json")):
+        entry = json.loads(path.read_text())
+        name = str(entry["digest"]).removeprefix("sha256:")
+        if str(entry["slot"]).startswith("environment:") and not str(entry["slot"]).startswith(own):
+            continue
+        with contextlib.suppress(OSError):  # another file system, or a layer that was removed
+            if not (target / f"{name}.erofs").exists():
+                os.link(source / f"{name}.erofs", target / f"{name}.erofs")
+                shutil.copy(source / f"{name}.json", target)
+            shutil.copy(path, target / "index")
+
+
 PROFILES = """
 [profiles.tight]
 display_name = "Tight limits"
@@ -116,13 +139,15 @@ def installed(base: Path) -> Iterator[Product]:
     kernels = product.prefix / "share" / "jupyter"
     search = os.pathsep.join(filter(None, [str(kernels), os.environ.get("JUPYTER_PATH", "")]))
     runsc = _runsc() if KERNEL != PLAIN else None
+    base.mkdir(mode=0o700, parents=True, exist_ok=True)
+    product.home.mkdir(mode=0o700)
+    _take_layers(product.home / "layers")
     with environment(
         SANDBOX_GATEWAY_HOME=str(product.home),
         JUPYTER_PATH=search,
         IPYTHONDIR=str(base / "ipython"),
         JUPYTER_PLATFORM_DIRS="1",
     ):
-        product.home.mkdir(mode=0o700, parents=True)
         if KERNEL != PLAIN:
             if runsc is None:
                 pytest.skip("no runsc here: run `jupyter sandbox setup`, or name one by SANDBOX_TEST_RUNSC")
