@@ -43,6 +43,7 @@ def _watch_test_directories(tmp_path_factory: pytest.TempPathFactory) -> Iterato
     before = WATCHED.look()
     yield
     _no_more_than(before, "the session")
+    WATCHED.remove_runtimes()
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
@@ -53,6 +54,12 @@ class Watched:
             for home in (Path(root), *_homes(Path(root))):
                 self._runtimes.add(discover({"SANDBOX_GATEWAY_HOME": str(home)}).runtime)
         return self._runtimes
+
+    def remove_runtimes(self) -> None:
+        """Remove the runtime directories that lie outside, as those of installations with long paths do."""
+        for path in self.runtimes():
+            if not str(path).startswith(tuple(f"{root}/" for root in self.roots)):
+                shutil.rmtree(path, ignore_errors=True)
 
     def look(self) -> Found:
         """What is there now."""

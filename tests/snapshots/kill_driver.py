@@ -17,7 +17,7 @@ from typing import Any
 
 from snapshot_helpers import facts, make, save_image
 
-from sandbox_gateway.host.paths import discover
+from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.snapshots import SnapshotStore, collect
 
 STEPS = ("open", "mkdir", "rename", "fsync", "chmod", "unlink", "rmdir", "scandir", "utime", "readv", "close")
@@ -129,7 +129,7 @@ def main(home: Path, operation: str) -> None:
     step, ended = 0, False
     while not ended:
         step += 1
-        paths = discover({"SANDBOX_GATEWAY_HOME": str(home / str(step))}).ensure()
+        paths = Paths(home / str(step), home / str(step) / "run").ensure()
         store = SnapshotStore(paths)
         prepare(store, operation)
         ended = run_until(step, store, operation)
