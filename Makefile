@@ -46,6 +46,7 @@ run: setup ## JupyterLab with the sandboxed kernels; NOTEBOOKS=folder names anot
 
 test: setup lint docs ## linters, docs and all tests, JOBS=2 files at a time; TESTS=tests/wire for some only
 	@sh tools/system_packages.sh "$$(command -v $(PYTHON))" test
+	@$(BIN)/python tools/build_front_end.py --install
 	@echo "test: pytest $(TESTS)"
 	@JUPYTER_PLATFORM_DIRS=1 $(BIN)/python -m pytest $(or $(TESTS),$(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,9 +20,10 @@ pytestmark = pytest.mark.timeout(900)
 @pytest.fixture(scope="module")
 def tools() -> None:
     """The front end's tools; skips, with the reason, where they cannot be had."""
-    if shutil.which("npm") is None or shutil.which("node") is None:
-        pytest.skip("no Node with npm here: what needs it is checked where there is one")
-    front_end.install()
+    if why := front_end.obstacle():
+        pytest.skip(why)
+    if not front_end.installed():
+        pytest.skip("the front end's tools are not installed: make test does that where it can")
 
 
 def test_the_bundle_was_built_from_these_sources() -> None:
