@@ -623,7 +623,7 @@ class Lifecycle:
         with contextlib.suppress(SandboxGatewayError):  # a profile file that cannot be read asks for nothing
             budget = load_profiles(self.paths).settings.snapshot_budget
         collect(self.snapshots, self.store.list, budget=budget)
-        self.images.collect(layers_in_use(self.snapshots, self.store.list))
+        self.images.collect(lambda: layers_in_use(self.snapshots, self.store.list))
 
 
 class _Ended(SandboxGatewayError):

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -241,9 +241,12 @@ class ImageService:
         """Remove one layer; see :meth:`LayerStore.remove`."""
         return self.store.remove(digest, referenced)
 
-    def collect(self, referenced: Collection[str]) -> StoredLayers:
-        """Remove layers that nothing needs any more; see :meth:`LayerStore.collect`."""
-        return self.store.collect(referenced)
+    def collect(self, referenced: Callable[[], Collection[str]]) -> StoredLayers:
+        """Remove layers that nothing needs any more; see :meth:`LayerStore.collect`.
+
+        ``referenced`` is asked only where a layer might go: it may have a thousand manifests to read.
+        """
+        return self.store.collect(referenced()) if self.store.unused(()) else []
 
 
 _ENVIRONMENT = {
