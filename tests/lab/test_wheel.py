@@ -20,6 +20,8 @@ from lab_server import NAME, ROOT
 from playwright.async_api import expect
 from tornado.httpclient import AsyncHTTPClient
 
+from sandbox_gateway.host.paths import Paths
+
 pytest.importorskip("hatchling", reason="building needs hatchling, which the `test` extra brings")
 pytestmark = pytest.mark.timeout(300)
 
@@ -95,10 +97,10 @@ def test_jupyter_finds_both_halves_of_the_wheel_enabled(
 
 
 @pytest.fixture
-def fresh_lab(environment: Path, variables: dict[str, str], tmp_path: Path) -> Iterator[Lab]:
+def fresh_lab(environment: Path, variables: dict[str, str], paths: Paths, tmp_path: Path) -> Iterator[Lab]:
     started = Lab(
         tmp_path,
-        environment={**variables, "SANDBOX_GATEWAY_HOME": str(tmp_path / "home")},
+        environment={**variables, "SANDBOX_GATEWAY_HOME": str(paths.home)},
         program=(str(environment / "bin" / "python"), "-m", "jupyterlab"),
     )
     try:

@@ -13,6 +13,7 @@ from served import Served
 from tornado import web
 from tornado.httpclient import AsyncHTTPClient, HTTPRequest
 
+from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.server import openapi
 from sandbox_gateway.server.app import GatewayApp
 from sandbox_gateway.server.authorizer import public, routes, unprotected
@@ -77,13 +78,10 @@ NOT_SERVED = (
 
 
 @pytest.fixture
-def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[web.Application]:
+def app(paths: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[web.Application]:
     """The application of a gateway that serves nobody yet."""
-    for name, place in (
-        ("SANDBOX_GATEWAY_HOME", "home"),
-        ("JUPYTER_CONFIG_DIR", "config"),
-        ("JUPYTER_RUNTIME_DIR", "r"),
-    ):
+    monkeypatch.setenv("SANDBOX_GATEWAY_HOME", str(paths.home))
+    for name, place in (("JUPYTER_CONFIG_DIR", "config"), ("JUPYTER_RUNTIME_DIR", "r")):
         monkeypatch.setenv(name, str(tmp_path / place))
     ours = logging.getLogger("sandbox_gateway")
     before = (ours.parent, ours.propagate, ours.level)
