@@ -623,7 +623,13 @@ class Lifecycle:
         with contextlib.suppress(SandboxGatewayError):  # a profile file that cannot be read asks for nothing
             budget = load_profiles(self.paths).settings.snapshot_budget
         collect(self.snapshots, self.store.list, budget=budget)
-        self.images.collect(lambda: layers_in_use(self.snapshots, self.store.list))
+        try:
+            for layer in self.images.collect(lambda: layers_in_use(self.snapshots, self.store.list, sure=True)):
+                log.info("removed the layer of %s (%.0f MiB): nothing uses it now", layer.what, layer.size / (1 << 20))
+        except SandboxGatewayError as error:
+            if error.code != "snapshot_damaged":
+                raise
+            log.debug("the layers stay, since nobody knows what a snapshot needs: %s", error.message)
 
 
 class _Ended(SandboxGatewayError):

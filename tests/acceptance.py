@@ -8,7 +8,6 @@ the tests where no sandbox can run.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -19,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty
@@ -114,7 +113,7 @@ def _take_layers(target: Path) -> None:
         name = str(entry["digest"]).removeprefix("sha256:")
         if str(entry["slot"]).startswith("environment:") and not str(entry["slot"]).startswith(own):
             continue
-        with contextlib.suppress(OSError):  # another file system, or a layer that was removed
+        with suppress(OSError):  # another file system, or a layer that was removed
             if not (target / f"{name}.erofs").exists():
                 os.link(source / f"{name}.erofs", target / f"{name}.erofs")
                 shutil.copy(source / f"{name}.json", target)

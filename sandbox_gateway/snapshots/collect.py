@@ -154,8 +154,12 @@ def _removable(entry: Entry, reason: str, size: int | None = None) -> Removable:
     return Removable(entry.id, entry.directory, entry.disk() if size is None else size, reason, name)
 
 
-def layers_in_use(store: SnapshotStore, records: Records, without: Collection[str] = ()) -> frozenset[str]:
+def layers_in_use(
+    store: SnapshotStore, records: Records, without: Collection[str] = (), *, sure: bool = False
+) -> frozenset[str]:
     """Digests of the layers that sandboxes or snapshots need; snapshots in ``without`` do not count.
+
+    ``sure``: as of :meth:`SnapshotStore.references`.
 
     The records are read before and after: a sandbox that becomes a snapshot while we look, or a snapshot that becomes
     a sandbox, is seen in one of the two.
@@ -165,7 +169,7 @@ def layers_in_use(store: SnapshotStore, records: Records, without: Collection[st
         return frozenset(digest for record in records() if record.state not in _GONE for digest in record.layers)
 
     before = of_records()
-    saved, _ = store.references(without)
+    saved, _ = store.references(without, sure=sure)
     return before | saved | of_records()
 
 

@@ -32,6 +32,7 @@ from sandbox_gateway.snapshots.locks import Lease, alone, is_used, last_used, st
 from sandbox_gateway.snapshots.manifest import (
     ID,
     Manifest,
+    NewerFormat,
     checked_name,
     damaged,
     read_manifest,
@@ -343,19 +344,26 @@ class SnapshotStore:
             raise storage_error(error, f"cannot remove what is left in {self.directory}") from error
         return len(mine)
 
-    def references(self, without: Collection[str] = ()) -> tuple[frozenset[str], frozenset[str]]:
+    def references(self, without: Collection[str] = (), *, sure: bool = False) -> tuple[frozenset[str], frozenset[str]]:
         """Digests of layers, and hashes of runsc binaries, that snapshots need; those of a newer program's too.
 
-        ``without`` are ids of snapshots that do not count.
+        ``without`` are ids of snapshots that do not count. One that cannot be read needs nothing; with ``sure`` it
+        raises ``snapshot_damaged`` instead, since it may be readable again tomorrow.
         """
         layers: set[str] = set()
         runsc: set[str] = set()
         for entry in self.entries():
             if entry.id in without:
                 continue
+            if sure and not isinstance(entry.damage, NewerFormat):
+                _whole(entry)
             try:
                 found = references_in(manifest_content(entry.directory))
-            except (OSError, SandboxGatewayError):
+            except FileNotFoundError:
+                continue  # it was removed meanwhile, or has none
+            except SandboxGatewayError:
+                if sure:
+                    raise
                 continue
             layers |= found[0]
             runsc |= found[1]

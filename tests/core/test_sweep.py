@@ -79,8 +79,21 @@ async def test_the_layer_of_a_former_environment_goes_when_no_sandbox_needs_it(l
     now = time.time()
     record = SandboxRecord(ID, State.SUSPENDED, "p", "fake", now, now, boot_id(), snapshot="0" * 32)
     lifecycle.store.put(replace(record, layers=(needed.digest,)))
-    (await lifecycle.claim("another")).release()
+    (await lifecycle.claim("another")).release()  # which has it look for what others left
     async with asyncio.timeout(20):
         while unneeded.path.exists():
             await asyncio.sleep(0.02)
     assert needed.path.exists() and present.path.exists()
+
+
+async def test_while_a_snapshot_cannot_be_read_no_layer_goes(lifecycle: Lifecycle) -> None:
+    """What it needs is known again when it can be read: too late for a layer of an environment that is no more."""
+    former, _ = layer(lifecycle.paths, "former"), layer(lifecycle.paths, "present")
+    manifest = lifecycle.paths.snapshots / ("0" * 32) / "manifest.json"
+    manifest.mkdir(parents=True)  # a read of it fails, for root too
+    await asyncio.to_thread(lifecycle._collect)
+    assert former.path.exists()
+    manifest.rmdir()
+    manifest.parent.rmdir()
+    await asyncio.to_thread(lifecycle._collect)
+    assert not former.path.exists()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from snapshot_helpers import LAYER, RUNSC, make, save_image, tree
 
+from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host.machine import boot_id
 from sandbox_gateway.model import SandboxRecord, State
 from sandbox_gateway.snapshots import (
@@ -165,6 +166,22 @@ async def test_layers_stay_for_records_and_snapshots_and_for_what_changes_from_o
         return found
 
     assert LAYER in layers_in_use(store, restored_meanwhile)
+
+
+async def test_who_has_to_be_sure_is_told_of_a_snapshot_that_cannot_be_read_but_not_of_a_newer_programs(
+    store: SnapshotStore,
+) -> None:
+    await make(store, layers=(LAYER,))
+    newer = (await make(store)).directory / "manifest.json"
+    newer.write_text(newer.read_text().replace('"format": 1', '"format": 99'))
+    assert LAYER in layers_in_use(store, list, sure=True)
+    broken = await make(store)
+    (broken.directory / "manifest.json").write_text("{")
+    with pytest.raises(SandboxGatewayError) as error:
+        layers_in_use(store, list, sure=True)
+    assert error.value.code == "snapshot_damaged"
+    assert LAYER in layers_in_use(store, list, sure=True, without={broken.id})
+    assert LAYER in layers_in_use(store, list)
 
 
 async def test_a_runsc_stays_for_snapshots_and_for_sandboxes_that_were_restored_with_it(store: SnapshotStore) -> None:
