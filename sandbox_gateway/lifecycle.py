@@ -23,18 +23,19 @@ from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.events import Event, EventKind, EventLog
 from sandbox_gateway.host.machine import boot_id
 from sandbox_gateway.host.paths import Paths
+from sandbox_gateway.housekeeping import tidy
 from sandbox_gateway.idle import Abilities, IdleDriver, Policies, World
 from sandbox_gateway.images.service import ImageService, Progress
 from sandbox_gateway.live import LiveSandbox
 from sandbox_gateway.model import LIVE, Death, DeathKind, Image, Launch, OnOwnerExit, SandboxRecord, State
 from sandbox_gateway.owner import NoOwner, OwnerLock, OwnerServer, ask, holder
 from sandbox_gateway.owner_requests import carry_out
-from sandbox_gateway.profiles import Profile, load_profiles
+from sandbox_gateway.profiles import Profile
 from sandbox_gateway.registry import make_runtime
 from sandbox_gateway.request import CreateRequest
 from sandbox_gateway.runtimes.base import Handle, Runtime, RuntimeReport
 from sandbox_gateway.seat import Seat
-from sandbox_gateway.snapshots import Kind, Snapshot, SnapshotStore, collect, layers_in_use
+from sandbox_gateway.snapshots import Kind, Snapshot, SnapshotStore, collect
 from sandbox_gateway.standby import Standby
 from sandbox_gateway.store import Store
 from sandbox_gateway.suspension import Saved, Suspension
@@ -144,8 +145,8 @@ class Lifecycle:
                 await self._closing.wait()
         self._swept = time.monotonic()
         try:
-            await self.sweep()
-            await asyncio.to_thread(self._collect)
+            await self._sweep_sandboxes()
+            await asyncio.to_thread(tidy, self.paths, self.store, self.snapshots, self.images)
         except Exception:
             log.exception("what others left could not be removed; the next start tries again")
 
@@ -597,10 +598,14 @@ class Lifecycle:
 
         A sandbox whose ``on_owner_exit`` is not ``terminate``, or whose grace time still runs, is left alone.
         """
+        swept = await self._sweep_sandboxes()
+        await asyncio.to_thread(collect, self.snapshots, self.store.list)
+        return swept
+
+    async def _sweep_sandboxes(self) -> list[str]:
         swept = await self._unowned.sweep()
         await self._suspend_forsaken()
         await self.idle.sweep(self._expire_unowned)
-        await asyncio.to_thread(collect, self.snapshots, self.store.list)
         return swept
 
     async def _suspend_forsaken(self) -> None:
@@ -616,20 +621,6 @@ class Lifecycle:
     async def _expire_unowned(self, sandbox_id: str, reason: str) -> None:
         if not await self._unowned.end(sandbox_id, Death(DeathKind.EXPIRED, reason)):
             raise SandboxGatewayError("owned_elsewhere", f"sandbox {sandbox_id} has an owner")
-
-    def _collect(self) -> None:
-        """Remove snapshots that nobody needs and those beyond the budget, then the layers that nothing needs now."""
-        budget = None
-        with contextlib.suppress(SandboxGatewayError):  # a profile file that cannot be read asks for nothing
-            budget = load_profiles(self.paths).settings.snapshot_budget
-        collect(self.snapshots, self.store.list, budget=budget)
-        try:
-            for layer in self.images.collect(lambda: layers_in_use(self.snapshots, self.store.list, sure=True)):
-                log.info("removed the layer of %s (%.0f MiB): nothing uses it now", layer.what, layer.size / (1 << 20))
-        except SandboxGatewayError as error:
-            if error.code != "snapshot_damaged":
-                raise
-            log.debug("the layers stay, since nobody knows what a snapshot needs: %s", error.message)
 
 
 class _Ended(SandboxGatewayError):

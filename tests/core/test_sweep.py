@@ -13,6 +13,7 @@ import pytest
 from sandbox_gateway.cursors import NAME
 from sandbox_gateway.host.machine import boot_id
 from sandbox_gateway.host.paths import Paths
+from sandbox_gateway.housekeeping import tidy
 from sandbox_gateway.images.store import HANDED_OUT_FOR, LayerStore, Recipe, StoredLayer
 from sandbox_gateway.images.tree import Tree
 from sandbox_gateway.lifecycle import Lifecycle
@@ -91,9 +92,10 @@ async def test_while_a_snapshot_cannot_be_read_no_layer_goes(lifecycle: Lifecycl
     former, _ = layer(lifecycle.paths, "former"), layer(lifecycle.paths, "present")
     manifest = lifecycle.paths.snapshots / ("0" * 32) / "manifest.json"
     manifest.mkdir(parents=True)  # a read of it fails, for root too
-    await asyncio.to_thread(lifecycle._collect)
+    here = (lifecycle.paths, lifecycle.store, lifecycle.snapshots, lifecycle.images)
+    await asyncio.to_thread(tidy, *here)
     assert former.path.exists()
     manifest.rmdir()
     manifest.parent.rmdir()
-    await asyncio.to_thread(lifecycle._collect)
+    await asyncio.to_thread(tidy, *here)
     assert not former.path.exists()
