@@ -135,6 +135,7 @@ class GvisorRuntime:
             runsc.argv(flags, *command),
             directory,
             pid_file=pid_file,
+            environment=runsc.environment(),
             join=tree.join_files(self.cgroup_parent, spec.id) if grouped else (),
             cores=gvisor_files.cores(spec) if not (grouped and "cpu" in tree.controllers) else None,
             user_namespace=self._rootless,

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import re
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,12 @@ from sandbox_gateway.errors import SandboxGatewayError, program_error
 
 TIMEOUT = 60.0
 """Seconds after which a call is given up; the longest ordinary one takes a few tenths."""
+
+SIDECARS = "gvisor-bin"
+"""The folder beside a release's runsc with the programs that it starts instead of itself."""
+
+_SIDECARS_ELSEWHERE = "GVISOR_SIDECAR_BINARIES_DIR"
+"""Variable that tells runsc another such folder (gVisor's ``runsc/gvisorbinaries/gvisorbinaries.go``)."""
 
 _OUTPUT = 1 << 20
 """Characters that are kept of what a call prints."""
@@ -48,6 +55,16 @@ def last_line(text: str) -> str:
 def environment() -> dict[str, str]:
     """The environment of runsc and of what it starts: nothing of ours but where programs are."""
     return {"PATH": os.environ.get("PATH") or os.defpath, "LANG": "C.UTF-8"}
+
+
+def _everybody_reaches(folder: Path) -> bool:
+    """Whether any user of this machine may go there; so may we, where sandboxes are of our own user."""
+    if os.geteuid() != 0:
+        return True
+    try:
+        return all(path.stat().st_mode & stat.S_IXOTH for path in (folder, *folder.resolve().parents))
+    except OSError:
+        return False
 
 
 async def run(
@@ -95,6 +112,16 @@ class Runsc:
         self.binary = binary
         self.root = root
         """``--root``: where runsc keeps its state."""
+
+    def environment(self) -> dict[str, str]:
+        """The environment of a call that starts a sandbox.
+
+        gVisor starts a sidecar by its path when it already is the user that the sandbox will be, as root mostly
+        nobody. What that user cannot reach (an installation below a private home) is left aside: runsc then starts
+        itself, by a way that needs no path.
+        """
+        aside = {} if _everybody_reaches(self.binary.parent / SIDECARS) else {_SIDECARS_ELSEWHERE: os.devnull}
+        return {**environment(), **aside}
 
     def argv(self, flags: Sequence[str], *command: str | Path) -> list[str]:
         """The full command line of one call."""

@@ -6,6 +6,9 @@ import asyncio
 import contextlib
 import functools
 import os
+import shutil
+import stat
+import tempfile
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -19,7 +22,9 @@ from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.host.processes import ProcessRef, descendants, usage
 from sandbox_gateway.images.agent_layer import AGENT_PYTHON
-from sandbox_gateway.model import Death, DeathKind, Image, Limits, Mount, SandboxSpec
+from sandbox_gateway.images.erofs import write_image
+from sandbox_gateway.images.tree import Tree
+from sandbox_gateway.model import Death, DeathKind, Image, Layer, Limits, Mount, SandboxSpec
 from sandbox_gateway.runtimes.base import Handle
 from sandbox_gateway.runtimes.gvisor import GvisorRuntime
 from sandbox_gateway.testing.contract import Subject, attached, created, running
@@ -304,6 +309,45 @@ import time; time.sleep(100)
         assert await sandbox.line() == "EROFS"
     after = os.stat(layer.source)
     assert (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
+
+
+def everybodys(folder: Path) -> Path:
+    """A new folder that every user of this machine reaches; skips where the temporary directory is not one."""
+    place = Path(tempfile.mkdtemp(prefix="sg-", dir=folder))
+    place.chmod(0o711)
+    if not all(path.stat().st_mode & stat.S_IXOTH for path in place.parents):
+        pytest.skip(f"{folder} is not for everybody")
+    return place
+
+
+@pytest.mark.parametrize("private", [True, False], ids=["private", "everybodys"])
+async def test_gvisor_release_runs_a_sandbox_wherever_it_was_installed(
+    paths: Paths, runsc_binary: Path, agent_image: Image, private: bool
+) -> None:
+    """A release brings programs beside runsc, started by their path as the user that the sandbox will be. They are
+    used where that user gets there, and left aside where he does not: below root's home, which is for root only."""
+    assert agent_image.agent is not None
+    place = everybodys(Path(tempfile.gettempdir()))
+    try:
+        binary, beside = place / "bin" / "runsc", place / "bin" / "gvisor-bin"
+        beside.mkdir(parents=True)
+        shutil.copy(runsc_binary, binary)
+        shutil.copy(runsc_binary, beside / "gvisor_sentry")  # which knows the command that starts a sandbox
+        binary.parent.chmod(0o700 if private else 0o755)
+        tree = Tree()
+        tree.directory("home")
+        with (place / "root.erofs").open("wb") as file:
+            write_image(file.fileno(), tree)
+        # Nothing of the host's files is in it: its sandbox is nobody's process.
+        image = replace(agent_image, layers=(Layer(str(place / "root.erofs"), "/"),))
+        async with program(paths, binary, image, "print('runs'); import time; time.sleep(100)") as sandbox:
+            assert await sandbox.line() == "runs"
+            process = ProcessRef.from_json(sandbox.handle.data["sandbox"])
+            assert process is not None
+            program_file = os.readlink(f"/proc/{process.pid}/exe")
+        assert Path(program_file).name == ("runsc" if private and ROOT else "gvisor_sentry")
+    finally:
+        shutil.rmtree(place)
 
 
 async def test_gvisor_death_brings_the_last_words_of_init(paths: Paths, runsc_binary: Path, agent_image: Image) -> None:
