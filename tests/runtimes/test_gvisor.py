@@ -19,12 +19,14 @@ import pytest
 from bundles import make_gvisor
 
 from sandbox_gateway.errors import SandboxGatewayError
-from sandbox_gateway.host.paths import Paths
+from sandbox_gateway.host.paths import Paths, discover
 from sandbox_gateway.host.processes import ProcessRef, descendants, usage
+from sandbox_gateway.host.setup import installed
 from sandbox_gateway.images.agent_layer import AGENT_PYTHON
 from sandbox_gateway.images.erofs import write_image
 from sandbox_gateway.images.tree import Tree
 from sandbox_gateway.model import Death, DeathKind, Image, Layer, Limits, Mount, SandboxSpec
+from sandbox_gateway.runtimes import gvisor_bundle
 from sandbox_gateway.runtimes.base import Handle
 from sandbox_gateway.runtimes.gvisor import GvisorRuntime
 from sandbox_gateway.testing.contract import Subject, attached, created, running
@@ -320,6 +322,15 @@ def everybodys(folder: Path) -> Path:
     return place
 
 
+def nobodys(image: Image, folder: Path) -> Image:
+    """The same with no file of the host in it: the process of such a sandbox is nobody's."""
+    tree = Tree()
+    tree.directory("home")
+    with (folder / "root.erofs").open("wb") as file:
+        write_image(file.fileno(), tree)
+    return replace(image, layers=(Layer(str(folder / "root.erofs"), "/"),))
+
+
 @pytest.mark.parametrize("private", [True, False], ids=["private", "everybodys"])
 async def test_gvisor_release_runs_a_sandbox_wherever_it_was_installed(
     paths: Paths, runsc_binary: Path, agent_image: Image, private: bool
@@ -334,12 +345,7 @@ async def test_gvisor_release_runs_a_sandbox_wherever_it_was_installed(
         shutil.copy(runsc_binary, binary)
         shutil.copy(runsc_binary, beside / "gvisor_sentry")  # which knows the command that starts a sandbox
         binary.parent.chmod(0o700 if private else 0o755)
-        tree = Tree()
-        tree.directory("home")
-        with (place / "root.erofs").open("wb") as file:
-            write_image(file.fileno(), tree)
-        # Nothing of the host's files is in it: its sandbox is nobody's process.
-        image = replace(agent_image, layers=(Layer(str(place / "root.erofs"), "/"),))
+        image = nobodys(agent_image, place)
         async with program(paths, binary, image, "print('runs'); import time; time.sleep(100)") as sandbox:
             assert await sandbox.line() == "runs"
             process = ProcessRef.from_json(sandbox.handle.data["sandbox"])
@@ -348,6 +354,29 @@ async def test_gvisor_release_runs_a_sandbox_wherever_it_was_installed(
         assert Path(program_file).name == ("runsc" if private and ROOT else "gvisor_sentry")
     finally:
         shutil.rmtree(place)
+
+
+@pytest.mark.parametrize("host_files", [True, False])
+async def test_gvisor_of_our_build_has_its_filters_compiled(
+    paths: Paths,
+    runsc_binary: Path,
+    agent_image: Image,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    host_files: bool,
+) -> None:
+    """A sandbox does not compute its filter for system calls when it starts, whichever of the two it has."""
+    install = installed(discover())
+    if install is None or install.path != runsc_binary or "filters compiled" not in install.origin:
+        pytest.skip("this runsc was not built by our set-up")
+    log = (*gvisor_bundle.HARDENING, "--debug", f"--debug-log={tmp_path}/")
+    monkeypatch.setattr(gvisor_bundle, "HARDENING", log)
+    image = agent_image if host_files else nobodys(agent_image, tmp_path)
+    async with program(paths, runsc_binary, image, "print('runs'); import time; time.sleep(100)") as sandbox:
+        assert await sandbox.line() == "runs"
+    (said,) = (path.read_text(errors="replace") for path in tmp_path.glob("*.boot.txt"))
+    assert "Loaded precompiled seccomp instructions" in said
+    assert f"HostFilesystem={str(host_files or not ROOT).lower()}" in said
 
 
 async def test_gvisor_death_brings_the_last_words_of_init(paths: Paths, runsc_binary: Path, agent_image: Image) -> None:

@@ -28,12 +28,19 @@ STAND_IN = b"#!/bin/sh\necho runsc version VERSION_MISSING\n"
 
 GO = """#!/bin/sh
 # A stand-in for the Go toolchain: logs its environment, and builds a stand-in for runsc.
-if [ "$1" = env ]; then echo go{version}; exit 0; fi
-env > {log}
-echo "go: downloading gvisor.dev/gvisor v0" >&2
-mkdir -p "$GOPATH/pkg/mod" && touch "$GOPATH/pkg/mod/file" && chmod 500 "$GOPATH/pkg/mod"
-{body}
+case "$1" in
+env) echo go{version}; exit 0 ;;
+mod)
+    env > {log}
+    echo "go: downloading gvisor.dev/gvisor v0" >&2
+    mkdir -p "$GOPATH/pkg/mod/$3/runsc/boot/filter/config" "$GOPATH/pkg/mod/cache"
+    touch "$GOPATH/pkg/mod/cache/file" && chmod 500 "$GOPATH/pkg/mod/cache"
+    exit 0 ;;
+run) {filters} ;;
+install) {body} ;;
+esac
 """
+FILTERS = "cat sandbox_gateway/main.go runsc/boot/filter/config/sandbox_gateway.go > /dev/null"
 BUILDS = 'printf "#!/bin/sh\\necho runsc version built\\n" > "$GOBIN/runsc"; chmod 755 "$GOBIN/runsc"'
 
 
@@ -58,12 +65,14 @@ def left_behind(home: Paths) -> list[str]:
     ]
 
 
-def offline(tmp_path: Path, *, go: str | None = None, version: str = "1.26.8", **more: str) -> dict[str, str]:
+def offline(
+    tmp_path: Path, *, go: str | None = None, filters: str = FILTERS, version: str = "1.26.8", **more: str
+) -> dict[str, str]:
     """An environment without releases, and with a Go of the test's own, or none."""
     folder = tmp_path / "path"
     folder.mkdir(exist_ok=True)
     if go is not None:
-        (folder / "go").write_text(GO.format(version=version, log=tmp_path / "go.log", body=go))
+        (folder / "go").write_text(GO.format(version=version, log=tmp_path / "go.log", filters=filters, body=go))
         (folder / "go").chmod(0o755)
     return {
         "PATH": f"{folder}:/usr/bin:/bin",
@@ -233,7 +242,7 @@ def test_where_no_release_is_reached_the_go_at_hand_builds_it(home: Paths, tmp_p
     lines: list[str] = []
     env = offline(tmp_path, go=BUILDS, GOPROXY="https://proxy.example,direct", GOFLAGS="-mod=vendor")
     install = ensure_runsc(home, environment=env, progress=lines.append)
-    assert install.origin == "built with Go 1.26.8"
+    assert install.origin == "built with Go 1.26.8, filters compiled"
     assert any("about a minute" in line for line in lines)
     seen = dict(line.split("=", 1) for line in (tmp_path / "go.log").read_text().splitlines() if "=" in line)
     assert seen["GOPROXY"] == "https://proxy.example,direct", "the user's proxy is kept"
@@ -244,6 +253,14 @@ def test_where_no_release_is_reached_the_go_at_hand_builds_it(home: Paths, tmp_p
     for name in ("HOME", "GOPATH", "GOCACHE", "GOBIN", "GOTMPDIR"):
         assert seen[name].startswith(str(home.bin)), f"{name} is private to the build"
         assert not Path(seen[name]).exists(), f"{name} is removed afterwards"
+    assert left_behind(home) == []
+
+
+def test_a_build_whose_filters_cannot_be_compiled_goes_on_without(home: Paths, tmp_path: Path) -> None:
+    lines: list[str] = []
+    env = offline(tmp_path, go=BUILDS, filters="echo no such function >&2; exit 1")
+    assert ensure_runsc(home, environment=env, progress=lines.append).origin == "built with Go 1.26.8"
+    assert any("no such function" in line and "going on without" in line for line in lines)
     assert left_behind(home) == []
 
 
