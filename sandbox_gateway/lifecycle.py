@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
@@ -21,11 +20,10 @@ from sandbox_gateway import request as requests
 from sandbox_gateway.clones import Clones, ForkOutcome
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.events import Event, EventKind, EventLog
-from sandbox_gateway.host.machine import boot_id
 from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.housekeeping import tidy
 from sandbox_gateway.idle import Abilities, IdleDriver, Policies, World
-from sandbox_gateway.images.service import ImageService, Progress
+from sandbox_gateway.images.service import ImageService
 from sandbox_gateway.live import LiveSandbox
 from sandbox_gateway.model import LIVE, Death, DeathKind, Image, Launch, OnOwnerExit, SandboxRecord, State
 from sandbox_gateway.owner import NoOwner, OwnerLock, OwnerServer, ask, holder
@@ -33,30 +31,26 @@ from sandbox_gateway.owner_requests import carry_out
 from sandbox_gateway.profiles import Profile
 from sandbox_gateway.registry import make_runtime
 from sandbox_gateway.request import CreateRequest
-from sandbox_gateway.runtimes.base import Handle, Runtime, RuntimeReport
+from sandbox_gateway.runtimes.base import Runtime, RuntimeReport
 from sandbox_gateway.seat import Seat
 from sandbox_gateway.snapshots import Kind, Snapshot, SnapshotStore, collect
 from sandbox_gateway.standby import Standby
+from sandbox_gateway.starts import OnProgress, Starts, record_of
 from sandbox_gateway.store import Store
 from sandbox_gateway.suspension import Saved, Suspension
-from sandbox_gateway.templates import Member, Plan, Pool, TemplateRecord, Templates
+from sandbox_gateway.templates import Pool, TemplateRecord, Templates
 from sandbox_gateway.unowned import Unowned
 
 log = logging.getLogger(__name__)
 
 L = TypeVar("L", bound=LiveSandbox)
 
-OnProgress = Callable[[Progress], None]
 SWEPT = 2.0
 """Seconds that a new id is waited for, while another process looks at its directory."""
 SWEEP_DELAY = 0.3
 """Seconds after a claim until what others left is looked for: what is started now needs the processor first."""
 SWEEP_INTERVAL = 5.0
 """Seconds between two such looks of one process: they read the whole store, and many starts may follow each other."""
-
-
-def _unheard(step: Progress) -> None:
-    """Nobody wants to know how far it is."""
 
 
 class Lifecycle:
@@ -83,8 +77,9 @@ class Lifecycle:
         self.images = images or ImageService(paths)
         self.templates = Templates(paths, self, self.snapshots, on_built=self._template_built)
         self.pool = Pool(self)
-        self._clones = Clones(self, clones)
         self.live: dict[str, LiveSandbox] = {}
+        self._starts = Starts(self)
+        self._clones = Clones(self, clones)
         self._seats: dict[str, Seat] = {}
         self._make_runtime = runtimes
         self._runtimes: dict[str, tuple[Runtime, RuntimeReport]] = {}
@@ -155,127 +150,11 @@ class Lifecycle:
 
         ``seat`` has the lock of the id, from :meth:`claim`.
         """
-        launch, notes = await self.launch(wanted, progress)
-        runtime, report = await self.runtime(wanted.profile.runtime)
-        await self._clear(wanted.id)
-        start = await self.templates.find(wanted, launch, runtime, report)
-        record = replace(self._record(launch, wanted.profile), name=wanted.name, notes=notes, owner=wanted.owner)
-        say = progress or _unheard
-        if start.saved is not None and start.plan is not None:
-            say(Progress("sandbox", 0, 0, "restoring it from its template"))
-            warm = replace(record, parent=f"template:{start.plan.key.short}", epoch=start.saved.epoch)
-            sandbox = await self._from_pool(start.plan, start.saved, warm, launch, seat)
-            if sandbox is not None:
-                return sandbox
-            try:
-                return await self._restored(start.saved, warm, launch, seat, runtime, report)
-            except SandboxGatewayError as error:
-                if isinstance(error, _Ended):
-                    raise
-                start = await asyncio.to_thread(self.templates.failed, start, error)
-        say(Progress("sandbox", 0, 0, "starting it without a template"))
-        record = replace(record, notes=(*notes, *start.notes))
-        sandbox = await self._new(record, launch, seat, runtime, report)
-        await self._made(sandbox, sandbox.create(launch.kernel))
-        if start.plan is not None:
-            self.templates.want(start.plan, lambda: sandbox.id in self.live)
-        return sandbox
-
-    async def _from_pool(
-        self, plan: Plan, saved: Saved, record: SandboxRecord, launch: Launch, seat: Seat
-    ) -> LiveSandbox | None:
-        """One that stood ready, as a sandbox of ``launch``; None when there is none, or it turned out to be of no use.
-
-        Raises ``_Ended`` when it was ended meanwhile.
-        """
-        member = self.pool.take(plan, saved, launch)
-        if not plan.profile.chosen:
-            # What one caller chose for himself is nothing to keep ready for the next.
-            self.pool.order(plan, saved, launch)
-        if member is None:
-            return None
-        try:
-            return await self._stepped_in(member, saved, record, launch, seat)
-        except _Ended:
-            raise
-        except SandboxGatewayError as error:
-            log.warning("a sandbox that stood ready for %s was of no use: %s", plan.profile.name, error.message)
-            return None
-        finally:
-            member.leave()
-
-    async def _stepped_in(
-        self, member: Member, saved: Saved, record: SandboxRecord, launch: Launch, seat: Seat
-    ) -> LiveSandbox:
-        stood = member.sandbox.record
-        runtime, report = await self.runtime(record.runtime)
-        # While both records would name it, a sweep could end it for the sake of the old one; its lock is still ours.
-        await asyncio.to_thread(self.store.delete, stood.id)
-        attachment = member.sandbox.surrender()
-        self.live.pop(stood.id, None)
-        record = replace(record, handle=stood.handle, step=stood.step, epoch=stood.epoch)
-        try:
-            sandbox = await self._new(record, launch, seat, runtime, report, pool=True)
-        except BaseException:
-            if (handle := Handle.of(stood.handle)) is not None:
-                await asyncio.shield(runtime.destroy(handle))
-            raise
-        await self._unless_ended(sandbox, sandbox.step_in(attachment, saved, identity.fresh(launch)))
-        return sandbox
-
-    async def _unless_ended(self, sandbox: LiveSandbox, making: Awaitable[None]) -> None:
-        """As :meth:`_made`; raises ``_Ended`` when somebody ended it meanwhile."""
-        try:
-            await self._made(sandbox, making)
-        except SandboxGatewayError as error:
-            if sandbox.death is not None and sandbox.death.kind in {DeathKind.STOPPED, DeathKind.OWNER_GONE}:
-                raise _Ended(error.code, error.message, error.hint) from error
-            raise
-
-    async def _restored(
-        self,
-        saved: Saved,
-        record: SandboxRecord,
-        launch: Launch,
-        seat: Seat,
-        runtime: Runtime,
-        report: RuntimeReport,
-    ) -> LiveSandbox:
-        """A sandbox from a template, with the identity of ``launch``; raises ``_Ended`` when it was ended meanwhile."""
-        suspension = Suspension(runtime, report, self.snapshots)
-        with suspension.hold(saved):
-            await suspension.fit(saved)
-            sandbox = await self._new(record, launch, seat, runtime, report)
-            await self._unless_ended(sandbox, sandbox.restore(saved, identity.fresh(launch)))
-            return sandbox
+        return await self._starts.create(wanted, seat, progress)
 
     async def launch(self, wanted: CreateRequest, progress: OnProgress | None = None) -> tuple[Launch, tuple[str, ...]]:
         """What a sandbox for ``wanted`` is made from, and notes on what does not hold here, or only softly."""
-        _, report = await self.runtime(wanted.profile.runtime)
-        notes, limits = requests.enforceable(report, wanted.profile)
-        who = requests.identity(wanted, root=os.geteuid() == 0)
-        image = await self.image(wanted.profile, who.uid, progress)
-        private = (self.paths.home, self.paths.runtime)
-        spec = requests.compose(wanted, image, who, limits, private=private, empty=self._empty())
-        kernel = requests.kernel(wanted, image)
-        return Launch(spec, kernel, wanted.key, who.uid, who.gid, requests.missing_file_hint(wanted)), notes
-
-    def _record(self, launch: Launch, profile: Profile) -> SandboxRecord:
-        image, now = launch.spec.image, time.time()
-        return SandboxRecord(
-            id=launch.spec.id,
-            state=State.CREATING,
-            profile=profile.name,
-            runtime=profile.runtime,
-            created=now,
-            changed=now,
-            boot_id=boot_id(),
-            layers=tuple(layer.digest for layer in (*image.layers, image.agent) if layer and layer.digest),
-            on_owner_exit=profile.on_owner_exit,
-            grace=profile.grace,
-            owner_pid=os.getpid(),
-            idle=profile.idle if "idle" in profile.chosen else None,
-        )
+        return await self._starts.launch(wanted, progress)
 
     def _template_built(self, made: TemplateRecord) -> None:
         text = f"a template of profile {made.profile} was built in {made.took:.1f} s"
@@ -284,11 +163,11 @@ class Lifecycle:
     async def blank(self, launch: Launch, profile: Profile, seat: Seat, name: str) -> Standby:
         """Record a sandbox that is nobody's, for a template or the pool; nothing of it is made yet."""
         runtime, report = await self.runtime(profile.runtime)
-        record = replace(self._record(launch, profile), name=name, on_owner_exit=OnOwnerExit.TERMINATE)
+        record = replace(record_of(launch, profile), name=name, on_owner_exit=OnOwnerExit.TERMINATE)
         await asyncio.to_thread(self.store.enter, record, launch)
         return self._live(record, launch, seat, runtime, report, Standby)
 
-    async def _clear(self, sandbox_id: str) -> None:
+    async def clear(self, sandbox_id: str) -> None:
         """Remove what an earlier owner of this id, whose lock we have now, has left half-way."""
         try:
             record = await asyncio.to_thread(self.store.get, sandbox_id)
@@ -300,7 +179,7 @@ class Lifecycle:
         if record.state in LIVE:
             await self._unowned.finish(record, Death(DeathKind.OWNER_GONE))
 
-    async def _new(
+    async def enter(
         self,
         record: SandboxRecord,
         launch: Launch,
@@ -309,6 +188,7 @@ class Lifecycle:
         report: RuntimeReport,
         **how: Any,
     ) -> LiveSandbox:
+        """Record a sandbox that is to be made; nothing of it is made yet. ``how`` is told with the event."""
         await asyncio.to_thread(self.store.enter, record, launch)
         made_from = {} if record.parent is None else {"parent": record.parent}
         self.events.note(record.id, EventKind.CREATED, **made_from, **how)
@@ -337,7 +217,8 @@ class Lifecycle:
         if seat is not None:
             seat.release()
 
-    async def _made(self, sandbox: LiveSandbox, making: Awaitable[None]) -> None:
+    async def made(self, sandbox: LiveSandbox, making: Awaitable[None]) -> None:
+        """Make a sandbox that was entered; on any failure nothing is left and the reason is raised."""
         try:
             await making
         except BaseException as error:
@@ -474,10 +355,10 @@ class Lifecycle:
             if self._attend is not None:
                 self._attend(record.id, seat)
             runtime, report = await self.runtime(record.runtime)
-            sandbox = await self._new(record, launch, seat, runtime, report)
+            sandbox = await self.enter(record, launch, seat, runtime, report)
             seat.channels.retain()
             seat.channels.renew(parent.key)
-            await self._made(sandbox, sandbox.restore(saved, identity.fresh(launch)))
+            await self.made(sandbox, sandbox.restore(saved, identity.fresh(launch)))
             if self._attend is None:
                 seat.bridge()
         except BaseException:
@@ -503,18 +384,7 @@ class Lifecycle:
 
     async def image(self, profile: Profile, kernel_uid: int, progress: OnProgress | None = None) -> Image:
         """The profile's root filesystem as it is now, built where it is missing or stale."""
-        return await self.images.resolve(
-            profile.image,
-            editable=profile.editable,
-            kernel_uid=kernel_uid,
-            require_python=profile.argv is None,
-            progress=progress,
-        )
-
-    def _empty(self) -> Path:
-        empty = self.paths.runtime / "empty"
-        empty.mkdir(mode=0o555, exist_ok=True)
-        return empty
+        return await self._starts.image(profile, kernel_uid, progress)
 
     # The owner's socket (DESIGN 4.8)
 
@@ -621,7 +491,3 @@ class Lifecycle:
     async def _expire_unowned(self, sandbox_id: str, reason: str) -> None:
         if not await self._unowned.end(sandbox_id, Death(DeathKind.EXPIRED, reason)):
             raise SandboxGatewayError("owned_elsewhere", f"sandbox {sandbox_id} has an owner")
-
-
-class _Ended(SandboxGatewayError):
-    """Somebody ended a sandbox while it was made: nothing takes its place."""

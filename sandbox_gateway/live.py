@@ -12,7 +12,7 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +51,9 @@ from sandbox_gateway.suspension import Saved, Suspension
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+Confirm = Callable[[], Awaitable[None]]
+"""Returns when a sandbox may be seen; raises what is against it."""
 
 SETTLE = 1.0
 """Seconds that clients are given to take what is theirs before an owner goes; what is left comes again."""
@@ -140,25 +143,31 @@ class LiveSandbox:
         """
         await self._make(self._create(kernel))
 
-    async def restore(self, saved: Saved, identity: Mapping[str, Any]) -> None:
-        """Become a clone of what was saved, with an ``identity`` of its own (see :mod:`sandbox_gateway.identity`)."""
-        await self._make(self._restore_as_new(saved, identity))
+    async def restore(self, saved: Saved, identity: Mapping[str, Any], confirm: Confirm | None = None) -> None:
+        """Become a clone of what was saved, with an ``identity`` of its own (see :mod:`sandbox_gateway.identity`).
 
-    async def step_in(self, attachment: Attachment | None, saved: Saved, identity: Mapping[str, Any]) -> None:
+        ``confirm`` is awaited before anybody sees it; what it raises is raised.
+        """
+        await self._make(self._restore_as_new(saved, identity, confirm))
+
+    async def step_in(
+        self, attachment: Attachment | None, saved: Saved, identity: Mapping[str, Any], confirm: Confirm | None = None
+    ) -> None:
         """Go on with what stood by, which was made from ``saved``, with an ``identity`` of its own.
 
-        The record has its handle and its epoch. Raises as :meth:`restore`.
+        The record has its handle and its epoch. ``confirm``, and what is raised, as for :meth:`restore`.
         """
-        await self._make(self._step_in(attachment, saved, identity))
+        await self._make(self._step_in(attachment, saved, identity, confirm))
 
-    async def _step_in(self, attachment: Attachment | None, saved: Saved, identity: Mapping[str, Any]) -> None:
+    async def _step_in(
+        self, attachment: Attachment | None, saved: Saved, identity: Mapping[str, Any], confirm: Confirm | None
+    ) -> None:
         self._descend(saved)
         if attachment is None:
             await self._incarnation.restore_into(saved, identity)
         else:
             await self._incarnation.take(attachment, identity)
-        self._begin()
-        await self._ledger.move(State.RUNNING)
+        await self._began(confirm)
 
     async def _make(self, making: Coroutine[Any, Any, T]) -> T:
         self._making = task = asyncio.create_task(self._order.serially(making))
@@ -189,9 +198,14 @@ class LiveSandbox:
         self.seat.channels.renew(parent.key)
         self.seat.channels.recall(inherited(parent.facts))
 
-    async def _restore_as_new(self, saved: Saved, identity: Mapping[str, Any]) -> None:
+    async def _restore_as_new(self, saved: Saved, identity: Mapping[str, Any], confirm: Confirm | None) -> None:
         self._descend(saved)
         await self._incarnation.restore(saved, identity)
+        await self._began(confirm)
+
+    async def _began(self, confirm: Confirm | None) -> None:
+        if confirm is not None:
+            await confirm()
         self._begin()
         await self._ledger.move(State.RUNNING)
 

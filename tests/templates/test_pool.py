@@ -7,14 +7,17 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from acceptance import KERNEL, Product, until
 from templating import Driver
 
+from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host.paths import discover
-from sandbox_gateway.model import STANDBY, State
+from sandbox_gateway.model import STANDBY, Image, State
 from sandbox_gateway.profiles import Profile
 from sandbox_gateway.profiles.profile import Pool as Wanted
 from sandbox_gateway.runtimes.base import Handle
@@ -114,6 +117,60 @@ async def test_one_that_died_while_it_stood_ready_is_not_given_away(driver: Driv
     assert await kernel.value("print(6 * 7)") == 42
     await filled(driver, profile, 1)
     assert member.sandbox.id not in standing(driver)
+
+
+@pytest.mark.parametrize("ready", [0, 1], ids=["template", "pool"])
+async def test_a_start_gets_what_the_image_is_now_not_what_the_last_one_got(
+    driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ready: int
+) -> None:
+    """A start goes by the image of the last one while it looks, which is more than anybody may get to see."""
+    lifecycle = driver.lifecycle
+    lifecycle.pool._delay = 0.0
+    profile = driver.profile(KERNEL, pool=Wanted(ready=ready))
+    await driver.template(profile, tmp_path)
+    await driver.end(await driver.start(profile, tmp_path))
+    await filled(driver, profile, ready)
+    resolve = lifecycle.images.resolve
+
+    async def renewed(*arguments: Any, **options: Any) -> Image:
+        image = await resolve(*arguments, **options)
+        return replace(image, environment={**image.environment, "RENEWED": "yes"})
+
+    monkeypatch.setattr(lifecycle.images, "resolve", renewed)
+    kernel = await driver.start(profile, tmp_path)
+    assert kernel.warm
+    assert await kernel.value("import os; print(repr(os.environ.get('RENEWED')))") == "yes"
+    again = await driver.start(profile, tmp_path)
+    assert await again.value("import os; print(repr(os.environ.get('RENEWED')))") == "yes"
+    await filled(driver, profile, ready)
+    made = set(await (await lifecycle.runtime(profile.runtime))[0].list())
+    mine = {kernel.sandbox.record.handle["id"], again.sandbox.record.handle["id"]}
+    assert made == mine | standing(driver), "what was made from the former image is gone"
+    assert set(lifecycle.live) == {kernel.sandbox.id, again.sandbox.id} | standing(driver)
+
+
+async def test_a_start_without_an_image_fails_and_is_nobodys_fault(
+    driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reason is told, nothing is left, and neither the template nor the request's own id is spoilt by it."""
+    lifecycle = driver.lifecycle
+    profile = driver.profile(KERNEL)
+    await driver.template(profile, tmp_path)
+    await driver.end(await driver.start(profile, tmp_path))
+
+    async def gone(*arguments: Any, **options: Any) -> Image:
+        raise SandboxGatewayError("image_source", "ipykernel was removed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(lifecycle.images, "resolve", gone)
+        for _ in range(3):
+            with pytest.raises(SandboxGatewayError, match="ipykernel was removed"):
+                await driver.start(profile, tmp_path)
+    assert await (await lifecycle.runtime(profile.runtime))[0].list() == []
+    assert not lifecycle.live
+    kernel = await driver.start(profile, tmp_path)
+    assert kernel.warm
+    assert await kernel.value("print(6 * 7)") == 42
 
 
 async def test_there_are_never_more_than_wanted_and_old_ones_are_replaced(driver: Driver, tmp_path: Path) -> None:

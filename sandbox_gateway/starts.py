@@ -1,0 +1,336 @@
+"""How a sandbox for a request comes to be: from one that stands ready, from a template, or new.
+
+What the image is made of on this host is looked at for each start (DESIGN 4.6), which takes as long as giving a ready
+kernel its identity. So a start goes by the image that the last look found, and nobody sees the sandbox before its own
+look is over: where that finds another image, what was made is removed and the start begins again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from sandbox_gateway import identity
+from sandbox_gateway import request as requests
+from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.host.machine import boot_id
+from sandbox_gateway.host.paths import Paths
+from sandbox_gateway.images.service import ImageService, Progress
+from sandbox_gateway.live import LiveSandbox
+from sandbox_gateway.model import DeathKind, Image, Launch, SandboxRecord, State
+from sandbox_gateway.profiles import Profile
+from sandbox_gateway.request import CreateRequest
+from sandbox_gateway.runtimes.base import Handle, Runtime, RuntimeReport
+from sandbox_gateway.seat import Seat
+from sandbox_gateway.snapshots import SnapshotStore
+from sandbox_gateway.store import Store
+from sandbox_gateway.suspension import Saved, Suspension
+from sandbox_gateway.templates import Member, Plan, Pool, Templates
+
+log = logging.getLogger(__name__)
+
+OnProgress = Callable[[Progress], None]
+
+
+class Maker(Protocol):
+    """What is needed of :class:`~sandbox_gateway.lifecycle.Lifecycle`."""
+
+    paths: Paths
+    store: Store
+    snapshots: SnapshotStore
+    images: ImageService
+    templates: Templates
+    pool: Pool
+
+    @property
+    def live(self) -> MutableMapping[str, LiveSandbox]:
+        """What this process owns, by id."""
+        ...
+
+    async def runtime(self, name: str) -> tuple[Runtime, RuntimeReport]:
+        """A runtime, and what it can do here."""
+        ...
+
+    async def clear(self, sandbox_id: str) -> None:
+        """Remove what an earlier owner of this id has left half-way."""
+        ...
+
+    async def enter(
+        self,
+        record: SandboxRecord,
+        launch: Launch,
+        seat: Seat,
+        runtime: Runtime,
+        report: RuntimeReport,
+        **how: Any,
+    ) -> LiveSandbox:
+        """Record one that is to be made; nothing of it is made yet."""
+        ...
+
+    async def made(self, sandbox: LiveSandbox, making: Awaitable[None]) -> None:
+        """Make it; on any failure nothing is left and the reason is raised."""
+        ...
+
+
+class _Look:
+    """A look at the image of one start that goes on beside it, and the image by which the start goes meanwhile."""
+
+    def __init__(self, expected: Image | None, looking: Callable[[], Coroutine[Any, Any, Image]]) -> None:
+        self.expected = expected
+        self._looking = looking
+        self._found: asyncio.Task[Image] | None = None
+
+    def begin(self) -> None:
+        """Look from now on. It takes the interpreter: best begun when there is nothing else to do but wait."""
+        if self._found is None:
+            self._found = asyncio.create_task(self._looking())
+
+    async def found(self) -> Image:
+        """What it is made of; raises what stands in the way."""
+        self.begin()
+        assert self._found is not None
+        return await asyncio.shield(self._found)
+
+    async def confirm(self) -> None:
+        """Return when the image is known to be the expected one; raises :class:`_Otherwise`."""
+        try:
+            same = await self.found() == self.expected
+        except SandboxGatewayError as error:
+            raise _Otherwise from error
+        if not same:
+            raise _Otherwise
+
+    async def close(self) -> None:
+        """Nobody wants to know any more."""
+        if self._found is not None:
+            self._found.cancel()
+            await asyncio.gather(self._found, return_exceptions=True)
+
+
+class Starts:
+    """Makes sandboxes for requests. One per process; use it on one event loop."""
+
+    def __init__(self, maker: Maker) -> None:
+        self._maker = maker
+        self._seen: dict[tuple[str, bool, int, bool], Image] = {}
+
+    async def create(self, wanted: CreateRequest, seat: Seat, progress: OnProgress | None) -> LiveSandbox:
+        """As :meth:`Lifecycle.create <sandbox_gateway.lifecycle.Lifecycle.create>`."""
+        uid = self._who(wanted).uid
+        look = _Look(self._seen.get(_key(wanted.profile, uid)), lambda: self.image(wanted.profile, uid, progress))
+        try:
+            if look.expected is not None:
+                try:
+                    return await self._create(wanted, seat, look, progress)
+                except _Otherwise:
+                    log.info("the image of %s is another one by now: starting it again", wanted.id)
+            look.expected = await look.found()
+            return await self._create(wanted, seat, look, progress)
+        finally:
+            await look.close()
+
+    async def _create(
+        self,
+        wanted: CreateRequest,
+        seat: Seat,
+        look: _Look,
+        progress: OnProgress | None,
+    ) -> LiveSandbox:
+        assert look.expected is not None
+        launch, notes = await self.compose(wanted, look.expected)
+        runtime, report = await self._maker.runtime(wanted.profile.runtime)
+        await self._maker.clear(wanted.id)
+        templates = self._maker.templates
+        start = await templates.find(wanted, launch, runtime, report)
+        record = replace(record_of(launch, wanted.profile), name=wanted.name, notes=notes, owner=wanted.owner)
+        say = progress or _unheard
+        if start.saved is not None and start.plan is not None:
+            say(Progress("sandbox", 0, 0, "restoring it from its template"))
+            warm = replace(record, parent=f"template:{start.plan.key.short}", epoch=start.saved.epoch)
+            sandbox = await self._from_pool(start.plan, start.saved, warm, launch, seat, look)
+            if sandbox is not None:
+                return sandbox
+            try:
+                return await self._restored(start.saved, warm, launch, seat, runtime, report, look)
+            except SandboxGatewayError as error:
+                if isinstance(error, _Ended):
+                    raise
+                await look.confirm()  # before anything is held against the template
+                start = await asyncio.to_thread(templates.failed, start, error)
+        await look.confirm()
+        say(Progress("sandbox", 0, 0, "starting it without a template"))
+        record = replace(record, notes=(*notes, *start.notes))
+        sandbox = await self._maker.enter(record, launch, seat, runtime, report)
+        await self._maker.made(sandbox, sandbox.create(launch.kernel))
+        if start.plan is not None:
+            templates.want(start.plan, lambda: sandbox.id in self._maker.live)
+        return sandbox
+
+    async def _from_pool(
+        self,
+        plan: Plan,
+        saved: Saved,
+        record: SandboxRecord,
+        launch: Launch,
+        seat: Seat,
+        look: _Look,
+    ) -> LiveSandbox | None:
+        """One that stood ready, as a sandbox of ``launch``; None when there is none, or it turned out to be of no use.
+
+        Raises ``_Ended`` when it was ended meanwhile.
+        """
+        pool = self._maker.pool
+        member = pool.take(plan, saved, launch)
+        if not plan.profile.chosen:
+            # What one caller chose for himself is nothing to keep ready for the next.
+            pool.order(plan, saved, launch)
+        if member is None:
+            return None
+        try:
+            return await self._stepped_in(member, saved, record, launch, seat, look)
+        except _Ended:
+            raise
+        except SandboxGatewayError as error:
+            log.warning("a sandbox that stood ready for %s was of no use: %s", plan.profile.name, error.message)
+            return None
+        finally:
+            member.leave()
+
+    async def _stepped_in(
+        self,
+        member: Member,
+        saved: Saved,
+        record: SandboxRecord,
+        launch: Launch,
+        seat: Seat,
+        look: _Look,
+    ) -> LiveSandbox:
+        maker = self._maker
+        stood = member.sandbox.record
+        runtime, report = await maker.runtime(record.runtime)
+        # While both records would name it, a sweep could end it for the sake of the old one; its lock is still ours.
+        await asyncio.to_thread(maker.store.delete, stood.id)
+        attachment = member.sandbox.surrender()
+        maker.live.pop(stood.id, None)
+        record = replace(record, handle=stood.handle, step=stood.step, epoch=stood.epoch)
+        try:
+            sandbox = await maker.enter(record, launch, seat, runtime, report, pool=True)
+        except BaseException:
+            if (handle := Handle.of(stood.handle)) is not None:
+                await asyncio.shield(runtime.destroy(handle))
+            raise
+        look.begin()
+        await self._unless_ended(sandbox, sandbox.step_in(attachment, saved, identity.fresh(launch), look.confirm))
+        return sandbox
+
+    async def _unless_ended(self, sandbox: LiveSandbox, making: Awaitable[None]) -> None:
+        """Make it; raises ``_Ended`` when somebody ended it meanwhile."""
+        try:
+            await self._maker.made(sandbox, making)
+        except SandboxGatewayError as error:
+            if sandbox.death is not None and sandbox.death.kind in {DeathKind.STOPPED, DeathKind.OWNER_GONE}:
+                raise _Ended(error.code, error.message, error.hint) from error
+            raise
+
+    async def _restored(
+        self,
+        saved: Saved,
+        record: SandboxRecord,
+        launch: Launch,
+        seat: Seat,
+        runtime: Runtime,
+        report: RuntimeReport,
+        look: _Look,
+    ) -> LiveSandbox:
+        """A sandbox from a template, with the identity of ``launch``; raises ``_Ended`` when it was ended meanwhile."""
+        suspension = Suspension(runtime, report, self._maker.snapshots)
+        with suspension.hold(saved):
+            await suspension.fit(saved)
+            sandbox = await self._maker.enter(record, launch, seat, runtime, report)
+            look.begin()
+            await self._unless_ended(sandbox, sandbox.restore(saved, identity.fresh(launch), look.confirm))
+            return sandbox
+
+    # What a sandbox is made from
+
+    async def launch(self, wanted: CreateRequest, progress: OnProgress | None) -> tuple[Launch, tuple[str, ...]]:
+        """What a sandbox for ``wanted`` is made from, and notes on what does not hold here, or only softly."""
+        return await self.compose(wanted, await self.image(wanted.profile, self._who(wanted).uid, progress))
+
+    async def compose(self, wanted: CreateRequest, image: Image) -> tuple[Launch, tuple[str, ...]]:
+        """As :meth:`launch`, from an image that is known."""
+        _, report = await self._maker.runtime(wanted.profile.runtime)
+        notes, limits = requests.enforceable(report, wanted.profile)
+        who = self._who(wanted)
+        paths = self._maker.paths
+        private = (paths.home, paths.runtime)
+        spec = requests.compose(wanted, image, who, limits, private=private, empty=self._empty())
+        kernel = requests.kernel(wanted, image)
+        return Launch(spec, kernel, wanted.key, who.uid, who.gid, requests.missing_file_hint(wanted)), notes
+
+    async def image(self, profile: Profile, kernel_uid: int, progress: OnProgress | None = None) -> Image:
+        """The profile's root filesystem as it is now, built where it is missing or stale."""
+        key = _key(profile, kernel_uid)
+        try:
+            image = await self._maker.images.resolve(
+                profile.image,
+                editable=profile.editable,
+                kernel_uid=kernel_uid,
+                require_python=profile.argv is None,
+                progress=progress,
+            )
+        except SandboxGatewayError:
+            self._seen.pop(key, None)
+            raise
+        self._seen[key] = image
+        return image
+
+    @staticmethod
+    def _who(wanted: CreateRequest) -> requests.Identity:
+        return requests.identity(wanted, root=os.geteuid() == 0)
+
+    def _empty(self) -> Path:
+        empty = self._maker.paths.runtime / "empty"
+        empty.mkdir(mode=0o555, exist_ok=True)
+        return empty
+
+
+def record_of(launch: Launch, profile: Profile) -> SandboxRecord:
+    """The record of a sandbox of this process's that is to be made."""
+    image, now = launch.spec.image, time.time()
+    return SandboxRecord(
+        id=launch.spec.id,
+        state=State.CREATING,
+        profile=profile.name,
+        runtime=profile.runtime,
+        created=now,
+        changed=now,
+        boot_id=boot_id(),
+        layers=tuple(layer.digest for layer in (*image.layers, image.agent) if layer and layer.digest),
+        on_owner_exit=profile.on_owner_exit,
+        grace=profile.grace,
+        owner_pid=os.getpid(),
+        idle=profile.idle if "idle" in profile.chosen else None,
+    )
+
+
+def _key(profile: Profile, uid: int) -> tuple[str, bool, int, bool]:
+    return profile.image, profile.editable, uid, profile.argv is None
+
+
+def _unheard(step: Progress) -> None:
+    """Nobody wants to know how far it is."""
+
+
+class _Ended(SandboxGatewayError):
+    """Somebody ended a sandbox while it was made: nothing takes its place."""
+
+
+class _Otherwise(Exception):
+    """The image is not the expected one, or none can be had: a failure of no template and of nothing ready."""
