@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from sandbox_gateway import identity
 from sandbox_gateway.attachment import Attachment, Remains
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.introduction import introduce
@@ -86,7 +87,8 @@ class Standby(LiveSandbox):
             return
         with self._suspension.hold(saved):
             await self._suspension.fit(saved)
-            await self._incarnation.restore(saved)
+            # As who it is already: what an identity needs is in the memory's first reach when it is given one.
+            await self._incarnation.restore(saved, identity.fresh(saved.snapshot.manifest.saved_launch()))
 
     @property
     def stands(self) -> bool:
