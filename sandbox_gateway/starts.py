@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 
 OnProgress = Callable[[Progress], None]
 
+RESTORING = 0.03
+"""Seconds from which on a restore leaves this process nothing to do for a while; it takes a tenth or two."""
+
 
 class Maker(Protocol):
     """What is needed of :class:`~sandbox_gateway.lifecycle.Lifecycle`."""
@@ -85,10 +88,13 @@ class _Look:
         self.expected = expected
         self._looking = looking
         self._found: asyncio.Task[Image] | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
-    def begin(self) -> None:
-        """Look from now on. It takes the interpreter: best begun when there is nothing else to do but wait."""
-        if self._found is None:
+    def begin(self, delay: float = 0.0) -> None:
+        """Look, in ``delay`` seconds: it takes the interpreter from whoever has more to do than wait."""
+        if delay and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(delay, self.begin)
+        elif self._found is None:
             self._found = asyncio.create_task(self._looking())
 
     async def found(self) -> Image:
@@ -108,6 +114,8 @@ class _Look:
 
     async def close(self) -> None:
         """Nobody wants to know any more."""
+        if self._timer is not None:
+            self._timer.cancel()
         if self._found is not None:
             self._found.cancel()
             await asyncio.gather(self._found, return_exceptions=True)
@@ -253,7 +261,7 @@ class Starts:
         with suspension.hold(saved):
             await suspension.fit(saved)
             sandbox = await self._maker.enter(record, launch, seat, runtime, report)
-            look.begin()
+            look.begin(RESTORING)
             await self._unless_ended(sandbox, sandbox.restore(saved, identity.fresh(launch), look.confirm))
             return sandbox
 

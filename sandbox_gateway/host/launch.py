@@ -196,6 +196,8 @@ def main() -> None:
         enter_user_namespace()
         os.execv(sys.argv[1], sys.argv[1:])
     text = sys.stdin.buffer.read()
+    if not text:
+        return  # who was about to ask has no need any more, or is gone
     try:
         request = marshal.loads(text)
     except ValueError:

@@ -41,6 +41,8 @@ from sandbox_gateway.runtimes.waiting import to_its_end
 
 _KILL_TIMEOUT = 10.0
 _ROUNDS = 20
+_MOVES = 0.01
+"""Seconds between two moves that make the next ones quick; some 30 are enough."""
 
 
 class GvisorRuntime:
@@ -99,50 +101,67 @@ class GvisorRuntime:
         return self._make(spec, directory, None)
 
     async def _make(self, spec: SandboxSpec, directory: Path, image: Path | None) -> AsyncIterator[Handle]:
-        runsc = self._runsc(None if image is None else await self._binary_for(spec, image))
-        tree = self.tree
-        grouped = tree.usable
-        flags = gvisor_bundle.flags(spec, rootless=self._rootless)
-        if self._rootless or not grouped:
-            flags.append("--ignore-cgroups")
-        data: dict[str, Any] = {
-            "flags": flags,
-            "grouped": grouped,
-            "memory_limit": spec.limits.memory,
-            "binary": str(runsc.binary),
-            "restored": image is not None,
-        }
-        if spec.limits.memory is not None and not (grouped and "memory" in tree.controllers):
-            data["soft_memory"] = spec.limits.memory
-        handle = Handle(spec.id, self.name, directory, "files", data)
-        self._ending.discard(spec.id)
-        yield handle
-        group = tree.path(self.cgroup_parent, spec.id) if grouped and not self._rootless else None
-        await to_its_end(
-            asyncio.to_thread(gvisor_files.make, self.paths.runsc_root, spec, directory, self._init(), group)
-        )
-        if grouped:
-            yield replace(handle, step="cgroup")
-            await to_its_end(asyncio.to_thread(tree.create, self.cgroup_parent, spec.id, spec.limits))
-            # Beside the start of the launcher, which then moves itself.
-            asyncio.get_running_loop().run_in_executor(None, tree.expect_moves)
-        yield replace(handle, step="container")
-        pid_file = directory / BUNDLE / "pid"
-        command: tuple[str, ...] = ("create", f"--bundle={directory / BUNDLE}", f"--pid-file={pid_file}", spec.id)
-        if image is not None:
-            command = (*gvisor_snapshots.restore_command(image), *command[1:])
-        launched = await launcher.launch(
-            runsc.argv(flags, *command),
-            directory,
-            pid_file=pid_file,
-            environment=runsc.environment(),
-            join=tree.join_files(self.cgroup_parent, spec.id) if grouped else (),
-            cores=gvisor_files.cores(spec) if not (grouped and "cpu" in tree.controllers) else None,
-            user_namespace=self._rootless,
-            timeout=TIMEOUT if image is None else gvisor_snapshots.RESTORE_TIMEOUT,
-        )
-        data = {**data, "holder": launched.holder.as_json(), "sandbox": launched.process.as_json()}
-        yield replace(handle, step="created" if image is None else "started", data=data)
+        async with self._on_its_way(directory) as program:
+            runsc = self._runsc(None if image is None else await self._binary_for(spec, image))
+            tree = self.tree
+            grouped = tree.usable
+            flags = gvisor_bundle.flags(spec, rootless=self._rootless)
+            if self._rootless or not grouped:
+                flags.append("--ignore-cgroups")
+            data: dict[str, Any] = {
+                "flags": flags,
+                "grouped": grouped,
+                "memory_limit": spec.limits.memory,
+                "binary": str(runsc.binary),
+                "restored": image is not None,
+            }
+            if spec.limits.memory is not None and not (grouped and "memory" in tree.controllers):
+                data["soft_memory"] = spec.limits.memory
+            handle = Handle(spec.id, self.name, directory, "files", data)
+            self._ending.discard(spec.id)
+            yield handle
+            group = tree.path(self.cgroup_parent, spec.id) if grouped and not self._rootless else None
+            await to_its_end(
+                asyncio.to_thread(gvisor_files.make, self.paths.runsc_root, spec, directory, self._init(), group)
+            )
+            if grouped:
+                yield replace(handle, step="cgroup")
+                await to_its_end(asyncio.to_thread(tree.create, self.cgroup_parent, spec.id, spec.limits))
+            yield replace(handle, step="container")
+            pid_file = directory / BUNDLE / "pid"
+            command: tuple[str, ...] = ("create", f"--bundle={directory / BUNDLE}", f"--pid-file={pid_file}", spec.id)
+            if image is not None:
+                command = (*gvisor_snapshots.restore_command(image), *command[1:])
+            launched = await program.launch(
+                runsc.argv(flags, *command),
+                pid_file=pid_file,
+                environment=runsc.environment(),
+                join=tree.join_files(self.cgroup_parent, spec.id) if grouped else (),
+                cores=gvisor_files.cores(spec) if not (grouped and "cpu" in tree.controllers) else None,
+                user_namespace=self._rootless,
+                timeout=TIMEOUT if image is None else gvisor_snapshots.RESTORE_TIMEOUT,
+            )
+            data = {**data, "holder": launched.holder.as_json(), "sandbox": launched.process.as_json()}
+            yield replace(handle, step="created" if image is None else "started", data=data)
+
+    @contextlib.asynccontextmanager
+    async def _on_its_way(self, directory: Path) -> AsyncIterator[launcher.Launcher]:
+        """The launcher, which starts beside the preparations for it, and is gone afterwards."""
+        program = launcher.Launcher(directory)
+        moves = asyncio.create_task(self._expect_moves()) if self.tree.usable else None
+        try:
+            yield program
+        finally:
+            if moves is not None:
+                moves.cancel()
+            await program.close()
+
+    async def _expect_moves(self) -> None:
+        """The launcher moves itself into the control group, and runsc itself back to where it came from: until both
+        have, the wait before a move must not come back."""
+        while True:
+            await asyncio.to_thread(self.tree.expect_moves)
+            await asyncio.sleep(_MOVES)
 
     def _init(self) -> tuple[str, ...]:
         if self._argv is not None:

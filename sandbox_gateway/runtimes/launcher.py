@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import functools
 import json
 import marshal
@@ -11,6 +13,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sandbox_gateway.errors import SandboxGatewayError, program_error
 from sandbox_gateway.host.namespaces import launch_program
@@ -64,59 +67,77 @@ class Launched:
     process: ProcessRef
 
 
-async def launch(
-    argv: Sequence[str],
-    directory: Path,
-    *,
-    pid_file: Path | None = None,
-    environment: Mapping[str, str] | None = None,
-    join: Sequence[str] = (),
-    cores: Sequence[int] | None = None,
-    user_namespace: bool = False,
-    holder: Sequence[str] | None = None,
-    timeout: float = runsc.TIMEOUT,
-) -> Launched:
-    """Run ``argv`` under a holder, its standard streams on the FIFOs of ``directory``.
+class Launcher:
+    """The launcher's program, on its way while what it shall launch is prepared. It does nothing before it is told."""
 
-    With ``pid_file`` the command is waited for and the file names the process that stays. Raises ``runtime_failed``
-    with the end of what the command said. ``holder`` is what the launcher becomes, ``{pid}`` standing for the process
-    (default: :func:`holder_command`).
-    """
-    fifos = Fifos.inside(directory)
-    marker = f"{MARKER}={directory}"
-    inherited = {**(runsc.environment() if environment is None else environment), MARKER: str(directory)}
-    request = {
-        "argv": list(argv),
-        "environment": inherited,
-        "marker": marker,
-        "pid_file": str(pid_file) if pid_file is not None else None,
-        "stdin": str(fifos.stdin),
-        "stdout": str(fifos.stdout),
-        "stderr": str(fifos.stderr),
-        "pipe_size": PIPE_SIZE,
-        "join": list(join),
-        "cores": list(cores) if cores is not None else None,
-        "user_namespace": user_namespace,
-        "holder": list(holder) if holder is not None else holder_command(),
-    }
-    outcome = await runsc.run(
-        launch_program(),
-        env={**runsc.environment(), MARKER: str(directory)},
-        stdin=marshal.dumps(request, _MARSHAL),
-        timeout=timeout,
-    )
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        environment = {**runsc.environment(), MARKER: str(directory)}
+        self._program = asyncio.create_task(runsc.spawn(launch_program(), env=environment))
+
+    async def launch(
+        self,
+        argv: Sequence[str],
+        *,
+        pid_file: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        join: Sequence[str] = (),
+        cores: Sequence[int] | None = None,
+        user_namespace: bool = False,
+        holder: Sequence[str] | None = None,
+        timeout: float = runsc.TIMEOUT,
+    ) -> Launched:
+        """Run ``argv`` under a holder, its standard streams on the FIFOs of the directory. Once.
+
+        With ``pid_file`` the command is waited for and the file names the process that stays. Raises
+        ``runtime_failed`` with the end of what the command said. ``holder`` is what the launcher becomes, ``{pid}``
+        standing for the process (default: :func:`holder_command`).
+        """
+        fifos = Fifos.inside(self._directory)
+        marker = f"{MARKER}={self._directory}"
+        inherited = {**(runsc.environment() if environment is None else environment), MARKER: str(self._directory)}
+        request = {
+            "argv": list(argv),
+            "environment": inherited,
+            "marker": marker,
+            "pid_file": str(pid_file) if pid_file is not None else None,
+            "stdin": str(fifos.stdin),
+            "stdout": str(fifos.stdout),
+            "stderr": str(fifos.stderr),
+            "pipe_size": PIPE_SIZE,
+            "join": list(join),
+            "cores": list(cores) if cores is not None else None,
+            "user_namespace": user_namespace,
+            "holder": list(holder) if holder is not None else holder_command(),
+        }
+        program = await asyncio.shield(self._program)
+        outcome = await runsc.finish(program, "the launcher", marshal.dumps(request, _MARSHAL), timeout)
+        try:
+            answer = json.loads(outcome.output)
+        except ValueError:
+            raise SandboxGatewayError("runtime_failed", f"the launcher failed: {outcome.reason}") from None
+        if "error" in answer:
+            message = runsc.last_line(answer["error"]) or "no reason given"
+            raise program_error("runtime_failed", f"{Path(argv[0]).name}: {message}")
+        reaper = ProcessRef.from_json(answer.get("holder"))
+        process = ProcessRef.from_json(answer.get("process"))
+        if reaper is None or process is None:
+            raise SandboxGatewayError("runtime_failed", "the launcher gave no process ids")
+        return Launched(reaper, process)
+
+    async def close(self) -> None:
+        """End it where it was not told anything, or has not done it."""
+        with contextlib.suppress(SandboxGatewayError):
+            await runsc.end(await self._program)
+
+
+async def launch(argv: Sequence[str], directory: Path, **options: Any) -> Launched:
+    """As :meth:`Launcher.launch`, by a launcher that is started for it."""
+    program = Launcher(directory)
     try:
-        answer = json.loads(outcome.output)
-    except ValueError:
-        raise SandboxGatewayError("runtime_failed", f"the launcher failed: {outcome.reason}") from None
-    if "error" in answer:
-        message = runsc.last_line(answer["error"]) or "no reason given"
-        raise program_error("runtime_failed", f"{Path(argv[0]).name}: {message}")
-    reaper = ProcessRef.from_json(answer.get("holder"))
-    process = ProcessRef.from_json(answer.get("process"))
-    if reaper is None or process is None:
-        raise SandboxGatewayError("runtime_failed", "the launcher gave no process ids")
-    return Launched(reaper, process)
+        return await program.launch(argv, **options)
+    finally:
+        await program.close()
 
 
 @functools.cache

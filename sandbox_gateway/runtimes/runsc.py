@@ -78,8 +78,13 @@ async def run(
 
     Raises ``runtime_missing`` when there is no such program and ``timeout`` when it does not end.
     """
+    return await finish(await spawn(argv, env=env), Path(argv[0]).name, stdin, timeout)
+
+
+async def spawn(argv: Sequence[str | Path], *, env: Mapping[str, str] | None = None) -> asyncio.subprocess.Process:
+    """Start a command, for :func:`finish`; raises ``runtime_missing`` when there is no such program."""
     try:
-        process = await asyncio.create_subprocess_exec(
+        return await asyncio.create_subprocess_exec(
             *(str(word) for word in argv),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
@@ -89,20 +94,29 @@ async def run(
         )
     except OSError as error:
         raise SandboxGatewayError("runtime_missing", f"{argv[0]} cannot be run: {error.strerror}") from error
+
+
+async def finish(process: asyncio.subprocess.Process, name: str, stdin: bytes, timeout: float) -> Outcome:
+    """Give a command its input and wait for its end; ends it when the caller is cancelled, or with ``timeout``."""
     try:
         output, errors = await asyncio.wait_for(process.communicate(stdin), timeout)
     except TimeoutError as error:
-        raise SandboxGatewayError("timeout", f"{Path(argv[0]).name} did not end within {timeout:.0f} s") from error
+        raise SandboxGatewayError("timeout", f"{name} did not end within {timeout:.0f} s") from error
     finally:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
+        await end(process)
     return Outcome(
         process.returncode or 0,
         output.decode("utf-8", "replace")[-_OUTPUT:],
         errors.decode("utf-8", "replace")[-_OUTPUT:],
     )
+
+
+async def end(process: asyncio.subprocess.Process) -> None:
+    """End a command that nobody needs any more; nothing where it has ended."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
 
 
 class Runsc:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,10 +15,11 @@ import pytest
 
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host import processes
+from sandbox_gateway.host.namespaces import launch_program
 from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.host.processes import ProcessRef
 from sandbox_gateway.runtimes import launcher
-from sandbox_gateway.runtimes.launcher import MARKER, Fifos, Launched, launch
+from sandbox_gateway.runtimes.launcher import MARKER, Fifos, Launched, Launcher, launch
 
 
 @pytest.fixture
@@ -51,6 +53,22 @@ async def test_program_runs_on_the_pipes_and_carries_the_mark(directory: Path) -
             os.close(fd)
         for ref in (found.process, found.holder):
             assert f"{MARKER}={directory}" in processes.environment(ref.pid)
+
+
+async def test_a_launcher_that_is_told_nothing_is_gone_when_it_is_closed(directory: Path) -> None:
+    """It starts while a sandbox is prepared, which may fail."""
+    program = Launcher(directory)
+    process = await asyncio.shield(program._program)
+    assert processes.find(lambda argv, environment: f"{MARKER}={directory}" in environment)
+    await program.close()
+    assert process.returncode is not None
+    assert not processes.find(lambda argv, environment: f"{MARKER}={directory}" in environment)
+
+
+def test_a_launcher_whose_application_was_killed_ends_by_itself() -> None:
+    """The end of its input is all that it hears of that."""
+    done = subprocess.run(launch_program(), stdin=subprocess.DEVNULL, capture_output=True, timeout=30, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
 async def test_holder_reaps_what_is_left_to_it(directory: Path) -> None:
