@@ -23,6 +23,8 @@ class Ledger:
         self.record = record
         self.why = ""
         """For people: the reason of the next change of state."""
+        self.quiet = False
+        """Whether changes of state are nobody's news."""
         self._store = store
         self._events = events
 
@@ -52,7 +54,7 @@ class Ledger:
 
     def _moved(self, before: SandboxRecord, moved: SandboxRecord) -> None:
         self.record = moved
-        if not before.blank:
+        if not before.blank and not self.quiet:
             self._events.moved(before, moved, self.why)
         self.why = ""
 

@@ -35,7 +35,7 @@ from sandbox_gateway.runtimes.base import Runtime, RuntimeReport
 from sandbox_gateway.seat import Seat
 from sandbox_gateway.snapshots import Kind, Snapshot, SnapshotStore, collect
 from sandbox_gateway.standby import Standby
-from sandbox_gateway.starts import OnProgress, Starts, record_of
+from sandbox_gateway.starts import OnProgress, Otherwise, Starts, record_of
 from sandbox_gateway.store import Store
 from sandbox_gateway.suspension import Saved, Suspension
 from sandbox_gateway.templates import Pool, TemplateRecord, Templates
@@ -223,6 +223,8 @@ class Lifecycle:
             await making
         except BaseException as error:
             died = sandbox.death
+            if isinstance(error, Otherwise):
+                sandbox.unnoticed()
             await asyncio.shield(self._undo(sandbox, error))
             if died is not None and isinstance(error, SandboxGatewayError):
                 # What failed is only that nobody answers any more.

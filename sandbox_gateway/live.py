@@ -206,8 +206,14 @@ class LiveSandbox:
     async def _began(self, confirm: Confirm | None) -> None:
         if confirm is not None:
             await confirm()
+            if self.link.closed:
+                raise SandboxGatewayError("link_failed", "the sandbox ended while starting")
         self._begin()
         await self._ledger.move(State.RUNNING)
+
+    def unnoticed(self) -> None:
+        """What becomes of it from now on is no event: nobody has seen it, and another one takes its place."""
+        self._ledger.quiet = True
 
     async def adopt(self) -> None:
         """Go on where an owner that is gone has left off. The record's state is RUNNING, PAUSED, SUSPENDED,

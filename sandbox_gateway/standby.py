@@ -77,7 +77,9 @@ class Standby(LiveSandbox):
 
     async def stand_by(self, saved: Saved | None) -> None:
         """Be ready for the sandbox that will :meth:`step_in <sandbox_gateway.live.LiveSandbox.step_in>`: restored from
-        ``saved`` and attached, or with None only made. Raises as :meth:`create`, and what stands against the restore.
+        ``saved``, attached and rehearsed, or with None only made.
+
+        Raises as :meth:`create`, and what stands against the restore.
         """
         await self._make(self._stand_by(saved))
 

@@ -8,6 +8,7 @@ look is over: where that finds another image, what was made is removed and the s
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -81,21 +82,36 @@ class Maker(Protocol):
         ...
 
 
+class Otherwise(Exception):
+    """The image is not the expected one, or none can be had: a failure of no template and of nothing ready."""
+
+    def __init__(self) -> None:
+        super().__init__("its image has changed; it is started again")
+
+
 class _Look:
     """A look at the image of one start that goes on beside it, and the image by which the start goes meanwhile."""
 
-    def __init__(self, expected: Image | None, looking: Callable[[], Coroutine[Any, Any, Image]]) -> None:
+    def __init__(self, expected: Image | None, looking: Callable[[OnProgress], Coroutine[Any, Any, Image]]) -> None:
+        """``looking`` reports, on any thread, only where something has to be built."""
         self.expected = expected
         self._looking = looking
         self._found: asyncio.Task[Image] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._decided = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
 
     def begin(self, delay: float = 0.0) -> None:
         """Look, in ``delay`` seconds: it takes the interpreter from whoever has more to do than wait."""
         if delay and self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(delay, self.begin)
+            self._timer = self._loop.call_later(delay, self.begin)
         elif self._found is None:
-            self._found = asyncio.create_task(self._looking())
+            self._found = asyncio.create_task(self._looking(self._builds))
+            self._found.add_done_callback(lambda _: self._decided.set())
+
+    def _builds(self, step: Progress) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended, which a build on its thread outlives
+            self._loop.call_soon_threadsafe(self._decided.set)
 
     async def found(self) -> Image:
         """What it is made of; raises what stands in the way."""
@@ -104,13 +120,13 @@ class _Look:
         return await asyncio.shield(self._found)
 
     async def confirm(self) -> None:
-        """Return when the image is known to be the expected one; raises :class:`_Otherwise`."""
-        try:
-            same = await self.found() == self.expected
-        except SandboxGatewayError as error:
-            raise _Otherwise from error
-        if not same:
-            raise _Otherwise
+        """Return when the image is known to be the expected one; raises :class:`Otherwise` as soon as it is not."""
+        self.begin()
+        await self._decided.wait()
+        if self._found is None or not self._found.done() or self._found.cancelled() or self._found.exception():
+            raise Otherwise
+        if self._found.result() != self.expected:
+            raise Otherwise
 
     async def close(self) -> None:
         """Nobody wants to know any more."""
@@ -131,12 +147,15 @@ class Starts:
     async def create(self, wanted: CreateRequest, seat: Seat, progress: OnProgress | None) -> LiveSandbox:
         """As :meth:`Lifecycle.create <sandbox_gateway.lifecycle.Lifecycle.create>`."""
         uid = self._who(wanted).uid
-        look = _Look(self._seen.get(_key(wanted.profile, uid)), lambda: self.image(wanted.profile, uid, progress))
+        look = _Look(
+            self._seen.get(_key(wanted.profile, uid)),
+            lambda heard: self.image(wanted.profile, uid, _both(heard, progress)),
+        )
         try:
             if look.expected is not None:
                 try:
                     return await self._create(wanted, seat, look, progress)
-                except _Otherwise:
+                except Otherwise:
                     log.info("the image of %s is another one by now: starting it again", wanted.id)
             look.expected = await look.found()
             return await self._create(wanted, seat, look, progress)
@@ -158,19 +177,24 @@ class Starts:
         start = await templates.find(wanted, launch, runtime, report)
         record = replace(record_of(launch, wanted.profile), name=wanted.name, notes=notes, owner=wanted.owner)
         say = progress or _unheard
-        if start.saved is not None and start.plan is not None:
+        if (saved := start.saved) is not None and (plan := start.plan) is not None:
             say(Progress("sandbox", 0, 0, "restoring it from its template"))
-            warm = replace(record, parent=f"template:{start.plan.key.short}", epoch=start.saved.epoch)
-            sandbox = await self._from_pool(start.plan, start.saved, warm, launch, seat, look)
-            if sandbox is not None:
-                return sandbox
+            warm = replace(record, parent=f"template:{plan.key.short}", epoch=saved.epoch)
             try:
-                return await self._restored(start.saved, warm, launch, seat, runtime, report, look)
+                sandbox = await self._from_pool(plan, saved, warm, launch, seat, look)
+                if sandbox is None:
+                    sandbox = await self._restored(saved, warm, launch, seat, runtime, report, look)
             except SandboxGatewayError as error:
                 if isinstance(error, _Ended):
                     raise
-                await look.confirm()  # before anything is held against the template
+                # Before anything is held against the template: a layer that was lost is made anew by the look.
+                await look.confirm()
                 start = await asyncio.to_thread(templates.failed, start, error)
+            else:
+                if not plan.profile.chosen:
+                    # What one caller chose for himself is nothing to keep ready for the next.
+                    self._maker.pool.order(plan, saved, launch)
+                return sandbox
         await look.confirm()
         say(Progress("sandbox", 0, 0, "starting it without a template"))
         record = replace(record, notes=(*notes, *start.notes))
@@ -193,11 +217,7 @@ class Starts:
 
         Raises ``_Ended`` when it was ended meanwhile.
         """
-        pool = self._maker.pool
-        member = pool.take(plan, saved, launch)
-        if not plan.profile.chosen:
-            # What one caller chose for himself is nothing to keep ready for the next.
-            pool.order(plan, saved, launch)
+        member = self._maker.pool.take(plan, saved, launch)
         if member is None:
             return None
         try:
@@ -332,13 +352,18 @@ def _key(profile: Profile, uid: int) -> tuple[str, bool, int, bool]:
     return profile.image, profile.editable, uid, profile.argv is None
 
 
+def _both(first: OnProgress, second: OnProgress | None) -> OnProgress:
+    def tell(step: Progress) -> None:
+        first(step)
+        if second is not None:
+            second(step)
+
+    return tell
+
+
 def _unheard(step: Progress) -> None:
     """Nobody wants to know how far it is."""
 
 
 class _Ended(SandboxGatewayError):
     """Somebody ended a sandbox while it was made: nothing takes its place."""
-
-
-class _Otherwise(Exception):
-    """The image is not the expected one, or none can be had: a failure of no template and of nothing ready."""

@@ -124,7 +124,9 @@ class CgroupTree:
             _, names, path = line.split(":", 2)
             root = next((self.roots[name] for name in names.split(",") if name in self.roots), None)
             if root is not None:
-                _write_if_there(root / path.lstrip("/") / "cgroup.procs", str(os.getpid()))
+                here = os.path.relpath(path, self.prefix)
+                if here.split("/")[0] != "..":
+                    _write_if_there(root / here / "cgroup.procs", str(os.getpid()))
                 return
 
     def processes(self, parent: str, name: str) -> list[ProcessRef]:

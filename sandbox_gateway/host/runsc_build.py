@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from sandbox_gateway.errors import SandboxGatewayError
@@ -56,24 +56,33 @@ def from_source(into: Path, environment: Mapping[str, str], report: Report, keep
         run("downloading gVisor", "mod", "download", f"{_MODULE}@{PIN}")
         # Out of the cache, which Go takes for unchanged.
         source = (work / "gopath" / "pkg" / "mod" / f"{_MODULE}@{PIN}").rename(work / "source")
-        try:
-            shutil.copyfile(_ADDED / "filters.go", source / _FILTERS / "config" / "sandbox_gateway.go")
-            (source / "sandbox_gateway").mkdir()
-            shutil.copyfile(_ADDED / "main.go", source / "sandbox_gateway" / "main.go")
-            filters = str(_FILTERS / "filter_precompiled.go")
-            run("compiling gVisor's filters", "run", "-v", *_FLAGS, "./sandbox_gateway", filters, cwd=source)
-            filtered = ", filters compiled"
-        except WayClosed as error:
-            filtered = ""
-            report(f"going on without: {error} (each start of a sandbox takes 20 ms longer)")
+        filtered = _compile_filters(source, run, report)
         run("building runsc", "install", "-v", *_FLAGS, "./runsc", cwd=source)
         built = work / "bin" / "runsc"
         if not built.is_file():
             raise SandboxGatewayError("setup_failed", "go install ended without a runsc binary")
         built.rename(into / "runsc")
-        return f"built with Go {version}{filtered}"
+        return f"built with Go {version}{', filters compiled' if filtered else ''}"
     finally:
         remove_tree(work)
+
+
+def _compile_filters(source: Path, run: Callable[..., None], report: Report) -> bool:
+    """Put the compiled filters into gVisor's source; False, and the source as it was, where they cannot be had."""
+    compiled = source / _FILTERS / "filter_precompiled.go"
+    added = source / _FILTERS / "config" / "sandbox_gateway.go"
+    before = compiled.read_bytes()
+    try:
+        shutil.copyfile(_ADDED / "filters.go", added)
+        (source / "sandbox_gateway").mkdir()
+        shutil.copyfile(_ADDED / "main.go", source / "sandbox_gateway" / "main.go")
+        run("compiling gVisor's filters", "run", "-v", *_FLAGS, "./sandbox_gateway", str(compiled), cwd=source)
+    except WayClosed as error:
+        added.unlink()
+        compiled.write_bytes(before)
+        report(f"going on without: {error} (each start of a sandbox takes 20 ms longer)")
+        return False
+    return True
 
 
 def go_environment(work: Path, environment: Mapping[str, str]) -> dict[str, str]:

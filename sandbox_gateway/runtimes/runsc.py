@@ -58,11 +58,12 @@ def environment() -> dict[str, str]:
 
 
 def _everybody_reaches(folder: Path) -> bool:
-    """Whether any user of this machine may go there; so may we, where sandboxes are of our own user."""
+    """Whether any user may run what is there; so may we, where sandboxes are of our own user."""
     if os.geteuid() != 0:
         return True
     try:
-        return all(path.stat().st_mode & stat.S_IXOTH for path in (folder, *folder.resolve().parents))
+        way = (*folder.iterdir(), folder, *folder.resolve().parents)
+        return all(path.stat().st_mode & stat.S_IXOTH for path in way)
     except OSError:
         return False
 

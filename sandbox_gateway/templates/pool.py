@@ -1,9 +1,9 @@
 """Sandboxes that stand ready in this process, for profiles that want some (``pool`` in the profile file).
 
 Two kinds: *ready* ones are restored and attached, and need only an identity; *created* ones are containers without
-memory of their own, onto which the template is restored. Neither has an identity. They are nobody's, and recorded as
-being created under ids of their own: whoever finds one without its owner removes it. A sandbox that is started from
-one has the kernel's id and record; only the runtime goes on calling it by the id under which it was made.
+memory of their own, onto which the template is restored. Neither has an identity of its own. They are nobody's, and
+recorded as being created under ids of their own: whoever finds one without its owner removes it. A sandbox that is
+started from one has the kernel's id and record; only the runtime goes on calling it by the id under which it was made.
 """
 
 from __future__ import annotations

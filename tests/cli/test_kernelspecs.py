@@ -39,7 +39,9 @@ def test_without_names_the_built_in_profiles_and_all_of_the_file_are_installed(
 ) -> None:
     paths.profiles.write_text('[profiles.big]\ndisplay_name = "Big"\n')
     done = run("install", "--prefix", prefix)
-    assert done.status == 0 and done.stderr == ""
+    assert done.status == 0
+    told = [line for line in done.stderr.splitlines() if not line.startswith(("reading ", "building "))]
+    assert told == [], "nothing but how far it is, where the environment has changed meanwhile"
     assert done.stdout.splitlines() == [f"installed {name} in {kernels(prefix)}" for name in [*BUILT_IN, "big"]]
     assert sorted(path.name for path in kernels(prefix).iterdir()) == ["big", *BUILT_IN]
 

@@ -34,6 +34,7 @@ mod)
     env > {log}
     echo "go: downloading gvisor.dev/gvisor v0" >&2
     mkdir -p "$GOPATH/pkg/mod/$3/runsc/boot/filter/config" "$GOPATH/pkg/mod/cache"
+    echo before > "$GOPATH/pkg/mod/$3/runsc/boot/filter/filter_precompiled.go"
     touch "$GOPATH/pkg/mod/cache/file" && chmod 500 "$GOPATH/pkg/mod/cache"
     exit 0 ;;
 run) {filters} ;;
@@ -258,7 +259,9 @@ def test_where_no_release_is_reached_the_go_at_hand_builds_it(home: Paths, tmp_p
 
 def test_a_build_whose_filters_cannot_be_compiled_goes_on_without(home: Paths, tmp_path: Path) -> None:
     lines: list[str] = []
-    env = offline(tmp_path, go=BUILDS, filters="echo no such function >&2; exit 1")
+    unchanged = "test ! -e runsc/boot/filter/config/sandbox_gateway.go && grep -q before runsc/boot/filter/*.go"
+    fails = "echo half > runsc/boot/filter/filter_precompiled.go; echo no such function >&2; exit 1"
+    env = offline(tmp_path, go=f"{unchanged} || exit 1; {BUILDS}", filters=fails)
     assert ensure_runsc(home, environment=env, progress=lines.append).origin == "built with Go 1.26.8"
     assert any("no such function" in line and "going on without" in line for line in lines)
     assert left_behind(home) == []

@@ -16,6 +16,7 @@ from acceptance import KERNEL, Product, until
 from templating import Driver
 
 from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.events import Event, EventKind
 from sandbox_gateway.host.paths import discover
 from sandbox_gateway.model import STANDBY, Image, State
 from sandbox_gateway.profiles import Profile
@@ -136,6 +137,8 @@ async def test_a_start_gets_what_the_image_is_now_not_what_the_last_one_got(
         image = await resolve(*arguments, **options)
         return replace(image, environment={**image.environment, "RENEWED": "yes"})
 
+    told: list[Event] = []
+    lifecycle.events.listen(told.append)
     monkeypatch.setattr(lifecycle.images, "resolve", renewed)
     kernel = await driver.start(profile, tmp_path)
     assert kernel.warm
@@ -147,6 +150,22 @@ async def test_a_start_gets_what_the_image_is_now_not_what_the_last_one_got(
     mine = {kernel.sandbox.record.handle["id"], again.sandbox.record.handle["id"]}
     assert made == mine | standing(driver), "what was made from the former image is gone"
     assert set(lifecycle.live) == {kernel.sandbox.id, again.sandbox.id} | standing(driver)
+    kinds = [event.kind for event in told if event.sandbox == kernel.sandbox.id]
+    assert kinds == [EventKind.CREATED, EventKind.CREATED, EventKind.STARTED], "what nobody saw has not ended either"
+
+
+async def test_a_lost_layer_is_made_anew_and_costs_no_template(driver: Driver, tmp_path: Path) -> None:
+    """It is missed before the look at the image, which brings it back, is over."""
+    profile = driver.profile(KERNEL)
+    template = await driver.template(profile, tmp_path)
+    first = await driver.start(profile, tmp_path)
+    root = next(layer for layer in first.sandbox.launch.spec.image.layers if layer.destination == "/")
+    await driver.end(first)
+    os.unlink(root.source)
+    kernel = await driver.start(profile, tmp_path)
+    assert kernel.warm
+    assert await kernel.value("print(6 * 7)") == 42
+    assert driver.lifecycle.snapshots.get(template.id)
 
 
 async def test_a_start_without_an_image_fails_and_is_nobodys_fault(
