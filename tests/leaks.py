@@ -144,9 +144,8 @@ def _cgroups(runtimes: set[Path]) -> Iterator[str]:
     for runtime in runtimes:
         parent = f"sandbox_gateway-{hashlib.sha256(os.fsencode(runtime)).hexdigest()[:10]}"
         for root in tree.roots.values():
-            if (root / parent).is_dir():
-                yield from (str(path) for path in (root / parent).rglob("*") if path.is_dir())
-                yield str(root / parent)
+            # Groups that go meanwhile are no error to this.
+            yield from (folder for folder, _, _ in os.walk(root / parent))
 
 
 def _pipes(runtimes: set[Path]) -> Iterator[str]:
