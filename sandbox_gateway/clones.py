@@ -6,19 +6,17 @@ What is shared and what is not: docs/explanation/fast-starts.md. Nothing here dr
 from __future__ import annotations
 
 import asyncio
-import os
 import secrets
-import time
 import uuid
 from dataclasses import dataclass
 from typing import Protocol
 
 from sandbox_gateway import request as requests
 from sandbox_gateway.errors import SandboxGatewayError
-from sandbox_gateway.host.machine import boot_id
 from sandbox_gateway.host.paths import Paths
+from sandbox_gateway.ledger import new_record
 from sandbox_gateway.live import LiveSandbox
-from sandbox_gateway.model import Idle, Launch, OnOwnerExit, SandboxRecord, State
+from sandbox_gateway.model import Idle, Launch, OnOwnerExit, SandboxRecord
 from sandbox_gateway.profiles import Profile, load_profiles
 from sandbox_gateway.runtimes.base import Runtime, RuntimeReport
 from sandbox_gateway.snapshots import Kind, Snapshot, SnapshotStore
@@ -90,20 +88,15 @@ class Clones:
             return ForkOutcome(child)
 
     def _record(self, snapshot: Snapshot, child: str, owner: str) -> SandboxRecord:
-        manifest, now = snapshot.manifest, time.time()
+        manifest = snapshot.manifest
         profile = self._profile(manifest.profile)
-        return SandboxRecord(
-            id=child,
-            state=State.CREATING,
+        return new_record(
+            child,
             profile=manifest.profile,
             runtime=manifest.runtime,
-            created=now,
-            changed=now,
-            boot_id=boot_id(),
             layers=manifest.layers,
             on_owner_exit=self._ends or (profile.on_owner_exit if profile is not None else OnOwnerExit.KEEP),
             grace=profile.grace if profile is not None else Profile(manifest.profile).grace,
-            owner_pid=os.getpid(),
             parent=f"sandbox:{manifest.sandbox}" if manifest.kind is Kind.FORK else f"snapshot:{snapshot.id}",
             epoch=manifest.epoch,
             owner=owner,

@@ -127,7 +127,7 @@ class Incarnation:
         """Go on with what another one of this process's has :meth:`surrendered <surrender>`."""
         attachment.serve(self._callbacks)
         self.attachment = attachment
-        await asyncio.gather(self._identify(identity), self.tell_policy())
+        await asyncio.gather(self.tell_policy(), self._identify(identity))
 
     async def _answers(self, identity: Mapping[str, Any] | None) -> None:
         if identity is None:
@@ -170,7 +170,7 @@ class Incarnation:
         self.attachment = attachment
         if not hold:
             attachment.release()
-        await asyncio.gather(*([then()] if then is not None else ()), self.tell_policy())
+        await asyncio.gather(self.tell_policy(), *([then()] if then is not None else ()))
 
     def release(self) -> None:
         """Hand out what has come, and what comes."""

@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from dataclasses import replace
 from typing import Any
 
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.events import EventLog
+from sandbox_gateway.host.machine import boot_id
 from sandbox_gateway.model import Launch, SandboxRecord, State
 from sandbox_gateway.store import Store
 
 log = logging.getLogger(__name__)
+
+
+def new_record(sandbox_id: str, **of_it: Any) -> SandboxRecord:
+    """The record of a sandbox of this process's that is to be made now; ``of_it`` are its other fields."""
+    now = time.time()
+    return SandboxRecord(
+        id=sandbox_id,
+        state=State.CREATING,
+        created=now,
+        changed=now,
+        boot_id=boot_id(),
+        owner_pid=os.getpid(),
+        **of_it,
+    )
 
 
 class Ledger:

@@ -179,16 +179,9 @@ class Lifecycle:
         if record.state in LIVE:
             await self._unowned.finish(record, Death(DeathKind.OWNER_GONE))
 
-    async def enter(
-        self,
-        record: SandboxRecord,
-        launch: Launch,
-        seat: Seat,
-        runtime: Runtime,
-        report: RuntimeReport,
-        **how: Any,
-    ) -> LiveSandbox:
+    async def enter(self, record: SandboxRecord, launch: Launch, seat: Seat, **how: Any) -> LiveSandbox:
         """Record a sandbox that is to be made; nothing of it is made yet. ``how`` is told with the event."""
+        runtime, report = await self.runtime(record.runtime)
         await asyncio.to_thread(self.store.enter, record, launch)
         made_from = {} if record.parent is None else {"parent": record.parent}
         self.events.note(record.id, EventKind.CREATED, **made_from, **how)
@@ -356,8 +349,7 @@ class Lifecycle:
         try:
             if self._attend is not None:
                 self._attend(record.id, seat)
-            runtime, report = await self.runtime(record.runtime)
-            sandbox = await self.enter(record, launch, seat, runtime, report)
+            sandbox = await self.enter(record, launch, seat)
             seat.channels.retain()
             seat.channels.renew(parent.key)
             await self.made(sandbox, sandbox.restore(saved, identity.fresh(launch)))

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import time
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +19,11 @@ from typing import Any, Protocol
 from sandbox_gateway import identity
 from sandbox_gateway import request as requests
 from sandbox_gateway.errors import SandboxGatewayError
-from sandbox_gateway.host.machine import boot_id
 from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.images.service import ImageService, Progress
+from sandbox_gateway.ledger import new_record
 from sandbox_gateway.live import LiveSandbox
-from sandbox_gateway.model import DeathKind, Image, Launch, SandboxRecord, State
+from sandbox_gateway.model import DeathKind, Image, Launch, SandboxRecord
 from sandbox_gateway.profiles import Profile
 from sandbox_gateway.request import CreateRequest
 from sandbox_gateway.runtimes.base import Handle, Runtime, RuntimeReport
@@ -65,15 +64,7 @@ class Maker(Protocol):
         """Remove what an earlier owner of this id has left half-way."""
         ...
 
-    async def enter(
-        self,
-        record: SandboxRecord,
-        launch: Launch,
-        seat: Seat,
-        runtime: Runtime,
-        report: RuntimeReport,
-        **how: Any,
-    ) -> LiveSandbox:
+    async def enter(self, record: SandboxRecord, launch: Launch, seat: Seat, **how: Any) -> LiveSandbox:
         """Record one that is to be made; nothing of it is made yet."""
         ...
 
@@ -123,9 +114,9 @@ class _Look:
         """Return when the image is known to be the expected one; raises :class:`Otherwise` as soon as it is not."""
         self.begin()
         await self._decided.wait()
-        if self._found is None or not self._found.done() or self._found.cancelled() or self._found.exception():
-            raise Otherwise
-        if self._found.result() != self.expected:
+        look = self._found
+        known = look is not None and look.done() and not look.cancelled() and look.exception() is None
+        if look is None or not known or look.result() != self.expected:
             raise Otherwise
 
     async def close(self) -> None:
@@ -183,7 +174,7 @@ class Starts:
             try:
                 sandbox = await self._from_pool(plan, saved, warm, launch, seat, look)
                 if sandbox is None:
-                    sandbox = await self._restored(saved, warm, launch, seat, runtime, report, look)
+                    sandbox = await self._restored(saved, warm, launch, seat, look)
             except SandboxGatewayError as error:
                 if isinstance(error, _Ended):
                     raise
@@ -198,7 +189,7 @@ class Starts:
         await look.confirm()
         say(Progress("sandbox", 0, 0, "starting it without a template"))
         record = replace(record, notes=(*notes, *start.notes))
-        sandbox = await self._maker.enter(record, launch, seat, runtime, report)
+        sandbox = await self._maker.enter(record, launch, seat)
         await self._maker.made(sandbox, sandbox.create(launch.kernel))
         if start.plan is not None:
             templates.want(start.plan, lambda: sandbox.id in self._maker.live)
@@ -241,16 +232,16 @@ class Starts:
     ) -> LiveSandbox:
         maker = self._maker
         stood = member.sandbox.record
-        runtime, report = await maker.runtime(record.runtime)
         # While both records would name it, a sweep could end it for the sake of the old one; its lock is still ours.
         await asyncio.to_thread(maker.store.delete, stood.id)
         attachment = member.sandbox.surrender()
         maker.live.pop(stood.id, None)
         record = replace(record, handle=stood.handle, step=stood.step, epoch=stood.epoch)
         try:
-            sandbox = await maker.enter(record, launch, seat, runtime, report, pool=True)
+            sandbox = await maker.enter(record, launch, seat, pool=True)
         except BaseException:
             if (handle := Handle.of(stood.handle)) is not None:
+                runtime, _ = await maker.runtime(record.runtime)
                 await asyncio.shield(runtime.destroy(handle))
             raise
         look.begin()
@@ -272,15 +263,14 @@ class Starts:
         record: SandboxRecord,
         launch: Launch,
         seat: Seat,
-        runtime: Runtime,
-        report: RuntimeReport,
         look: _Look,
     ) -> LiveSandbox:
         """A sandbox from a template, with the identity of ``launch``; raises ``_Ended`` when it was ended meanwhile."""
+        runtime, report = await self._maker.runtime(record.runtime)
         suspension = Suspension(runtime, report, self._maker.snapshots)
         with suspension.hold(saved):
             await suspension.fit(saved)
-            sandbox = await self._maker.enter(record, launch, seat, runtime, report)
+            sandbox = await self._maker.enter(record, launch, seat)
             look.begin(RESTORING)
             await self._unless_ended(sandbox, sandbox.restore(saved, identity.fresh(launch), look.confirm))
             return sandbox
@@ -331,19 +321,14 @@ class Starts:
 
 def record_of(launch: Launch, profile: Profile) -> SandboxRecord:
     """The record of a sandbox of this process's that is to be made."""
-    image, now = launch.spec.image, time.time()
-    return SandboxRecord(
-        id=launch.spec.id,
-        state=State.CREATING,
+    image = launch.spec.image
+    return new_record(
+        launch.spec.id,
         profile=profile.name,
         runtime=profile.runtime,
-        created=now,
-        changed=now,
-        boot_id=boot_id(),
         layers=tuple(layer.digest for layer in (*image.layers, image.agent) if layer and layer.digest),
         on_owner_exit=profile.on_owner_exit,
         grace=profile.grace,
-        owner_pid=os.getpid(),
         idle=profile.idle if "idle" in profile.chosen else None,
     )
 

@@ -135,7 +135,10 @@ class Runsc:
         nobody. What that user cannot reach (an installation below a private home) is left aside: runsc then starts
         itself, by a way that needs no path.
         """
-        aside = {} if _everybody_reaches(self.binary.parent / SIDECARS) else {_SIDECARS_ELSEWHERE: os.devnull}
+        # Where runsc looks, in its order: beside its name, then beside the file of that name.
+        beside = [place / SIDECARS for place in (self.binary.parent, self.binary.resolve().parent)]
+        found = next((folder for folder in beside if folder.is_dir()), None)
+        aside = {} if found is None or _everybody_reaches(found) else {_SIDECARS_ELSEWHERE: os.devnull}
         return {**environment(), **aside}
 
     def argv(self, flags: Sequence[str], *command: str | Path) -> list[str]:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
 from errno import ENOSPC
 from pathlib import Path
 
@@ -42,3 +46,44 @@ async def test_a_full_disk_has_its_own_code(tmp_path: Path) -> None:
     with pytest.raises(SandboxGatewayError, match="no space left") as caught:
         await Runsc(program, tmp_path).call([], "checkpoint", "a")
     assert caught.value.code == "disk_full"
+
+
+@pytest.fixture
+def release(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A runsc with a program beside it, in a folder that everybody reaches, seen by root."""
+    place = Path(tempfile.mkdtemp(prefix="sg-"))
+    place.chmod(0o755)
+    try:
+        if not all(path.stat().st_mode & stat.S_IXOTH for path in place.parents):
+            pytest.skip(f"{place.parent} is not for everybody")
+        monkeypatch.setattr("os.geteuid", lambda: 0)
+        (place / "gvisor-bin").mkdir(mode=0o755)
+        for file in (place / "runsc", place / "gvisor-bin" / "gvisor_sentry"):
+            file.touch(mode=0o755)
+        yield place
+    finally:
+        shutil.rmtree(place)
+
+
+def left_aside(binary: Path) -> bool:
+    """Whether runsc is told to look for its sidecars elsewhere."""
+    return "GVISOR_SIDECAR_BINARIES_DIR" in Runsc(binary, Path("/nowhere")).environment()
+
+
+def test_sidecars_that_everybody_may_run_are_used_also_by_a_link_to_their_runsc(release: Path, tmp_path: Path) -> None:
+    assert not left_aside(release / "runsc")
+    (tmp_path / "runsc").symlink_to(release / "runsc")
+    assert not left_aside(tmp_path / "runsc")
+
+
+def test_sidecars_that_somebody_may_not_run_are_left_aside(release: Path) -> None:
+    (release / "gvisor-bin" / "gvisor_sentry").chmod(0o750)
+    assert left_aside(release / "runsc")
+    (release / "gvisor-bin" / "gvisor_sentry").chmod(0o755)
+    release.chmod(0o700)
+    assert left_aside(release / "runsc")
+
+
+def test_without_sidecars_runsc_looks_where_it_always_does(release: Path) -> None:
+    shutil.rmtree(release / "gvisor-bin")
+    assert not left_aside(release / "runsc")

@@ -154,6 +154,42 @@ async def test_a_start_gets_what_the_image_is_now_not_what_the_last_one_got(
     assert kinds == [EventKind.CREATED, EventKind.CREATED, EventKind.STARTED], "what nobody saw has not ended either"
 
 
+async def test_a_sandbox_that_dies_before_its_image_is_confirmed_is_nobodys_kernel(
+    driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lifecycle = driver.lifecycle
+    profile = driver.profile(KERNEL)
+    await driver.template(profile, tmp_path)
+    await driver.end(await driver.start(profile, tmp_path))
+    resolve, killed = lifecycle.images.resolve, asyncio.Event()
+
+    async def deadly(*arguments: Any, **options: Any) -> Image:
+        image = await resolve(*arguments, **options)
+        (sandbox,) = lifecycle.live.values()
+        incarnation, identified = sandbox._incarnation, asyncio.Event()
+        identify = incarnation._identify
+
+        async def heard(identity: Any) -> None:
+            await identify(identity)
+            identified.set()
+
+        monkeypatch.setattr(incarnation, "_identify", heard)
+        async with asyncio.timeout(30):
+            await identified.wait()
+            attachment = incarnation.attachment
+            assert attachment is not None
+            os.kill(int(attachment.handle.data["sandbox"][0]), signal.SIGKILL)
+            while not attachment.link.closed:
+                await asyncio.sleep(0.005)  # nobody is told of that
+        killed.set()
+        return image
+
+    monkeypatch.setattr(lifecycle.images, "resolve", deadly)
+    kernel = await driver.start(profile, tmp_path)
+    assert killed.is_set()
+    assert await kernel.value("print(6 * 7)") == 42
+
+
 async def test_a_lost_layer_is_made_anew_and_costs_no_template(driver: Driver, tmp_path: Path) -> None:
     """It is missed before the look at the image, which brings it back, is over."""
     profile = driver.profile(KERNEL)
