@@ -158,9 +158,9 @@ class Hub:
         self._tell_state(outlet)
         return outlet
 
-    def knows(self, name: str, session_id: str | None) -> bool:
-        """Whether the session ``session_id`` of the user ``name`` is there to go on."""
-        return session_id is not None and identity_of(name, session_id) in self._outlets
+    def known(self, name: str, session_id: str | None) -> Outlet | None:
+        """The session ``session_id`` of the user ``name``, where it is there to go on."""
+        return None if session_id is None else self._outlets.get(identity_of(name, session_id))
 
     def detach(self, outlet: Outlet, writer: Writer, *, refused: bool = False) -> None:
         """A session's WebSocket has ended; it is kept for its client to come back. ``refused``: a message was too large

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
+import uuid
 from typing import Any, Final
 
 from jupyter_server.gateway.connections import GatewayWebSocketConnection
@@ -20,6 +20,8 @@ from tornado.httputil import url_concat
 from tornado.websocket import WebSocketClientConnection, WebSocketClosedError, websocket_connect
 from traitlets import default
 
+from sandbox_gateway.server.inlet import HEADER
+from sandbox_gateway.server.outgoing import Outgoing
 from sandbox_gateway.server.passing import PROMPT, Relay, request
 
 RELAY: Final = "sandbox_gateway_relay"
@@ -29,7 +31,9 @@ MAX_MESSAGE: Final = 256 << 20
 MAX_WAITING: Final = 2 * MAX_MESSAGE
 """Bytes of a page's messages that wait for a gateway that is away."""
 STUMBLES: Final = 3
-"""Connections that break at the same message of the page's until it is given up."""
+"""Connections that break at the same large message of the page's until it is given up."""
+LARGE: Final = 64 << 10
+"""Bytes of a message from which on something on the way may break the connection because of it."""
 PING: Final = 300.0
 """Seconds between two looks whether the gateway is still there. A pong comes behind what is on its way, which takes a
 while where that is large and the line is slow."""
@@ -50,8 +54,10 @@ class RelayedConnection(GatewayWebSocketConnection):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._to_send: deque[str | bytes] = deque()
-        self._waiting = 0
+        self._to_send = Outgoing()
+        self._sender = uuid.uuid4().hex
+        self._leaving: asyncio.Future[None] | None = None
+        """The last message's leaving this machine."""
         self._more = asyncio.Event()
         self._stumbles = 0
 
@@ -105,14 +111,13 @@ class RelayedConnection(GatewayWebSocketConnection):
         if self._passing is None:
             super().handle_incoming_message(message)  # type: ignore[arg-type]
             return
-        self._waiting += len(message)
-        if self._waiting > MAX_WAITING:
+        if self._to_send.size + len(message) > MAX_WAITING:
             self.log.warning(
                 "more than %s bytes of a page wait for the gateway: run them again when it is back", MAX_WAITING
             )
             self.websocket_handler.close(TOO_MUCH, "too much waits for the gateway")
             return
-        self._to_send.append(message)
+        self._to_send.add(message)
         self._more.set()
 
     async def _pass(self) -> None:
@@ -130,14 +135,16 @@ class RelayedConnection(GatewayWebSocketConnection):
             else:
                 # Who comes again under his id gets what he has missed, and not all of it once more.
                 replay = ""
+                self._resume(gateway)
+                if self._stumbles >= STUMBLES:
+                    _drain(gateway)
+                    return self.websocket_handler.close(TOO_BIG, "the gateway does not take this message")
                 if await self._exchange(gateway):
                     attempts = 0
                 if gateway.close_code in RESTARTS:
                     self._stumbles = 0
                 if gateway.close_code is not None and _is_final(gateway):
                     return self.websocket_handler.close(gateway.close_code, gateway.close_reason)
-                if self._stumbles >= STUMBLES:
-                    return self.websocket_handler.close(TOO_BIG, "the gateway does not take this message")
             if self.websocket_handler.ws_connection is None:
                 return
             await asyncio.sleep(
@@ -148,7 +155,7 @@ class RelayedConnection(GatewayWebSocketConnection):
     async def _connected(self, replay: str) -> WebSocketClientConnection:
         client = GatewayClient.instance()
         address = url_path_join(str(client.ws_url), str(client.kernels_endpoint), self.kernel_id, "channels")
-        query = {"session_id": self.session_id, **({"replay": replay} if replay else {})}
+        query = {"session_id": self.session_id, "sender": self._sender, **({"replay": replay} if replay else {})}
         connecting = asyncio.ensure_future(
             websocket_connect(
                 HTTPRequest(url_concat(address, query), **client.load_connection_args()),
@@ -187,48 +194,68 @@ class RelayedConnection(GatewayWebSocketConnection):
                 await sending
         return came
 
+    def _resume(self, gateway: WebSocketClientConnection) -> None:
+        """What the gateway has not got goes out again, over a new connection."""
+        leaving, self._leaving = self._leaving, None
+        left = leaving is None or (leaving.done() and not leaving.cancelled() and leaving.exception() is None)
+        again = self._to_send.resume(_received(gateway), left=left)
+        if again and (again >= LARGE or not left):
+            self._stumbles += 1
+        gateway.on_pong = self._pong  # type: ignore[method-assign]  # tornado makes connections of its own class only
+
+    def _pong(self, data: bytes) -> None:
+        if self._to_send.answer(data):
+            self._stumbles = 0
+            self._more.set()
+
     async def _send(self, gateway: WebSocketClientConnection) -> None:
-        while True:
-            while self._to_send:
-                message = self._to_send[0]
-                try:
-                    written = _written(gateway, message)
-                except WebSocketClosedError:
-                    return
-                self._to_send.popleft()
-                try:
-                    await written
-                except BaseException as error:
-                    # Not all of it has left: it is sent by the next connection. Who reads may see the end first.
-                    self._to_send.appendleft(message)
-                    self._stumbles += 1
-                    if not isinstance(error, WebSocketClosedError):
-                        raise
-                    return
-                self._waiting -= len(message)
-                self._stumbles = 0
-            self._more.clear()
-            await self._more.wait()
+        with contextlib.suppress(WebSocketClosedError):
+            while True:
+                while self._to_send:
+                    self._leaving = _written(gateway, self._to_send.take())
+                    # Whether it has left decides what becomes of it, also where nobody waits for that any more.
+                    await asyncio.shield(self._leaving)
+                    self._ask(gateway)
+                self._more.clear()
+                self._ask(gateway)
+                await self._more.wait()
+
+    def _ask(self, gateway: WebSocketClientConnection) -> None:
+        question = self._to_send.question()
+        if question is not None:
+            gateway.ping(question)
 
     def _hang_up(self, connecting: asyncio.Future[WebSocketClientConnection]) -> None:
         if not connecting.cancelled() and connecting.exception() is None:
-            self._send_rest(connecting.result())
-            _drain(connecting.result())
+            gateway = connecting.result()
+            self._resume(gateway)
+            self._send_rest(gateway)
+            _drain(gateway)
 
     def _send_rest(self, gateway: WebSocketClientConnection) -> None:
         """What a page had said before it went, or the connection began to end."""
-        if self.websocket_handler.ws_connection is not None:
-            return
-        with contextlib.suppress(WebSocketClosedError):
+        if self.websocket_handler.ws_connection is None:
             while self._to_send:
-                _written(gateway, self._to_send.popleft()).add_done_callback(_heard)
+                _written(gateway, self._to_send.take())
 
 
 def _written(gateway: WebSocketClientConnection, message: str | bytes) -> asyncio.Future[None]:
-    """Raises WebSocketClosedError also while the connection is ending, when nothing is read any more."""
-    if gateway.protocol is None or gateway.protocol.is_closing():
-        raise WebSocketClosedError
-    return gateway.write_message(message, binary=isinstance(message, bytes))
+    """The message's leaving this machine; it fails also where the connection is ending and nothing is read any more."""
+    try:
+        if gateway.protocol is None or gateway.protocol.is_closing():
+            raise WebSocketClosedError
+        leaving = gateway.write_message(message, binary=isinstance(message, bytes))
+    except WebSocketClosedError as error:
+        leaving = asyncio.get_running_loop().create_future()
+        leaving.set_exception(error)
+    leaving.add_done_callback(_heard)
+    return leaving
+
+
+def _received(gateway: WebSocketClientConnection) -> int | None:
+    """How many messages of this page the gateway says it has."""
+    told = gateway.headers.get(HEADER, "")
+    return int(told) if told.isascii() and told.isdigit() and len(told) < 20 else None
 
 
 def _is_final(gateway: WebSocketClientConnection) -> bool:

@@ -25,6 +25,7 @@ from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.server import ws_protocol
 from sandbox_gateway.server.hub import RESTART_CODE, Hub, TooManySessions
 from sandbox_gateway.server.identity import REVOKED, Revocation, caller_of, still_welcome
+from sandbox_gateway.server.inlet import HEADER, Arriving
 from sandbox_gateway.server.outlet import ConnectionLost, Outlet
 from sandbox_gateway.server.ws_protocol import Malformed
 
@@ -118,6 +119,10 @@ class SandboxWebSocketConnection(BaseKernelWebsocketConnection):
     _hub: Hub | None = None
     _revocation: Revocation | None = None
     _counted = False
+    _arriving: Arriving
+    """What comes over this connection, once it is connected."""
+    _told: int | None = None
+    """How many messages had arrived when the handshake was answered."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """The connection for ``parent``, the kernel manager."""
@@ -147,8 +152,15 @@ class SandboxWebSocketConnection(BaseKernelWebsocketConnection):
         except SandboxGatewayError as error:
             raise web.HTTPError(error.status, error.message) from error
         session_id = handler.get_argument("session_id", None) or None
-        known = self.kernel_manager.hub.knows(caller_of(handler.current_user).name, session_id)
+        known = self.kernel_manager.hub.known(caller_of(handler.current_user).name, session_id)
         handler.set_header(SESSION_HEADER, "resumed" if known else "new")
+        self._told = None if known is None else known.inlet.received(self._sender)
+        if self._told is not None:
+            handler.set_header(HEADER, str(self._told))
+
+    @property
+    def _sender(self) -> str:
+        return str(self.websocket_handler.get_argument("sender", ""))
 
     async def connect(self) -> None:
         """The WebSocket is open: go on with its session, or begin one."""
@@ -174,6 +186,7 @@ class SandboxWebSocketConnection(BaseKernelWebsocketConnection):
             handler.close(1013, "too many sessions")
             return
         self._hub, self._writer, self._outlet = hub, writer, outlet
+        self._arriving = outlet.inlet.open(self._sender, self._told)
         self._revocation = Revocation(handler, self._revoked)
         self._open.add(self)
 
@@ -203,6 +216,8 @@ class SandboxWebSocketConnection(BaseKernelWebsocketConnection):
         """Pass a client's message on to its kernel."""
         hub, outlet, writer = self._hub, self._outlet, self._writer
         if hub is None or outlet is None or writer is None or outlet.writer is not writer:
+            return
+        if not self._arriving.take():
             return
         if not still_welcome(self.websocket_handler):
             self._revoked()

@@ -48,13 +48,14 @@ def test_subshells_run_beside_a_busy_cell(kernel: Host) -> None:
     """A subshell answers while the main shell is occupied."""
     kernel.run("pass")
     created = kernel.reply(kernel.ask("create_subshell_request", {}, channel="control"), "control")
-    busy = kernel.execute("import threading; gate = threading.Event(); gate.wait(20); print('main')", wait=False)
-    kernel.until(lambda: kernel.parsed("iopub", busy))
+    kernel.run("import threading; gate = threading.Event()")
+    busy = kernel.execute("print('main', flush=True); print(gate.wait(20))", wait=False)
+    kernel.until(lambda: kernel.text(busy))
     request = {"code": "print('sub'); gate.set()", "silent": False}
     beside = kernel.ask("execute_request", request, subshell_id=created["content"]["subshell_id"])
     assert kernel.reply(beside)["content"]["status"] == "ok"
     kernel.done(busy)
-    assert (kernel.text(beside), kernel.text(busy)) == ("sub\n", "main\n")
+    assert (kernel.text(beside), kernel.text(busy)) == ("sub\n", "main\nTrue\n")
 
 
 def test_an_interrupt_ends_a_cell(kernel: Host) -> None:

@@ -14,6 +14,7 @@ sys.path[:0] = [str(TESTS), str(TESTS / "server"), str(TESTS / "lab")]
 
 from acceptance import Product, product, profile_kernelspec  # noqa: E402
 from browser import PATIENCE, Lab, Window, chromium, window  # noqa: E402
+from cut_proxy import CutProxy  # noqa: E402
 from lab_server import make_lab  # noqa: E402
 from playwright.async_api import expect  # noqa: E402
 from served import Served, running  # noqa: E402
@@ -68,11 +69,19 @@ def gateway(product: Product, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.fixture(scope="module")
-def remote_lab(browser_path: str, gateway: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+def line(gateway: Served) -> Iterator[CutProxy]:
+    """The network between a JupyterLab and the gateway."""
+    found = CutProxy(gateway.port)
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def remote_lab(browser_path: str, gateway: Served, line: CutProxy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """A JupyterLab whose kernels are on the gateway, with our extension."""
     started = make_lab(
         tmp_path_factory.mktemp("remote"),
-        f"--gateway-url={gateway.url}",
+        f"--gateway-url={line.url}",
         environment={"JUPYTER_GATEWAY_AUTH_TOKEN": gateway.token},
     )
     try:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from acceptance import Product
-from browser import CutProxy, Lab, Window, window
+from browser import Lab, Window, window
+from cut_proxy import CutProxy
 from lab_page import chip, choose, entry, running
 from lab_server import KERNEL, make_lab
 from playwright.async_api import Request, expect

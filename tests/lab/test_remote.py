@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from browser import Lab, window
+from cut_proxy import CutProxy
 from lab_page import chip, choose, entry, running
 from lab_server import KERNEL
 from notebook_files import remember
@@ -94,7 +95,7 @@ display({"text/plain": "x" * (30 << 20)}, raw=True)
 
 
 async def test_nothing_is_lost_when_the_gateway_is_killed_under_a_running_cell(
-    remote_lab: Lab, gateway: Served, ended: None
+    remote_lab: Lab, gateway: Served, line: CutProxy, ended: None
 ) -> None:
     served = through(remote_lab)
     kernel = (await served.ok("POST", "/api/kernels", {"name": KERNEL}))["id"]
@@ -102,6 +103,7 @@ async def test_nothing_is_lost_when_the_gateway_is_killed_under_a_running_cell(
     cell = socket.execute("import time\nfor n in range(100):\n    print(n, flush=True)\n    time.sleep(0.03)")
     await socket.follow(cell, 20)
     gateway.kill()
+    line.cut()  # at once, as the gateway's machine would
     later = socket.execute("print('sent while it was away')")
     await gateway.start()
     await socket.finish(cell)
@@ -109,6 +111,36 @@ async def test_nothing_is_lost_when_the_gateway_is_killed_under_a_running_cell(
     assert cell.stdout == "".join(f"{n}\n" for n in range(100))
     await socket.finish(later)
     assert later.stdout == "sent while it was away\n"
+    socket.close()
+
+
+async def test_what_the_network_took_with_it_is_done_once(
+    remote_lab: Lab, gateway: Served, line: CutProxy, ended: None
+) -> None:
+    """What had left this machine when the line died goes out again; what had arrived does not."""
+    served = through(remote_lab)
+    kernel = (await served.ok("POST", "/api/kernels", {"name": KERNEL}))["id"]
+    socket = await served.open(kernel)
+    await socket.run("said = []")
+    line.swallow()
+    cells = {cell.id: cell for cell in [socket.execute(f"said.append({number})") for number in range(20)]}
+    async with asyncio.timeout(30):
+        while line.swallowed < 20 * 200:
+            await asyncio.sleep(0.01)
+    line.cut()
+    line.swallow(False)
+    for number in range(20, 200):
+        cell = socket.execute(f"said.append({number})")
+        cells[cell.id] = cell
+        await asyncio.sleep(0.005)
+        if number % 20 == 0:
+            line.cut()
+    while not all(cell.done for cell in cells.values()):
+        message = await socket.next()
+        assert message is not None, "the WebSocket was closed"
+        if (done := cells.get(message["parent_header"].get("msg_id", ""))) is not None:
+            done.take(message)
+    assert (await socket.run("print(said == list(range(200)), len(said))")).stdout == "True 200\n"
     socket.close()
 
 

@@ -23,9 +23,6 @@ import pytest
 from served import free_port
 from tornado.httpclient import AsyncHTTPClient, HTTPRequest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "remote"))
-from cut_proxy import CutProxy  # noqa: F401
-
 playwright_api = pytest.importorskip("playwright.async_api", reason="playwright is not installed")
 from playwright.async_api import (  # noqa: E402
     BrowserContext,

@@ -211,6 +211,14 @@ class Cell:
             if message["msg_type"] == "stream" and message["content"]["name"] == "stdout"
         )
 
+    def take(self, message: dict[str, Any]) -> None:
+        """A message under the request has come."""
+        self.messages.append(message)
+        if message["msg_type"] == "status":
+            self.idle = message["content"]["execution_state"] == "idle"
+        elif message["channel"] in ("shell", "control"):
+            self.reply = message
+
     def once(self) -> int:
         """Keep each message once, by its id; returns how many had come again."""
         kept: dict[str, dict[str, Any]] = {}
@@ -309,12 +317,8 @@ class Socket:
                 assert message is not None, "the WebSocket was closed"
                 if message["parent_header"].get("msg_id") != cell.id:
                     continue
-                cell.messages.append(message)
-                if message["msg_type"] == "status":
-                    cell.idle = message["content"]["execution_state"] == "idle"
-                elif message["channel"] in ("shell", "control"):
-                    cell.reply = message
-                elif message["msg_type"] == "input_request":
+                cell.take(message)
+                if message["msg_type"] == "input_request":
                     assert answer is not None
                     text = answer(message["content"]["prompt"])
                     self.send("input_reply", {"value": text, "status": "ok"}, channel="stdin", parent=message["header"])

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from acceptance import Product
-from browser import PATIENCE, CutProxy, Lab, Window, chromium, window
+from browser import PATIENCE, Lab, Window, chromium, window
+from cut_proxy import CutProxy
 from playwright.async_api import expect
 from served import Served
 

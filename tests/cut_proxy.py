@@ -20,6 +20,8 @@ class CutProxy:
         self._swallowing = threading.Event()
         self._closed = False
         self.connections = 0
+        self.swallowed = 0
+        """Bytes that were taken and not passed on."""
         threading.Thread(target=self._accept, daemon=True).start()
 
     @property
@@ -78,6 +80,7 @@ class CutProxy:
         try:
             while data := source.recv(1 << 18):
                 if upwards and self._swallowing.is_set():
+                    self.swallowed += len(data)
                     continue
                 sink.sendall(data)
         except OSError:
