@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import os
 import statistics
@@ -17,7 +18,7 @@ from bench import processes
 from bench.kernels import BenchError, Kernel, start
 
 SIDES = ("plain", "sandboxed")
-_PLAIN_TRIES = 5
+PLAIN_TRIES = 5
 
 
 @dataclass(frozen=True)
@@ -215,13 +216,33 @@ def _lines(kernel: Kernel, side: str, count: int, options: str) -> float:
     The plain kernel drops lines itself now and then: its IOPub socket has a high-water mark, and a client on a busy
     machine falls behind. It is then asked again; the sandboxed one is not.
     """
-    wanted = "".join(f"{number}\n" for number in range(count))
-    for _ in range(_PLAIN_TRIES if side == "plain" else 1):
+    for _ in range(PLAIN_TRIES if side == "plain" else 1):
         seconds, messages = kernel.execute(f"for number in range({count}):\n    print(number{options})")
-        text = "".join(message["content"]["text"] for message in messages if message["msg_type"] == "stream")
-        if text == wanted:
+        wrong = misprinted(messages, count)
+        if not wrong:
             return count / seconds
-    raise BenchError(f"{side}: printed lines were lost or doubled: {len(text.splitlines())} of {count}")
+    raise BenchError(f"{side}: {wrong}")
+
+
+def misprinted(messages: list[dict[str, Any]], count: int) -> str:
+    """What is wrong with the messages of a cell that printed so many numbers; empty when each came once and in order."""
+    streams = [message["content"] for message in messages if message["msg_type"] == "stream"]
+    text = "".join(stream["text"] for stream in streams)
+    if text == "".join(f"{number}\n" for number in range(count)):
+        return ""
+    lines = text.splitlines()
+    gaps = [f"{line!r} after {before!r}" for before, line in itertools.pairwise(lines) if not _follows(before, line)]
+    others = [
+        f"{message['msg_type']} {str(message['content'])[:300]}" for message in messages if message["msg_type"] != "stream"
+    ]
+    return (
+        f"printed lines were lost or doubled: {len(lines)} of {count} in {len(streams)} messages, from {lines[:1]} to "
+        f"{lines[-1:]}; {len(gaps)} gaps: {gaps[:3]}; {others}"
+    )
+
+
+def _follows(before: str, line: str) -> bool:
+    return before.isdigit() and line.isdigit() and int(line) == int(before) + 1
 
 
 def _display(kernel: Kernel, size: int) -> float:

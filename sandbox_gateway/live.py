@@ -86,6 +86,8 @@ class LiveSandbox:
         self.launch = launch
         self.seat = seat
         self.death: Death | None = None
+        self.unwanted = False
+        """Whether somebody ended it on purpose, also while it was ending already."""
         self.kernel = KernelWatch(record.id, seat.channels.notice, seat.channels.disconnect)
         self.ended = asyncio.Event()
         self.admission: Callable[[], AbstractAsyncContextManager[object]] = contextlib.nullcontext
@@ -628,6 +630,7 @@ class LiveSandbox:
 
         Goes on to its end when the caller is cancelled: nobody else would finish what is half removed.
         """
+        self.unwanted = self.unwanted or death.kind in {DeathKind.STOPPED, DeathKind.OWNER_GONE}
         if self._removal is None:
             if self._ending:
                 return

@@ -23,7 +23,7 @@ from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.images.service import ImageService, Progress
 from sandbox_gateway.ledger import new_record
 from sandbox_gateway.live import LiveSandbox
-from sandbox_gateway.model import DeathKind, Image, Launch, SandboxRecord
+from sandbox_gateway.model import Image, Launch, SandboxRecord
 from sandbox_gateway.profiles import Profile
 from sandbox_gateway.request import CreateRequest
 from sandbox_gateway.runtimes.base import Handle, Runtime, RuntimeReport
@@ -252,10 +252,12 @@ class Starts:
         """Make it; raises ``_Ended`` when somebody ended it meanwhile."""
         try:
             await self._maker.made(sandbox, making)
-        except SandboxGatewayError as error:
-            if sandbox.death is not None and sandbox.death.kind in {DeathKind.STOPPED, DeathKind.OWNER_GONE}:
+        except (SandboxGatewayError, Otherwise) as error:
+            if not sandbox.unwanted:
+                raise
+            if isinstance(error, SandboxGatewayError):
                 raise _Ended(error.code, error.message, error.hint) from error
-            raise
+            raise _Ended("runtime_failed", "the sandbox was ended while it started") from error
 
     async def _restored(
         self,
