@@ -24,6 +24,7 @@ from sandbox_gateway.bridge_queue import OVERHEAD
 from sandbox_gateway.messages import Buffer
 from sandbox_gateway.seat import Seat
 from sandbox_gateway.server import session_file, ws_protocol
+from sandbox_gateway.server.inlet import Inlet, Inlets
 from sandbox_gateway.server.outlet import Entry, Outlet, Writer
 from sandbox_gateway.server.session_file import Saved, SessionFile
 from sandbox_gateway.server.ws_protocol import Incoming, Malformed
@@ -105,6 +106,7 @@ class Hub:
         self._file = SessionFile(seat.directory)
         self._loop = asyncio.get_running_loop()
         self._outlets: dict[bytes, Outlet] = {}
+        self._inlets = Inlets()
         self._all: tuple[Outlet, ...] = ()
         self._ring: deque[Entry] = deque()
         self._ring_size = 0
@@ -158,9 +160,13 @@ class Hub:
         self._tell_state(outlet)
         return outlet
 
-    def known(self, name: str, session_id: str | None) -> Outlet | None:
-        """The session ``session_id`` of the user ``name``, where it is there to go on."""
-        return None if session_id is None else self._outlets.get(identity_of(name, session_id))
+    def knows(self, name: str, session_id: str | None) -> bool:
+        """Whether the session ``session_id`` of the user ``name`` is there to go on."""
+        return session_id is not None and identity_of(name, session_id) in self._outlets
+
+    def inlet(self, name: str, session_id: str | None) -> Inlet:
+        """What has come from the client of a session; one without an id ends with its connection."""
+        return Inlet() if session_id is None else self._inlets.of(identity_of(name, session_id))
 
     def detach(self, outlet: Outlet, writer: Writer, *, refused: bool = False) -> None:
         """A session's WebSocket has ended; it is kept for its client to come back. ``refused``: a message was too large

@@ -21,7 +21,6 @@ from sandbox_gateway import messages, stream_runs
 from sandbox_gateway.bridge_queue import JOIN_ABOVE, OVERHEAD, Notice, OutputQueue
 from sandbox_gateway.messages import Buffer
 from sandbox_gateway.server import ws_protocol
-from sandbox_gateway.server.inlet import Inlet
 from sandbox_gateway.stream_runs import StreamRun
 from sandbox_gateway.wire.frames import CHANNELS, Channel
 
@@ -191,8 +190,6 @@ class Outlet:
         """Messages that the legacy protocol could not tell."""
         self.sent = 0
         """Bytes that were written."""
-        self.inlet = Inlet()
-        """What its client has sent."""
         self.timer: asyncio.TimerHandle | None = None
         """Its hub's, for the time without a connection."""
         self._key = key

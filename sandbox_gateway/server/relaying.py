@@ -37,6 +37,9 @@ LARGE: Final = 64 << 10
 PING: Final = 300.0
 """Seconds between two looks whether the gateway is still there. A pong comes behind what is on its way, which takes a
 while where that is large and the line is slow."""
+SILENCE: Final = 60.0
+"""Seconds without a sign of the gateway, which is to say what has arrived, until the connection is given up: a network
+that takes everything and brings nothing is tried for a quarter of an hour by the system itself."""
 REFUSALS: Final = (401, 403, 404, 410)
 """Answers that will be the same when asked again."""
 RESTARTS: Final = (1001, 1012)
@@ -59,7 +62,11 @@ class RelayedConnection(GatewayWebSocketConnection):
         self._leaving: asyncio.Future[None] | None = None
         """The last message's leaving this machine."""
         self._more = asyncio.Event()
-        self._stumbles = 0
+        self._stumbles = (0, 0)
+        """Connections that broke at the same message of the page's in a row, and its number."""
+        self._handing_on = False
+        """Whether the page is given a message: meanwhile nothing of the gateway is read."""
+        self._heard = 0.0
 
     @property
     def _relay(self) -> Relay | None:
@@ -95,6 +102,7 @@ class RelayedConnection(GatewayWebSocketConnection):
         if self._ours:
             self._chosen = self.websocket_handler.selected_subprotocol
             self._passing = asyncio.create_task(self._pass())
+            self._passing.add_done_callback(self._passed)
         else:
             await super().connect()
 
@@ -120,6 +128,11 @@ class RelayedConnection(GatewayWebSocketConnection):
         self._to_send.add(message)
         self._more.set()
 
+    def _passed(self, passing: asyncio.Task[None]) -> None:
+        if not passing.cancelled() and (error := passing.exception()) is not None:
+            self.log.error("messages of kernel %s are not passed on any more", self.kernel_id, exc_info=error)
+            self.websocket_handler.close(COME_AGAIN)
+
     async def _pass(self) -> None:
         """Until the page goes, the gateway refuses, or ends the connection for good."""
         client = GatewayClient.instance()
@@ -136,13 +149,13 @@ class RelayedConnection(GatewayWebSocketConnection):
                 # Who comes again under his id gets what he has missed, and not all of it once more.
                 replay = ""
                 self._resume(gateway)
-                if self._stumbles >= STUMBLES:
+                if self._stumbles[0] >= STUMBLES:
                     _drain(gateway)
                     return self.websocket_handler.close(TOO_BIG, "the gateway does not take this message")
                 if await self._exchange(gateway):
                     attempts = 0
                 if gateway.close_code in RESTARTS:
-                    self._stumbles = 0
+                    self._stumbles = (0, 0)
                 if gateway.close_code is not None and _is_final(gateway):
                     return self.websocket_handler.close(gateway.close_code, gateway.close_reason)
             if self.websocket_handler.ws_connection is None:
@@ -177,39 +190,66 @@ class RelayedConnection(GatewayWebSocketConnection):
     async def _exchange(self, gateway: WebSocketClientConnection) -> bool:
         """Pass on until one side has ended; whether anything came."""
         came = False
-        sending = asyncio.create_task(self._send(gateway))
+        sending, listening = asyncio.create_task(self._send(gateway)), asyncio.create_task(self._listen(gateway))
         try:
             while (message := await gateway.read_message()) is not None:
                 came = True
                 # Until it has left, so that nothing piles up here.
+                self._handing_on = True
                 await self.websocket_handler.write_message(message, binary=isinstance(message, bytes))
+                self._handing_on = False
+                self._hear()
         except WebSocketClosedError:
             pass  # the page's
         finally:
+            self._handing_on = False
+            listening.cancel()
             sending.cancel()
             if gateway.close_code is None:
                 self._send_rest(gateway)
             _drain(gateway)
-            with contextlib.suppress(asyncio.CancelledError):
-                await sending
+            await asyncio.gather(sending, listening, return_exceptions=True)
         return came
 
     def _resume(self, gateway: WebSocketClientConnection) -> None:
         """What the gateway has not got goes out again, over a new connection."""
         leaving, self._leaving = self._leaving, None
         left = leaving is None or (leaving.done() and not leaving.cancelled() and leaving.exception() is None)
-        again = self._to_send.resume(_received(gateway), left=left)
-        if again and (again >= LARGE or not left):
-            self._stumbles += 1
+        resumed = self._to_send.resume(_received(gateway), left=left)
+        if resumed.given_up:
+            self.log.warning(
+                "what became of %d messages for kernel %s is not known: look, and run them again if need be",
+                resumed.given_up,
+                self.kernel_id,
+            )
+        if resumed.size and (resumed.size >= LARGE or not left):
+            times, number = self._stumbles
+            self._stumbles = (times + 1 if number == resumed.number else 1, resumed.number)
         gateway.on_pong = self._pong  # type: ignore[method-assign]  # tornado makes connections of its own class only
 
+    def _hear(self) -> None:
+        self._heard = asyncio.get_running_loop().time()
+
     def _pong(self, data: bytes) -> None:
+        self._hear()
         if self._to_send.answer(data):
-            self._stumbles = 0
+            self._stumbles = (0, 0)
             self._more.set()
 
+    async def _listen(self, gateway: WebSocketClientConnection) -> None:
+        """Hang up when nothing comes of a gateway that was asked."""
+        self._hear()
+        while True:
+            await asyncio.sleep(SILENCE / 4)
+            leaving = self._leaving is not None and not self._leaving.done()
+            if leaving or self._handing_on or not self._to_send.asking:
+                self._hear()
+            elif asyncio.get_running_loop().time() - self._heard > SILENCE:
+                self.log.info("no sign of the gateway for %s seconds: connecting again", SILENCE)
+                return gateway.close()
+
     async def _send(self, gateway: WebSocketClientConnection) -> None:
-        with contextlib.suppress(WebSocketClosedError):
+        try:
             while True:
                 while self._to_send:
                     self._leaving = _written(gateway, self._to_send.take())
@@ -219,8 +259,16 @@ class RelayedConnection(GatewayWebSocketConnection):
                 self._more.clear()
                 self._ask(gateway)
                 await self._more.wait()
+        except WebSocketClosedError:
+            pass
+        except Exception:
+            self.log.exception("a connection to the gateway is given up")
+            gateway.close()
 
     def _ask(self, gateway: WebSocketClientConnection) -> None:
+        """Ask what has arrived; tornado's own ping fails in another way where the stream is closed already."""
+        if gateway.protocol is None or gateway.protocol.is_closing():
+            raise WebSocketClosedError
         question = self._to_send.question()
         if question is not None:
             gateway.ping(question)
@@ -254,7 +302,7 @@ def _written(gateway: WebSocketClientConnection, message: str | bytes) -> asynci
 
 def _received(gateway: WebSocketClientConnection) -> int | None:
     """How many messages of this page the gateway says it has."""
-    told = gateway.headers.get(HEADER, "")
+    told = gateway.headers.get(HEADER, "") if gateway.headers is not None else ""
     return int(told) if told.isascii() and told.isdigit() and len(told) < 20 else None
 
 

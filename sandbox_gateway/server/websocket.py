@@ -122,7 +122,7 @@ class SandboxWebSocketConnection(BaseKernelWebsocketConnection):
     _arriving: Arriving
     """What comes over this connection, once it is connected."""
     _told: int | None = None
-    """How many messages had arrived when the handshake was answered."""
+    """What the handshake said of the messages that had arrived."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """The connection for ``parent``, the kernel manager."""
@@ -152,9 +152,9 @@ class SandboxWebSocketConnection(BaseKernelWebsocketConnection):
         except SandboxGatewayError as error:
             raise web.HTTPError(error.status, error.message) from error
         session_id = handler.get_argument("session_id", None) or None
-        known = self.kernel_manager.hub.known(caller_of(handler.current_user).name, session_id)
-        handler.set_header(SESSION_HEADER, "resumed" if known else "new")
-        self._told = None if known is None else known.inlet.received(self._sender)
+        hub, name = self.kernel_manager.hub, caller_of(handler.current_user).name
+        handler.set_header(SESSION_HEADER, "resumed" if hub.knows(name, session_id) else "new")
+        self._told = hub.inlet(name, session_id).told(self._sender)
         if self._told is not None:
             handler.set_header(HEADER, str(self._told))
 
@@ -179,14 +179,15 @@ class SandboxWebSocketConnection(BaseKernelWebsocketConnection):
         writer = TornadoWriter(handler)
         session_id = handler.get_argument("session_id", None) or None
         replay = handler.get_argument("replay", "") in ("1", "true")
+        name = caller_of(handler.current_user).name
         try:
-            outlet = hub.attach(caller_of(handler.current_user).name, session_id, writer, replay=replay)
+            outlet = hub.attach(name, session_id, writer, replay=replay)
         except TooManySessions as error:
             self.log.warning("kernel %s has too many sessions: %s", self.kernel_id, error)
             handler.close(1013, "too many sessions")
             return
         self._hub, self._writer, self._outlet = hub, writer, outlet
-        self._arriving = outlet.inlet.open(self._sender, self._told)
+        self._arriving = hub.inlet(name, session_id).open(self._sender, self._told)
         self._revocation = Revocation(handler, self._revoked)
         self._open.add(self)
 

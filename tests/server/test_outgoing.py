@@ -7,12 +7,10 @@ from collections import deque
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sandbox_gateway.server.inlet import LONGEST_SENDER, Arriving, Inlet
-from sandbox_gateway.server.outgoing import Outgoing
+from sandbox_gateway.server.inlet import LONGEST_SENDER, MOST, Arriving, Inlet, Inlets
+from sandbox_gateway.server.outgoing import Outgoing, Resumed
 
-STEPS = st.lists(
-    st.sampled_from(["say", "write", "write half", "arrive", "arrive late", "ask", "break"]), max_size=200
-)
+STEPS = ["say", "write", "write half", "arrive", "ask", "break", "break as a new connection is made"]
 
 
 class Line:
@@ -25,17 +23,16 @@ class Line:
         self.under_way: deque[str | bytes] = deque()
         self.arriving: Arriving
         self.left = True
-        self.told: int | None = None
-        self.connect()
+        self.connect(self.inlet.told("page"))
 
-    def connect(self) -> None:
+    def connect(self, told: int | None) -> None:
         """A new connection; what its handshake tells may be old by the time it is there."""
-        self.out.resume(self.told, left=self.left)
+        self.out.resume(told, left=self.left)
         self.left = True
-        self.arriving = self.inlet.open("page", self.told)
+        self.arriving = self.inlet.open("page", told)
 
     def step(self, what: str) -> None:
-        """One of STEPS."""
+        """One of STEPS, or ``forget``."""
         if what == "say":
             self.said.append(f"message {len(self.said)}")
             self.out.add(self.said[-1])
@@ -53,33 +50,52 @@ class Line:
                     self.step("arrive")
                 self.out.answer(question)
         elif what == "break":
-            told = self.inlet.received("page")
-            before = (self.arriving, self.under_way)
-            self.told, self.under_way = told, deque()
-            if before[1] and len(self.said) % 2:
-                self.deliver(before[0], before[1].popleft())  # between the handshake and the new connection
-            self.connect()
+            told, late, before = self.inlet.told("page"), self.under_way, self.arriving
+            self.under_way = deque()
+            if late and len(self.said) % 2:
+                self.deliver(before, late.popleft())  # between the handshake and the new connection
+            self.connect(told)
+        elif what == "break as a new connection is made":
+            self.inlet.open("page", self.inlet.told("page"))  # nobody hears what it was told
+            self.step("break")
+        elif what == "forget":
+            self.inlet = Inlet()
+            self.step("break as a new connection is made")
 
     def deliver(self, arriving: Arriving, message: str | bytes) -> None:
         """It is there."""
         if arriving.take():
             self.arrived.append(str(message))
 
+    def finish(self) -> None:
+        """All is written, and arrives."""
+        if not self.left:
+            self.step("break")
+        while self.out:
+            self.step("write")
+        while self.under_way:
+            self.step("arrive")
+        self.step("ask")
 
-@given(STEPS)
+
+@given(st.lists(st.sampled_from(STEPS), max_size=200))
 def test_every_message_arrives_once_and_in_order(steps: list[str]) -> None:
     line = Line()
     for step in steps:
         line.step(step)
         assert line.arrived == line.said[: len(line.arrived)]
-    if not line.left:
-        line.step("break")
-    while line.out:
-        line.step("write")
-    while line.under_way:
-        line.step("arrive")
+    line.finish()
     assert line.arrived == line.said
-    line.step("ask")
+    assert line.out.size == 0
+
+
+@given(st.lists(st.sampled_from([*STEPS, "forget"]), max_size=200))
+def test_over_a_gateway_that_forgets_none_arrives_twice(steps: list[str]) -> None:
+    line = Line()
+    for step in steps:
+        line.step(step)
+    line.finish()
+    assert line.arrived == [message for message in line.said if message in line.arrived]
     assert line.out.size == 0
 
 
@@ -88,9 +104,9 @@ def test_a_gateway_that_knows_nothing_gets_only_what_cannot_have_arrived() -> No
     for message in ("ran, perhaps", "half written", "waits"):
         out.add(message)
     out.take(), out.take()
-    assert out.resume(None, left=False) == len("half written")
+    assert out.resume(None, left=False) == Resumed(1, len("half written"), given_up=1)
     assert [out.take(), out.take()] == ["half written", "waits"]
-    assert out.resume(1, left=True) == len("waits")
+    assert out.resume(1, left=True) == Resumed(2, len("waits"), given_up=0)
     assert out.take() == "waits"
 
 
@@ -98,10 +114,10 @@ def test_a_number_that_cannot_be_is_as_none() -> None:
     out = Outgoing()
     out.add("ran, perhaps")
     out.take()
-    assert out.resume(7, left=True) == 0
+    assert out.resume(7, left=True) == Resumed(8, 0, given_up=1)
     out.add("next")
     out.take()
-    assert out.resume(7, left=True) == len("next")
+    assert out.resume(7, left=True) == Resumed(8, len("next"), given_up=0)
 
 
 def test_a_pong_of_somebody_elses_confirms_nothing() -> None:
@@ -122,16 +138,29 @@ def test_a_pong_of_somebody_elses_confirms_nothing() -> None:
 def test_a_client_without_a_name_is_not_counted() -> None:
     inlet = Inlet()
     for sender in ("", "x" * (LONGEST_SENDER + 1)):
-        arriving = inlet.open(sender, None)
-        assert arriving.take()
-        assert inlet.received(sender) is None
+        told = inlet.told(sender)
+        assert told is None
+        assert inlet.open(sender, told).take()
 
 
 def test_another_client_of_the_session_begins_anew() -> None:
     inlet = Inlet()
-    assert inlet.open("page", None).take()
-    assert inlet.received("page") == 1
-    assert inlet.received("other") is None
-    assert inlet.open("other", None).take()
-    assert inlet.received("page") is None
-    assert inlet.received("other") == 1
+    told = inlet.told("page")
+    assert told is not None
+    assert inlet.open("page", told).take()
+    assert inlet.told("page") == told + 1
+    other = inlet.told("other")
+    assert other not in (told, told + 1, None)
+    assert inlet.open("other", other).take()
+    assert inlet.told("page") != told + 1
+
+
+def test_what_came_of_a_session_is_remembered_beyond_its_end() -> None:
+    inlets = Inlets()
+    first = inlets.of(b"session")
+    for number in range(MOST - 1):
+        inlets.of(b"%d" % number)
+    assert inlets.of(b"session") is first
+    for number in range(MOST):
+        inlets.of(b"%d" % number)
+    assert inlets.of(b"session") is not first

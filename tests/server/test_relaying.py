@@ -6,10 +6,15 @@ With a real page and a real gateway: tests/lab/test_remote.py. Here the gateway 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import base64
+import contextlib
+import hashlib
+import struct
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
+from cut_proxy import CutProxy
 from jupyter_server.gateway.gateway_client import GatewayClient
 from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
@@ -86,6 +91,48 @@ class Far:
             await self._server.close_all_connections()
 
 
+class Abrupt:
+    """A gateway that takes some messages, and then says so and ends in one breath; afterwards it stays."""
+
+    def __init__(self, port: int, takes: int) -> None:
+        self.port = port
+        self.connections = self.present = 0
+        self.got: list[bytes] = []
+        self._takes = takes
+
+    async def serve(self) -> asyncio.Server:
+        """Be there."""
+        return await asyncio.start_server(self._served, "127.0.0.1", self.port)
+
+    async def _served(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        self.present += 1
+        request = (await reader.readuntil(b"\r\n\r\n")).decode()
+        key = next(line.split(": ")[1] for line in request.splitlines() if line.lower().startswith("sec-websocket-key"))
+        accept = base64.b64encode(hashlib.sha1(f"{key}258EAFA5-E914-47DA-95CA-C5AB0DC85B11".encode()).digest()).decode()
+        lines = [
+            "HTTP/1.1 101 Switching Protocols",
+            *("Upgrade: websocket", "Connection: Upgrade", f"Sec-WebSocket-Accept: {accept}"),
+            *(f"Sec-WebSocket-Protocol: {V1}", f"Sandbox-Received: {len(self.got)}", "", ""),
+        ]
+        writer.write("\r\n".join(lines).encode())
+        ping = b""
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while (head := await reader.readexactly(2))[0] & 0xF != 8:
+                mask, data = await reader.readexactly(4), await reader.readexactly(head[1] & 0x7F)
+                data = bytes(byte ^ mask[at % 4] for at, byte in enumerate(data))
+                if head[0] & 0xF == 9:
+                    ping = data
+                elif head[0] & 0xF == 2:
+                    self.got.append(data)
+                if self.connections == 1 and ping and len(self.got) == self._takes:
+                    pong = b"\x8a" + bytes([len(ping)]) + ping
+                    writer.write(pong + b"\x88\x02" + struct.pack("!H", 1012))
+                    break
+        writer.close()
+        self.present -= 1
+
+
 class FarSocket(WebSocketHandler):
     """One connection from the server."""
 
@@ -115,6 +162,14 @@ async def far() -> AsyncIterator[Far]:
     yield found
     await found.stop()
     GatewayClient.clear_instance()
+
+
+@pytest.fixture
+def line(far: Far) -> Iterator[CutProxy]:
+    """The network before the gateway; ask for it before the page."""
+    with contextlib.closing(CutProxy(far.port)) as found:
+        GatewayClient.instance().ws_url = found.url.replace("http", "ws", 1)
+        yield found
 
 
 @pytest.fixture
@@ -181,6 +236,39 @@ async def test_a_message_at_which_connections_break_is_given_up_and_the_page_tol
         assert await page.read_message() is None
     assert page.close_code == relaying.TOO_BIG
     assert far.connected == relaying.STUMBLES + 1  # over the last one it is not tried again
+
+
+async def test_a_gateway_that_ends_with_its_answer_is_come_back_to(far: Far, page: WebSocketClientConnection) -> None:
+    """Its pong and its end come at once, when more was written than the pong confirms: to ask again would fail."""
+    gateway = Abrupt(far.port, takes=2)
+    async with await gateway.serve():
+        for number in range(2):
+            await page.write_message(b"%d" % number, binary=True)
+        await until(lambda: gateway.connections == 2)
+        await page.write_message(b"2", binary=True)
+        await until(lambda: len(gateway.got) == 3)
+        assert gateway.got == [b"0", b"1", b"2"]
+        page.close()
+        await until(lambda: not gateway.present)
+
+
+async def test_a_line_that_brings_nothing_is_given_up(
+    far: Far, line: CutProxy, page: WebSocketClientConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This gateway does not count, so that nothing may be sent again."""
+    monkeypatch.setattr(relaying, "SILENCE", 0.2)
+    far.start()
+    await page.write_message(b"run it", binary=True)
+    await until(lambda: far.got.qsize() == 1)
+    before = line.connections
+    line.swallow()
+    await page.write_message(b"and this", binary=True)
+    await until(lambda: line.connections > before)
+    line.swallow(False)
+    line.cut()  # what was swallowed of the new one's handshake does not come any more
+    await page.write_message(b"at last", binary=True)
+    await until(lambda: far.got.qsize() == 2)
+    assert [far.got.get_nowait() for _ in range(2)] == [b"run it", b"at last"]
 
 
 async def test_nothing_is_passed_on_in_a_protocol_that_the_page_does_not_speak(
