@@ -225,16 +225,14 @@ def _lines(kernel: Kernel, side: str, count: int, options: str) -> float:
 
 
 def misprinted(messages: list[dict[str, Any]], count: int) -> str:
-    """What is wrong with the messages of a cell that printed so many numbers; empty when each came once and in order."""
+    """What is wrong with the messages of a cell that printed so many numbers; empty: each came once and in order."""
     streams = [message["content"] for message in messages if message["msg_type"] == "stream"]
+    others = [f"{kept['msg_type']} {str(kept['content'])[:300]}" for kept in messages if kept["msg_type"] != "stream"]
     text = "".join(stream["text"] for stream in streams)
     if text == "".join(f"{number}\n" for number in range(count)):
         return ""
     lines = text.splitlines()
     gaps = [f"{line!r} after {before!r}" for before, line in itertools.pairwise(lines) if not _follows(before, line)]
-    others = [
-        f"{message['msg_type']} {str(message['content'])[:300]}" for message in messages if message["msg_type"] != "stream"
-    ]
     return (
         f"printed lines were lost or doubled: {len(lines)} of {count} in {len(streams)} messages, from {lines[:1]} to "
         f"{lines[-1:]}; {len(gaps)} gaps: {gaps[:3]}; {others}"

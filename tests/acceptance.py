@@ -71,6 +71,17 @@ class Product:
         """Ids of the sandboxes that have not ended."""
         return {entry["id"] for entry in self.ps()}
 
+    def snapshots(self) -> set[str]:
+        """Names in the snapshots' directory, without its lock and without templates: one may be built beside a start
+        when the environment has changed, and is a draft, of no known kind, for a moment."""
+        found = set()
+        for path in (self.home / "snapshots").glob("*"):
+            with suppress(OSError):  # a draft has no manifest yet
+                if json.loads((path / "manifest.json").read_text())["kind"] == "template":
+                    continue
+            found.add(path.name)
+        return found - {".lock"}
+
 
 @contextmanager
 def environment(**variables: str) -> Iterator[None]:

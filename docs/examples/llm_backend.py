@@ -165,7 +165,7 @@ def main(url: str) -> None:
         plot = first.run("import matplotlib.pyplot as plt\nplt.plot(numbers)\nplt.show()", timeout=120)
         print(plot.status, [image[1:4] for image in plot.images])
 
-        print(first.run("while True: pass", timeout=2).for_the_model())
+        print(first.run("while True: pass", timeout=5).for_the_model())
         print("still there:", first.run("len(numbers)").text.strip())
 
         first.suspend()

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from agent_host import KEY, AgentError, Host
 from jupyter_client.session import Session
+from test_agent_activity import stop
 
 from sandbox_gateway.wire.frames import Channel
 
@@ -285,8 +286,7 @@ def test_the_key_stays_when_none_is_given(ours: Host, tmp_path: Path) -> None:
 
 def test_a_kernel_that_ends_meanwhile(ours: Host, tmp_path: Path) -> None:
     """The operation fails at once, and a restart works."""
-    ours.execute("import os, time; time.sleep(0.3); os.kill(os.getpid(), 19)", wait=False)  # stops, answers nothing
-    time.sleep(0.5)
+    stop(ours)
     number = ours.request("identify", **identity(tmp_path))
     ours.call("signal", signum=9)
     with pytest.raises(AgentError) as caught:

@@ -122,6 +122,7 @@ def test_a_death_is_reported_with_the_end_of_stderr(kernel: Host) -> None:
     """Exit code, last lines of stderr, and that nobody had asked for it; the last outputs come first."""
     msg_id = kernel.execute("import os; print('last words', flush=True); os.write(2, b'reason\\n')", wait=False)
     kernel.done(msg_id)
+    kernel.until(lambda: b"reason" in kernel.log())  # a thread of the kernel's brings it there
     dying = "os.write(get_ipython().kernel and 2, b'')\nimport sys\nsys.__stderr__.flush()\nos._exit(7)"
     kernel.execute(dying, wait=False)
     event = kernel.event("kernel_exit")

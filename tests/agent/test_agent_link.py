@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,13 +51,15 @@ def select_readable(fd: int) -> bool:
     return bool(select.select([fd], [], [], 5)[0])
 
 
-def test_messages_of_a_time_without_a_host_wait_for_the_next(kernel: Host, agent: AgentProcess) -> None:
+def test_messages_of_a_time_without_a_host_wait_for_the_next(kernel: Host, agent: AgentProcess, tmp_path: Path) -> None:
     """After a detach the kernel goes on; its output, reply and exit are there for the next host."""
-    msg_id = kernel.execute("import threading; threading.Event().wait(0.3); print('meanwhile')\n7", wait=False)
+    waiting = "import os, time\nwhile not os.path.exists('gate'): time.sleep(0.01)\n"
+    msg_id = kernel.execute(waiting + "print('meanwhile')\n7", wait=False)
     kernel.until(lambda: kernel.parsed("iopub", msg_id))
     kernel.endpoint.detach()
     kernel.until(lambda: not kernel.endpoint.wants_write)
     received = kernel.endpoint.inbox.received()
+    (tmp_path / "gate").touch()
     second = second_host(agent, received)
     second.attach(received)
     second.done(msg_id)
@@ -83,16 +86,38 @@ def test_the_kernel_ends_when_its_owner_is_gone(kernel: Host, agent: AgentProces
     assert agent.process.returncode == 0
 
 
-def test_a_living_owner_keeps_the_kernel(kernel: Host) -> None:
-    """Each ping counts; `keep` ends the watch."""
-    kernel.call("policy", on_owner_exit="terminate", grace=1.0)
-    for _ in range(8):
-        kernel.endpoint.ping(b"alive")
+def test_a_living_owner_keeps_the_kernel(host: Host, agent: AgentProcess) -> None:
+    """Whatever it sends counts: with nothing but pings, the agent lives for longer than the grace time."""
+    host.call("policy", on_owner_exit="terminate", grace=4.0)
+    for _ in range(24):
+        host.endpoint.ping(b"alive")
         with pytest.raises(AssertionError):
-            kernel.until(lambda: kernel.events and kernel.events[-1]["event"] == "kernel_exit", 0.25)
-    kernel.call("policy", on_owner_exit="keep")
-    with pytest.raises(AssertionError):
-        kernel.until(lambda: kernel.events and kernel.events[-1]["event"] == "kernel_exit", 1.5)
+            host.until(lambda: agent.process.poll() is not None, 0.25)
+    host.call("policy", on_owner_exit="keep")
+
+
+def test_each_sign_of_life_counts_and_keep_ends_the_watch() -> None:
+    """The grace time begins anew with each of them, and runs no more once it is called off."""
+    now = 0.0
+    expired: list[bool] = []
+    watch = OwnerWatch(Loop(), lambda: expired.append(True), lambda: now)
+    watch.set(True, 1.0)
+
+    def wait(steps: int) -> None:
+        nonlocal now
+        for _ in range(steps):
+            now += 0.25
+            watch.check()
+
+    for _ in range(8):
+        wait(3)
+        watch.alive()
+    watch.set(False, 1.0)
+    wait(100)
+    assert not expired
+    watch.set(True, 1.0)
+    wait(4)
+    assert expired == [True]
 
 
 def test_the_owners_watch_counts_no_jump_of_the_clock() -> None:

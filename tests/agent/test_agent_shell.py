@@ -113,8 +113,13 @@ def test_cells_share_their_context_variables(kernel: Host) -> None:
 
 def test_after_an_error_what_waits_is_aborted_and_what_comes_later_runs(kernel: Host) -> None:
     """The kernel's own note to itself that ends an abort keeps its place among the requests."""
-    failing = kernel.execute("import time\ntime.sleep(0.5)\nraise ValueError('no')", wait=False)
+    kernel.run("import threading; gate = threading.Event()")
+    created = kernel.reply(kernel.ask("create_subshell_request", {}, channel="control"), "control")
+    failing = kernel.execute("gate.wait(20)\nraise ValueError('no')", wait=False)
     waiting = [kernel.execute("1", wait=False) for _ in range(3)]
+    # It comes the same way, behind those that wait: by then they have reached the main shell.
+    opening = {"code": "gate.set()", "silent": False}
+    kernel.ask("execute_request", opening, subshell_id=created["content"]["subshell_id"])
     kernel.done(failing)
     for msg_id in waiting:
         kernel.done(msg_id)

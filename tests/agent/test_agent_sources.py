@@ -31,8 +31,8 @@ class Reader:
         return count, False
 
     def until(self, count: int) -> None:
-        """Turn the loop until so many bytes were found, or two seconds are over."""
-        deadline = time.monotonic() + 2
+        """Turn the loop until so many bytes were found, or half a minute is over."""
+        deadline = time.monotonic() + 30
         while self.found < count and time.monotonic() < deadline:
             self.loop.later(0.01, lambda: None)
             self.loop.turn()

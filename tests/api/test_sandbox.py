@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import subprocess
 import sys
 import textwrap
+import time
 from typing import Any
 
 import pytest
@@ -155,13 +157,20 @@ async def test_an_interrupt_a_timeout_and_a_cancelled_caller_end_the_cell_and_no
         assert isinstance(rest[-2], Error) and rest[-2].name == "KeyboardInterrupt" and rest[-1] == Done("error", 1)
 
         with pytest.raises(SandboxGatewayError) as caught:
-            await sandbox.run(endless, timeout=0.5)
+            # A kernel heeds the interrupt only once it is in the cell: on a busy machine that takes its time.
+            await sandbox.run(endless, timeout=5.0)
         assert caught.value.code == "timeout"
 
-        running = asyncio.create_task(sandbox.run(endless))
+        begun = asyncio.Event()
+
+        def answer(request: InputRequest) -> str:
+            begun.set()
+            return ""
+
+        running = asyncio.create_task(sandbox.run(f"input()\n{endless}", answer=answer))
         waiting = asyncio.create_task(sandbox.run("print('never')"))
         last = asyncio.create_task(sandbox.run("print('last')"))
-        await asyncio.sleep(0.5)
+        await asyncio.wait_for(begun.wait(), 60)
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
         assert not running.done() and not last.done()
@@ -172,8 +181,14 @@ async def test_an_interrupt_a_timeout_and_a_cancelled_caller_end_the_cell_and_no
 
 async def test_a_loop_that_was_left_is_entered_again_where_it_stopped() -> None:
     async with Sandbox.create() as sandbox:
-        cell = sandbox.execute(COUNTING.format(count=30, pause=0.02))
-        text = await read_to(cell, "3\n")
+        code = "for number in range(30):\n    print(number, flush=True)\n    if number == 3:\n        input()"
+        cell = sandbox.execute(code, stdin=True)
+        text, asked = "", False
+        async for message in cell:
+            text += message.text if isinstance(message, Stream) else ""
+            asked = asked or isinstance(message, InputRequest)
+            if asked and "3\n" in text:
+                break
 
         async def reads() -> str:
             return await text_of(cell)
@@ -181,6 +196,7 @@ async def test_a_loop_that_was_left_is_entered_again_where_it_stopped() -> None:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.001):
                 await reads()
+        await sandbox.answer("")
         assert text + await reads() == lines(30)
         assert [message async for message in cell] == []
 
@@ -234,15 +250,15 @@ async def test_a_closed_sandbox_refuses_everything_but_a_second_close() -> None:
 async def test_children_go_on_from_the_parents_variables_and_from_its_cell() -> None:
     async with Sandbox.create() as parent:
         await parent.run("import random, os\nx = 41")
-        cell = parent.execute(COUNTING.format(count=30, pause=0.05))
+        cell = parent.execute(COUNTING.format(count=100, pause=0.05))
         begun = await read_to(cell, "4\n")
         children = await parent.fork(2)
         try:
             assert len({parent.id, *(child.id for child in children)}) == 3
             for child in children:
                 rest = await text_of(child.follow())
-                assert rest.endswith("28\n29\n") and rest in lines(30), rest
-            assert begun + await text_of(cell) == lines(30)
+                assert rest.endswith("98\n99\n") and rest in lines(100), rest
+            assert begun + await text_of(cell) == lines(100)
             told = [await s.run("x += 1; print(x, os.environ['SANDBOX_ID'])") for s in (parent, *children)]
             assert [r.stdout for r in told] == [f"42 {s.id}\n" for s in (parent, *children)]
             drawn = {(await s.run("print(random.random())")).stdout for s in (parent, *children)}
@@ -276,7 +292,7 @@ async def test_a_block_keeps_what_was_suspended_and_it_is_resumed_by_its_id(inst
 
 async def test_a_detached_sandbox_is_the_keepers_until_somebody_connects() -> None:
     sandbox = await Sandbox.create()
-    cell = sandbox.execute(COUNTING.format(count=60, pause=0.03))
+    cell = sandbox.execute(COUNTING.format(count=170, pause=0.03))
     text = await read_to(cell, "5\n")
     await sandbox.detach()
     with pytest.raises(SandboxGatewayError) as caught:
@@ -288,7 +304,7 @@ async def test_a_detached_sandbox_is_the_keepers_until_somebody_connects() -> No
         await sandbox.run("1")
     again = await Sandbox.connect(sandbox.id)
     try:
-        assert text + await text_of(again.follow(cell.id)) == lines(60)
+        assert text + await text_of(again.follow(cell.id)) == lines(170)
         assert (await again.run("print(number)")).count == 2
     finally:
         await again.close()
@@ -302,8 +318,12 @@ async def test_any_client_of_jupyter_can_use_its_connection_file() -> None:
 
         def ask() -> str:
             client.start_channels()
+            deadline = time.monotonic() + 60
             try:
-                client.wait_for_ready(timeout=60)
+                while time.monotonic() < deadline:
+                    with contextlib.suppress(RuntimeError):  # a second without a heartbeat
+                        client.wait_for_ready(timeout=60)
+                        break
                 found: list[str] = []
                 client.execute_interactive(
                     "print(x)", timeout=60, output_hook=lambda m: found.append(str(m["content"]))

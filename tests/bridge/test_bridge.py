@@ -19,7 +19,7 @@ import zmq
 import zmq.asyncio
 from bridging import KEY, Connect, Requests
 
-from sandbox_gateway import messages, zmtp
+from sandbox_gateway import bridge_peer, messages, zmtp
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.wire.frames import Channel
 from sandbox_gateway.zmq_bridge import ZmqBridge
@@ -467,7 +467,10 @@ async def test_a_directory_that_cannot_be_used_is_an_error(directory: Path):
         assert caught.value.code == "data_directory"
 
 
-async def test_the_last_replies_arrive_although_the_bridge_is_closed_at_once(directory: Path, requests: Requests):
+async def test_the_last_replies_arrive_although_the_bridge_is_closed_at_once(
+    directory: Path, requests: Requests, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(bridge_peer, "LINGER", 60.0)
     bridge = ZmqBridge(directory, KEY, requests)
     context = zmq.asyncio.Context()
     sock = context.socket(zmq.DEALER)

@@ -269,7 +269,10 @@ async def read(sock: zmq.asyncio.Socket, listener: Listener, last: int) -> None:
         listener.take(parts)
 
 
-async def test_a_client_is_welcomed_and_then_gets_what_was_kept(bridge: ZmqBridge, client: Connect):
+async def test_a_client_is_welcomed_and_then_gets_what_was_kept(
+    bridge: ZmqBridge, client: Connect, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(channels, "GRACE", 60.0)
     kernel = KernelChannels(KEY)
     bridge.follow(kernel)
     kernel.retain()
@@ -308,7 +311,10 @@ async def test_a_connection_alone_is_no_listener(bridge: ZmqBridge, client: Conn
     assert numbers(listener) == [0, 1, 2]
 
 
-async def test_a_client_of_several_topics_gets_of_each_once(bridge: ZmqBridge, client: Connect):
+async def test_a_client_of_several_topics_gets_of_each_once(
+    bridge: ZmqBridge, client: Connect, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(channels, "GRACE", 60.0)
     kernel = KernelChannels(KEY)
     bridge.follow(kernel)
     kernel.retain()

@@ -19,14 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bridging import KEY
+from bridging import KEY, PATIENCE, ready, until_it_beats
 from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.session import Session
 
 from sandbox_gateway.wire.frames import Channel
 from sandbox_gateway.zmq_bridge import CONNECTION_FILE
-
-PATIENCE = 60.0
 
 
 class Owner:
@@ -204,7 +202,7 @@ def test_a_client_goes_on_with_the_next_owner_after_a_kill(owner: Start, client:
     first.ask("connect")
     mine = client()
     with kernel.serving(first):
-        mine.wait_for_ready(timeout=PATIENCE)
+        ready(mine)
         said: list[str] = []
         mine.execute_interactive("one", output_hook=lambda m: said.append(m["content"].get("text")), timeout=PATIENCE)
         assert "one" in said
@@ -217,7 +215,7 @@ def test_a_client_goes_on_with_the_next_owner_after_a_kill(owner: Start, client:
         reply = mine.execute_interactive("two", output_hook=lambda m: said.append(m["content"].get("text")), timeout=30)
     assert reply["content"]["execution_count"] == 2
     assert said.count("two") == 1
-    assert mine.hb_channel.is_beating()
+    until_it_beats(mine)
 
 
 def test_output_and_replies_from_between_the_owners_reach_the_client_that_waits_for_them(owner: Start, client: Any):
@@ -229,7 +227,7 @@ def test_output_and_replies_from_between_the_owners_reach_the_client_that_waits_
     first.ask("connect")
     mine = client()
     with kernel.serving(first):
-        mine.wait_for_ready(timeout=PATIENCE)
+        ready(mine)
     mine.execute("cell")
     _, identity, cell = kernel.taken(first)
     kernel.publish(first, "stream", {"name": "stdout", "text": "before"}, cell)
@@ -255,7 +253,7 @@ def test_an_input_request_and_a_reply_wait_for_their_client(owner: Start, client
     first.ask("connect")
     mine = client()
     with kernel.serving(first):
-        mine.wait_for_ready(timeout=PATIENCE)
+        ready(mine)
     asked = mine.execute("cell")
     channel, identity, cell = kernel.taken(first)
     first.kill()
@@ -282,7 +280,7 @@ def test_several_clients_come_back_and_each_gets_everything(owner: Start, client
     clients = [client() for _ in range(3)]
     with kernel.serving(first):
         for known in clients:
-            known.wait_for_ready(timeout=PATIENCE)
+            ready(known)
     clients[0].execute("cell")
     _, _, cell = kernel.taken(first)
     first.kill()
@@ -305,9 +303,10 @@ def test_a_sleeping_kernel_is_handed_over_and_nobody_notices(owner: Start, clien
     first.ask("connect")
     mine = client()
     with kernel.serving(first):
-        mine.wait_for_ready(timeout=PATIENCE)
+        ready(mine)
     first.ask("sleep")
-    assert mine.is_alive() and first.ask("settle")
+    until_it_beats(mine)
+    assert first.ask("settle")
     facts = first.ask("facts")
     second = owner()
     second.ask("recall", facts=facts)
@@ -318,10 +317,7 @@ def test_a_sleeping_kernel_is_handed_over_and_nobody_notices(owner: Start, clien
     first.end()
     info = mine.kernel_info(reply=True, timeout=PATIENCE)
     assert info["content"]["implementation"] == "test"
-    deadline = time.monotonic() + PATIENCE
-    while not mine.hb_channel.is_beating():
-        assert time.monotonic() < deadline, "the heartbeat of a sleeping kernel is answered"
-        time.sleep(0.01)
+    until_it_beats(mine)
     assert second.requests.empty()
     asked = mine.execute("cell")
     assert second.requests.get(timeout=PATIENCE)[0] == "wake"
@@ -333,4 +329,4 @@ def test_a_sleeping_kernel_is_handed_over_and_nobody_notices(owner: Start, clien
         pass
     new = client()
     with kernel.serving(second):
-        new.wait_for_ready(timeout=PATIENCE)
+        ready(new)

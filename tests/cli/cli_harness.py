@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -25,10 +26,15 @@ from sandbox_gateway.model import SandboxRecord, State
 from sandbox_gateway.owner import OwnerLock, OwnerServer
 from sandbox_gateway.store import Store
 
+PROGRESS = re.compile(
+    r"^(?:suspending|resuming|pausing|stopping|removing|connecting|forking|saving|looking at) .*\n", re.MULTILINE
+)
+"""What a command says on stderr that takes more than a second, as any may on a busy machine."""
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended."""
+    """How a command ended; its stderr without lines of progress."""
 
     status: int
     stdout: str
@@ -69,7 +75,7 @@ def run(paths: Paths, capfd: pytest.CaptureFixture[str]) -> Run:
         sys.stdout.flush()
         sys.stderr.flush()
         out = capfd.readouterr()
-        return Outcome(status, out.out, out.err)
+        return Outcome(status, out.out, PROGRESS.sub("", out.err))
 
     return command
 
@@ -87,7 +93,7 @@ def program(paths: Paths) -> Run:
             check=False,
             env={**os.environ, **environment},
         )
-        return Outcome(done.returncode, done.stdout, done.stderr)
+        return Outcome(done.returncode, done.stdout, PROGRESS.sub("", done.stderr))
 
     return command
 

@@ -58,7 +58,8 @@ def test_progress_on_a_terminal_moves_on_one_line_and_leaves_none() -> None:
     assert stream.getvalue() == "\r\x1b[Kbuilding 1 %\r\x1b[Kbuilding 2 %\r\x1b[K"
 
 
-def test_what_ends_within_a_second_says_nothing_elsewhere() -> None:
+def test_what_ends_within_a_second_says_nothing_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output, "PATIENCE", 60.0)  # the machine may be busy
     stream = io.StringIO()
     with ProgressLine(stream) as progress:
         progress.update("quick")
@@ -90,9 +91,9 @@ def test_many_steps_in_a_moment_are_one_line_elsewhere(monkeypatch: pytest.Monke
     stream = io.StringIO()
     begun = time.monotonic()
     with ProgressLine(stream) as progress:
-        while time.monotonic() - begun < 0.7:
+        while time.monotonic() - begun < 0.7 or not stream.getvalue():
             progress.update(f"step at {time.monotonic()}")
-    assert 1 <= len(stream.getvalue().splitlines()) <= 4
+    assert len(stream.getvalue().splitlines()) <= (time.monotonic() - begun) / 0.2 + 1
 
 
 def test_a_closed_stderr_does_not_stop_the_work() -> None:

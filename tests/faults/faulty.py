@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from acceptance import KERNEL, START, Product
+from acceptance import KERNEL, START, Product, until
 from jupyter_client import KernelManager
 from leaks import marked
 from model import KernelModel, Request
@@ -134,9 +134,12 @@ class Subject:
         return found
 
     def snapshots(self) -> set[str]:
-        """Everything in the snapshots' directory but the lock."""
-        directory = self.product.home / "snapshots"
-        return {path.name for path in directory.iterdir()} - {".lock"} if directory.is_dir() else set()
+        """Everything in the snapshots' directory but the lock and templates."""
+        return self.product.snapshots()
+
+    def no_more_snapshots_than(self, before: set[str]) -> None:
+        """Nothing is left in the snapshots' directory, not even a draft, once a template on its way is finished."""
+        until(lambda: self.snapshots() <= before, found=lambda: self.snapshots() - before)
 
 
 @contextmanager

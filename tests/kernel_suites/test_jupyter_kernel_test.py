@@ -11,16 +11,49 @@ import sys
 import unittest
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import jupyter_kernel_test
 import pytest
 from acceptance import KERNEL, PLAIN, Product, environment
 from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_kernel_test.msgspec_v5 import validate_message
 
 pytestmark = pytest.mark.timeout(300)
 
 
-class PythonTests(jupyter_kernel_test.KernelTests):  # type: ignore[misc]
+PATIENCE = 15.0
+"""Seconds that a kernel may take for a message, as the suite has it for replies."""
+
+
+class Patient(jupyter_kernel_test.KernelTests):  # type: ignore[misc]
+    """The suite, which otherwise gives a kernel 0.1 seconds for each message on iopub, and takes as long a silence for
+    the end of what came before."""
+
+    __test__ = False
+
+    def flush_channels(self) -> None:
+        """Take all that came before: what the kernel is asked now it answers after that."""
+        asked = self.kc.kernel_info()
+        for channel in (self.kc.shell_channel, self.kc.iopub_channel):
+            over = False
+            while not over:
+                message = channel.get_msg(timeout=PATIENCE)
+                validate_message(message)
+                over = message["parent_header"].get("msg_id") == asked and (
+                    message["msg_type"] == "kernel_info_reply" or message["content"].get("execution_state") == "idle"
+                )
+
+    def execute_helper(self, *args: Any, **options: Any) -> Any:
+        """Run code and give its reply and its output."""
+        channel = self.kc.iopub_channel
+        get_msg = channel.get_msg
+        with mock.patch.object(channel, "get_msg", lambda timeout: get_msg(timeout=PATIENCE)):
+            return super().execute_helper(*args, **options)
+
+
+class PythonTests(Patient):
     """ipykernel with every optional sample of the suite filled in.
 
     ``range`` is left out of the history operations as ipykernel's own tests do: its reply says session 0.
@@ -55,7 +88,7 @@ class PythonTests(jupyter_kernel_test.KernelTests):  # type: ignore[misc]
     code_clear_output = "from IPython.display import clear_output; clear_output()"
 
 
-class BashTests(jupyter_kernel_test.KernelTests):  # type: ignore[misc]
+class BashTests(Patient):
     """bash_kernel: written by others, started by its own argv, not ipykernel's."""
 
     __test__ = False

@@ -77,7 +77,9 @@ def line(gateway: Served) -> Iterator[CutProxy]:
 
 
 @pytest.fixture(scope="module")
-def remote_lab(browser_path: str, gateway: Served, line: CutProxy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+def remote_lab(
+    browser_path: str, gateway: Served, line: CutProxy, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Lab]:
     """A JupyterLab whose kernels are on the gateway, with our extension."""
     started = make_lab(
         tmp_path_factory.mktemp("remote"),

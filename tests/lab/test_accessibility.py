@@ -60,6 +60,7 @@ async def test_nothing_is_wrong_with_names_roles_and_contrast(page: Window, tmp_
     await page.page.keyboard.press("Escape")
     for item in ("Suspend…", "Save Snapshot…", "Details", "Show Log"):
         await choose(page, item)
+        await expect(page.page.locator(".jp-Dialog-content")).to_be_visible()
         problems += await found(page, ".jp-Dialog-content")
         await page.page.keyboard.press("Escape")
         await expect(page.page.locator(".jp-Dialog")).to_have_count(0)

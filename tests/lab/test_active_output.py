@@ -112,6 +112,13 @@ async def terminals(page: Window) -> int:
     return len(await page.lab.ask("GET", "terminals"))
 
 
+async def all_opened(page: Window) -> None:
+    """Wait until each attack that ran in this load of the page has its terminal: it says first that it runs."""
+    async with asyncio.timeout(PATIENCE):
+        while await terminals(page) < len(await pwned(page)):
+            await asyncio.sleep(0.1)
+
+
 async def all_ran(page: Window, *names: str) -> None:
     """Wait for attacks to have run in this load of the page."""
     wanted = f"{json.dumps(names)}.filter(name => !(window.pwned || []).includes(name))"
@@ -195,10 +202,12 @@ async def test_output_of_a_sandbox_acts_only_where_the_user_allowed_it(page: Win
     await page.picture(tmp_path / "allowed-dark.png")
     assert not {"image", "latex", "help"} & set(await pwned(page))
     await page.save()
+    await all_opened(page)
     await page.lab.end_terminals()
     await page.reload()
     await page.ready()
     await all_ran(page, *EVERY, "isolated", "widget")
+    await all_opened(page)
     assert await terminals(page) >= len(EVERY), "the attacks would work"
     written = json.loads((page.lab.folder / "hostile.ipynb").read_text())
     assert set(written["metadata"]) == {"kernelspec", "language_info"}
@@ -261,14 +270,15 @@ async def test_a_plain_kernels_notebook_acts_as_ever_and_what_a_sandbox_left_in_
     for number in range(3):
         await page.run(number)
         await page.done(number, number + 1)
-    await all_ran(page, *EVERY, "widget")
+    await all_ran(page, *EVERY, "isolated", "widget")
+    await all_opened(page)
     await expect(page.output(2)).to_contain_text("widget text")
     await expect(bar(page)).to_have_count(0)
     await expect(page.notebook.locator(".sg-Confined")).to_have_count(0)
-    await page.lab.end_terminals()
 
     page.lab.write("left.ipynb", ATTACK, OUTPUTS, kernel=KERNEL)
     await page.visit("left.ipynb")
+    await page.lab.end_terminals()
     await page.ready()
     for number in range(2):
         await page.run(number)

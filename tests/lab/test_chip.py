@@ -33,10 +33,10 @@ async def test_a_notebook_is_suspended_by_its_chip_and_running_a_cell_resumes_it
     await picture(page, "chip-suspended", *around, margin=3)
     await dark(page)
     await page.run(1)
+    await expect(chip(page)).to_contain_text("resumed in")  # for five seconds
+    await picture(page, "chip-resumed", *around, margin=3)
     await page.done(1, 2)
     await page.printed(1, "42")
-    await expect(chip(page)).to_contain_text("resumed in")
-    await picture(page, "chip-resumed", *around, margin=3)
     await expect(chip(page)).to_have_attribute("data-look", "running")
     await picture(page, "notebook", page.notebook.locator(".jp-NotebookPanel-toolbar"), page.cell(1), margin=0)
     assert page.errors() == []

@@ -88,6 +88,7 @@ async def test_a_notebook_is_suspended_and_resumed_in_notebook_7_and_stands_in_i
         async with page.page.context.expect_page() as opening:
             await page.page.locator(".sg-Entry-name", has_text="alone").click()
         new = Window(await opening.value, notebook, notebook.url)
+        await expect(chip(new)).to_have_attribute("data-look", "running")
         await new.run(0, "print(y)")
         await new.printed(0, "of nobody")
         assert page.errors(*STOCK) == []

@@ -6,13 +6,18 @@ import asyncio
 import re
 
 import pytest
-from browser import PATIENCE, Window
+from browser import COUNT, PATIENCE, Window
 from lab_page import chip, choose
 from lab_server import KERNEL
 from playwright.async_api import expect
 
 pytestmark = pytest.mark.timeout(300)
-COUNT = "import time\nfor n in range({}):\n    print(n, flush=True)\n    time.sleep(0.05)"
+
+
+async def interrupt(page: Window) -> None:
+    """Interrupt the one kernel past the page."""
+    (session,) = await page.lab.ask("GET", "sessions")
+    await page.lab.ask("POST", f"kernels/{session['kernel']['id']}/interrupt")
 
 
 def counted(number: int) -> str:
@@ -20,7 +25,7 @@ def counted(number: int) -> str:
 
 
 async def test_a_cell_that_is_suspended_in_the_middle_is_complete_after_a_reload_and_a_resume(page: Window) -> None:
-    page.lab.write("long.ipynb", COUNT.format(200), "print(n)", "later = n", kernel=KERNEL)
+    page.lab.write("long.ipynb", COUNT.format(800), "print(n)", "later = n", kernel=KERNEL)
     await page.visit("long.ipynb")
     await page.ready()
     await page.run(0)
@@ -36,11 +41,12 @@ async def test_a_cell_that_is_suspended_in_the_middle_is_complete_after_a_reload
     await expect(page.prompt(0)).to_have_text("[*]:")
     await page.run(2)
     await expect(chip(page)).to_contain_text("resumed in")
+    await interrupt(page)
     await page.done(2, 3)
     await page.done(0, 1)
     await page.done(1, 2)
-    assert await page.text(0) == counted(200)
-    await page.printed(1, "199")
+    assert await page.text(0) == counted(800)
+    await page.printed(1, "799")
     assert await page.page.evaluate("Object.keys(localStorage).filter(key => key.includes(':runs:'))") == []
     await page.reload()  # nothing is left to be followed
     await page.ready()
@@ -50,10 +56,11 @@ async def test_a_cell_that_is_suspended_in_the_middle_is_complete_after_a_reload
 
 async def test_a_display_that_is_changed_an_error_and_a_second_run_are_shown_as_without_a_reload(page: Window) -> None:
     code = (
-        "import time\nfrom IPython.display import clear_output, display\n"
+        "import time\nfrom IPython.display import clear_output, display, update_display\n"
         "print('was', 'gone'); clear_output()\n"
-        "shown = display('was ' + 'first', display_id=True)\n"
-        "time.sleep(4)\nshown.update('is ' + 'second')\nprint('was', 'said')\n1 / 0"
+        "try:\n    display('was ' + 'first', display_id='one')\n    time.sleep(600)\n"
+        "except KeyboardInterrupt:\n    update_display('is ' + 'second', display_id='one')\n"
+        "print('was', 'said')\n1 / 0"
     )
     page.lab.write("kinds.ipynb", code, kernel=KERNEL)
     await page.visit("kinds.ipynb")
@@ -65,6 +72,8 @@ async def test_a_display_that_is_changed_an_error_and_a_second_run_are_shown_as_
         while "'was first'" not in (page.lab.folder / "kinds.ipynb").read_text():
             await asyncio.sleep(0.05)
     await page.reload()
+    await expect(page.prompt(0)).to_have_text("[*]:")
+    await interrupt(page)
     await expect(page.output(0)).to_contain_text("ZeroDivisionError")
     await page.done(0, 1)
     for text, times in (("was first", 0), ("is second", 1), ("was said", 1), ("was gone", 0)):

@@ -47,8 +47,8 @@ async def test_a_notebook_on_a_gateway_is_suspended_resumed_and_forked(
         await page.accept()
         await expect(chip(page)).to_have_attribute("data-look", "suspended")
         await page.run(1)
+        await expect(chip(page)).to_contain_text("resumed in")  # for five seconds; told by the gateway's events
         await page.printed(1, "42")
-        await expect(chip(page)).to_contain_text("resumed in")  # told by the gateway's events
         await page.run(2)
         await expect(page.notebook.locator(".sg-Bar")).to_be_visible()
         assert await page.page.evaluate("window.pwned === undefined"), "a script of the gateway's kernel ran"

@@ -99,7 +99,10 @@ async def test_several_forks_are_made_at_once_and_a_clean_restart_leaves_nothing
     await page.page.locator(".sg-Menu .lm-Menu-itemLabel", has_text="Restart Clean…").click()
     await expect(page.page.locator(".jp-Dialog")).to_contain_text("all files inside the sandbox")
     await page.picture(tmp_path / "clean.png")
-    await page.accept()
+    async with page.page.expect_response(
+        lambda answer: answer.request.method == "POST" and answer.url.split("?")[0].endswith("/restart")
+    ):
+        await page.accept()
     await expect(first.locator(".sg-Chip")).to_have_attribute("data-look", "running")
     await first.locator(".jp-Cell").nth(1).locator(".cm-content").click()
     await page.page.keyboard.press("Control+Enter")

@@ -30,8 +30,8 @@ client.execute_interactive("x = 41", timeout=30)
 client.execute("import time; print('busy', flush=True); time.sleep(100)")
 while client.get_iopub_msg(timeout=30)["msg_type"] != "stream":
     pass
-print("running", flush=True)
 try:
+    print("running", flush=True)
     client.get_shell_msg(timeout=100)
 except KeyboardInterrupt:
     print("interrupted", manager.is_alive(), flush=True)

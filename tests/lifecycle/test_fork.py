@@ -146,18 +146,18 @@ def test_a_question_stays_with_the_parent(product: Product, client: Client) -> N
 
 
 def test_a_fork_in_the_middle_of_a_cell_goes_on_in_parent_and_child(product: Product, client: Client) -> None:
-    cell = Running(client, COUNTING.format(count=100, pause=0.05))
+    cell = Running(client, COUNTING.format(count=300, pause=0.05))
     cell.until_line(10)
     with forked(product, client.id, 1) as children, connected(product, children[0]) as other:
         shown = ""
-        while "99\n" not in shown:
+        while "299\n" not in shown:
             message = other.get_iopub_msg(timeout=60)
             if message["msg_type"] == "stream" and message["content"]["name"] == "stdout":
                 shown += message["content"]["text"]
         numbers = [int(line) for line in shown.split()]
-        assert numbers == list(range(numbers[0], 100)), "the child shows the rest of the cell, in order"
+        assert numbers == list(range(numbers[0], 300)), "the child shows the rest of the cell, in order"
         assert cell.finish()["status"] == "ok"
-        assert cell.stdout == lines(100), "the parent loses nothing"
+        assert cell.stdout == lines(300), "the parent loses nothing"
 
 
 def test_a_suspended_kernel_can_be_forked_and_stays_suspended(product: Product, client: Client) -> None:

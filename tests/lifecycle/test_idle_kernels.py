@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from acceptance import KERNEL, Client, Product, kernel, profile_kernelspec, unti
 
 PROFILES = """
 [profiles.drowsy]
-idle = { pause = "2s", suspend = "4s" }
+idle = { pause = "2s", suspend = "12s" }
 [profiles.short-lived]
 idle = { suspend = "2s", expire = "6s" }
 [profiles.impatient]
@@ -55,34 +55,46 @@ def test_a_kernel_that_nobody_uses_is_paused_then_suspended_and_wakes_with_all_i
     until(lambda: record(product, drowsy.id)["state"] == "suspended", 60)
     assert drowsy.alive()
     assert drowsy.run("print(x + 1)").stdout == "42\n"
-    assert record(product, drowsy.id)["state"] == "running"
-    kinds = [event["kind"] for event in events(product, drowsy.id)]
     order = ["started", "paused", "suspended", "woke", "resumed"]
-    assert [kind for kind in kinds if kind in order][:5] == order
+    kinds = [event["kind"] for event in events(product, drowsy.id) if event["kind"] in order]
+    at = kinds.index("suspended")
+    # On a slow machine it may have been paused and woken before that, too.
+    assert kinds[0] == "started" and kinds[at - 1 : at + 3] == order[1:], kinds
     suspended = next(event for event in events(product, drowsy.id) if event["kind"] == "suspended")
-    assert "idle for 4 s" in suspended["text"] and suspended["data"]["seconds"] > 0
+    assert "idle for 12 s" in suspended["text"] and suspended["data"]["seconds"] > 0
 
 
 def test_a_kernel_at_work_is_left_alone(product: Product, drowsy: Client) -> None:
     """A cell that only sleeps is at work, and so is a thread or a program that computes while no cell runs."""
-    drowsy.run("import time; time.sleep(7)")
-    assert "paused" not in [event["kind"] for event in events(product, drowsy.id)]
-    drowsy.run(
-        "import threading, time, subprocess, sys\n"
+
+    def pauses_after(moment: float) -> list[float]:
+        told = [event["time"] for event in events(product, drowsy.id) if event["kind"] == "paused"]
+        return [at for text in told if (at := datetime.fromisoformat(text).timestamp()) > moment]
+
+    begun, ended = drowsy.value(
+        "import json, time; begun = time.time(); time.sleep(7); print(json.dumps([begun, time.time()]))"
+    )
+    assert [moment for moment in pauses_after(begun) if moment < ended] == []
+    begun = drowsy.value(
+        "import threading, subprocess, sys\n"
         "burn = 'import time\\nend = time.time() + 4\\nwhile time.time() < end: pass'\n"
         "def work():\n"
+        "    global ended\n"
         "    exec(burn)\n"
         "    subprocess.run([sys.executable, '-c', burn], check=True)\n"
-        "threading.Thread(target=work).start()"
+        "    ended = time.time()\n"
+        "thread = threading.Thread(target=work)\n"
+        "print(time.time())\n"
+        "thread.start()"
     )
-    time.sleep(7)
-    assert "paused" not in [event["kind"] for event in events(product, drowsy.id)]
-    until(lambda: "paused" in [event["kind"] for event in events(product, drowsy.id)], 60)
+    until(lambda: pauses_after(begun), 60)
+    ended = drowsy.value("thread.join(); print(ended)")
+    assert pauses_after(begun)[0] > ended
 
 
 def test_an_expired_kernel_was_announced_and_says_why_it_is_gone(product: Product, profiles: None) -> None:
     with profile_kernelspec(product, "short-lived") as name, kernel(name) as client:
-        before = {path.name for path in (product.home / "snapshots").glob("*")}
+        before = product.snapshots()
         until(lambda: record(product, client.id)["state"] == "expired", 60)
         gone = record(product, client.id)
         assert gone["death"]["kind"] == "expired" and gone["death"]["reason"] == "not used for 6 s"
@@ -92,7 +104,7 @@ def test_an_expired_kernel_was_announced_and_says_why_it_is_gone(product: Produc
         announced, ended = (next(event for event in told if event["kind"] == kind) for kind in ("warned", "expired"))
         assert announced["time"] < ended["time"] and "unless it is used" in announced["text"]
         assert not client.alive()
-        assert {path.name for path in (product.home / "snapshots").glob("*")} <= before | {".lock"}
+        until(lambda: product.snapshots() <= before, found=lambda: product.snapshots() - before)
         said = ""
         while "has expired: not used for 6 s" not in said:
             message = client.client.get_iopub_msg(timeout=30)

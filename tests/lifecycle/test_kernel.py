@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from acceptance import FILES_KERNEL, KERNEL, START, Client, Product, environment, kernel, profile_kernelspec, until
 from jupyter_client.manager import KernelManager
+from suspending import Running
 
 from sandbox_gateway.errors import SandboxGatewayError
 
@@ -62,11 +63,12 @@ def test_input_reaches_the_one_who_runs_the_cell(client: Client) -> None:
 
 def test_an_interrupt_stops_a_loop_and_keeps_the_state(client: Client) -> None:
     client.run("x = 5")
-    timer = threading.Timer(1.0, client.manager.interrupt_kernel)
-    timer.start()
-    result = client.run("import time\nwhile True: time.sleep(0.1)")
-    timer.join()
-    assert result.status == "error" and result.error.startswith("KeyboardInterrupt")
+    cell = Running(client, "import time\nprint('in it', flush=True)\nwhile True: time.sleep(0.1)")
+    while "in it" not in cell.stdout:
+        assert cell.take()
+    client.manager.interrupt_kernel()
+    reply = cell.finish()
+    assert reply["status"] == "error" and reply["ename"] == "KeyboardInterrupt"
     assert client.run("print(x)").stdout == "5\n"
 
 

@@ -23,8 +23,8 @@ sys.stdin.read()
 
 
 def received(socket: zmq.Socket[bytes], client: KernelClient, msg_id: str, kind: str) -> bool:
-    """Whether a message of this kind to this request comes within a few seconds."""
-    deadline = time.monotonic() + 10.0
+    """Whether a message of this kind to this request comes within half a minute."""
+    deadline = time.monotonic() + 30.0
     while (left := deadline - time.monotonic()) > 0:
         if socket.poll(int(left * 1000)):
             _, parts = client.session.feed_identities(socket.recv_multipart())
@@ -81,7 +81,7 @@ def test_a_reply_comes_after_a_suspend_and_the_death_of_two_owners(product: Prod
     again = None
     try:
         assert iopub.poll(10_000), "the bridge welcomes"
-        content = {"code": "import time; time.sleep(3)", "silent": False, "allow_stdin": False}
+        content = {"code": "import time; time.sleep(8)", "silent": False, "allow_stdin": False}
         message = client.session.send(shell, "execute_request", content)
         assert message is not None
         assert received(iopub, client, message["header"]["msg_id"], "execute_input"), "it has begun"

@@ -181,7 +181,7 @@ async def test_a_page_that_is_loaded_in_mid_cell_still_shows_the_kernel_as_busy(
     server: Server, product: Product
 ) -> None:
     kernel_id = (await server.rest("POST", "api/kernels", {"name": KERNEL}))["id"]
-    code = "import time\nfor n in range(40):\n    print(n, flush=True)\n    time.sleep(0.05)"
+    code = "import time\nfor n in range(200):\n    print(n, flush=True)\n    time.sleep(0.05)"
     async with server.page(kernel_id) as page:
         await load(page)
         cell = await page.send("shell", "execute_request", {"code": code, "silent": False})
@@ -200,5 +200,5 @@ async def test_a_page_that_is_loaded_in_mid_cell_still_shows_the_kernel_as_busy(
         await asyncio.to_thread(run, product, "resume", kernel_id)
         reply, said = await finished
         text = "".join(m["content"]["text"] for m in said if m["msg_type"] == "stream")
-        assert reply["status"] == "ok" and text == "".join(f"{n}\n" for n in range(40))
+        assert reply["status"] == "ok" and text == "".join(f"{n}\n" for n in range(200))
     await server.rest("DELETE", f"api/kernels/{kernel_id}")

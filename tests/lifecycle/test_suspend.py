@@ -80,17 +80,17 @@ def test_a_kernel_that_waits_for_input_is_answered_after_a_resume(product: Produ
 
 
 def test_a_pause_stops_the_clock_of_a_cell_and_a_resume_goes_on(product: Product, client: Client) -> None:
-    cell = Running(client, COUNTING.format(count=40, pause=0.02))
+    cell = Running(client, COUNTING.format(count=500, pause=0.02))
     cell.until_line(5)
     tell(product, client.id, "pause")
     before = len(cell.stdout)
     with pytest.raises(Exception):  # noqa: B017  (queue.Empty, whichever loop the client uses)
         while True:
             cell.take(timeout=1.0)
-    assert len(cell.stdout) < len(lines(40)) and before <= len(cell.stdout)
+    assert len(cell.stdout) < len(lines(500)) and before <= len(cell.stdout)
     tell(product, client.id, "resume")
     assert cell.finish()["status"] == "ok"
-    assert cell.stdout == lines(40)
+    assert cell.stdout == lines(500)
 
 
 def test_a_kernel_that_is_still_booting_can_be_suspended(product: Product) -> None:
@@ -135,11 +135,11 @@ def test_a_suspended_kernel_can_be_restarted_and_keeps_its_files(product: Produc
 
 @pytest.mark.parametrize("op", ["pause", "suspend"])
 def test_a_sleeping_kernel_can_be_shut_down(product: Product, op: str) -> None:
-    before = {path.name for path in (product.home / "snapshots").glob("*")}
+    before = product.snapshots()
     with kernel(KERNEL) as client:
         tell(product, client.id, op)
     assert client.id not in product.ids()
-    assert {path.name for path in (product.home / "snapshots").glob("*")} <= before | {".lock"}
+    until(lambda: product.snapshots() <= before, found=lambda: product.snapshots() - before)
 
 
 @pytest.mark.parametrize("op", ["pause", "suspend"])
@@ -184,7 +184,9 @@ def test_threads_subprocesses_and_an_event_loop_go_on(product: Product, client: 
     tell(product, client.id, "resume")
     said = client.run(
         "before, beaten = len(ticks), len(beats)\n"
-        "await asyncio.sleep(0.2)\n"
+        "end = time.monotonic() + 10\n"
+        "while not (len(ticks) > before and len(beats) > beaten) and time.monotonic() < end:\n"
+        "    await asyncio.sleep(0.02)\n"
         "child.stdin.write('word\\n'); child.stdin.flush()\n"
         "print(child.stdout.readline().strip(), len(ticks) > before, len(beats) > beaten)\n"
         "child.stdin.close(); child.wait(); task.cancel()"
@@ -212,23 +214,23 @@ def test_time_goes_on_while_it_sleeps_and_what_is_due_comes_at_once(
         "import asyncio, signal, threading, time\n"
         "fired, begun, ticks = {}, time.time(), time.monotonic()\n"
         "def note(name): fired[name] = time.time() - begun\n"
-        "threading.Timer(2.0, note, ['thread']).start()\n"
-        "signal.signal(signal.SIGALRM, lambda *_: note('alarm')); _ = signal.setitimer(signal.ITIMER_REAL, 2.0)\n"
+        "timer = threading.Timer(5.0, note, ['thread']); timer.start()\n"
+        "signal.signal(signal.SIGALRM, lambda *_: note('alarm')); _ = signal.setitimer(signal.ITIMER_REAL, 5.0)\n"
         "async def later():\n"
-        "    await asyncio.sleep(2.0); note('loop')\n"
+        "    await asyncio.sleep(5.0); note('loop')\n"
         "task = asyncio.get_event_loop().create_task(later())"
     )
-    cell = Running(client, "print('sleeping', flush=True); time.sleep(2.0); note('sleep')")
+    cell = Running(client, "print('sleeping', flush=True); time.sleep(5.0); note('sleep')")
     while "sleeping" not in cell.stdout:
         assert cell.take()
     tell(product, client.id, op)
     assert state(product, client.id) == asleep
     slept = time.time()
-    until(lambda: time.time() > slept + 4.0)
+    until(lambda: time.time() > slept + 7.0)
     tell(product, client.id, "resume")
     woken = time.time()
     assert cell.finish()["status"] == "ok"
-    client.run("await task")
+    client.run("await task; timer.join()")
     told = json.loads(
         client.run(
             "import json; print(json.dumps([fired, begun, time.monotonic() - ticks, time.time() - begun]))"
@@ -237,8 +239,8 @@ def test_time_goes_on_while_it_sleeps_and_what_is_due_comes_at_once(
     fired, begun, monotonic, elapsed = told
     assert fired.keys() == {"thread", "alarm", "sleep", "loop"}
     for name, seconds in fired.items():
-        assert slept + 4.0 - begun - 0.1 < seconds < woken - begun + 3.0, (name, seconds)
-    assert abs(monotonic - elapsed) < 0.5, "the monotonic clock goes on as well"
+        assert slept + 7.0 - begun - 0.1 < seconds < woken - begun + 10.0, (name, seconds)
+    assert abs(monotonic - elapsed) < 3.5, "the monotonic clock goes on as well"
 
 
 def test_a_file_that_the_kernel_has_open_must_not_have_changed(product: Product, tmp_path: Path) -> None:

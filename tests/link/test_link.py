@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -357,15 +358,14 @@ async def test_floods_of_events_and_pings_do_not_keep_the_loop_from_others() -> 
         peer.pause()
         view = memoryview(flood + events)
         longest = 0.0
-        loop = asyncio.get_running_loop()
         while view:
-            began = loop.time()
+            began = time.thread_time()
             try:
                 view = view[os.write(peer.write_fd, view) :]
             except BlockingIOError:
                 pass
             await asyncio.sleep(0)
-            longest = max(longest, loop.time() - began)
+            longest = max(longest, time.thread_time() - began)
         await host.until(lambda: len(host.events) == 5000)
         assert longest < 1.0
 

@@ -191,6 +191,18 @@ async def end_keeper(paths: Paths) -> None:
         await ended(pid)
 
 
+@pytest.fixture(autouse=True)
+def lingering(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Keepers here and in processes of their own stay long without a sandbox: a slow machine takes its time between
+    two steps of a test, which ends them itself."""
+    monkeypatch.setattr(process, "LINGER", 60.0)
+    folder = tmp_path / "lingering"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text("from sandbox_gateway.keeper import process\nprocess.LINGER = 60.0\n")
+    search = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("PYTHONPATH", search)
+
+
 @pytest.fixture
 async def after(paths: Paths) -> AsyncIterator[Paths]:
     """The installation; a keeper that is left is ended."""
@@ -264,13 +276,13 @@ async def test_what_takes_long_is_not_taken_for_stuck(paths: Paths, monkeypatch:
     told: list[Mapping[str, Any]] = []
 
     async def slow(op: str, sandbox_id: str, params: Mapping[str, Any]) -> dict[str, Any]:
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(4.5)
         return {}
 
     server = OwnerServer(paths, slow)
     await server.start()
     with OwnerLock(paths.sandbox("s1")):
-        assert await ask(paths, "s1", "suspend", 0.5, on_progress=told.append) == {}
+        assert await ask(paths, "s1", "suspend", 3.0, on_progress=told.append) == {}
     assert told == []
     await server.stop()
 
@@ -319,10 +331,10 @@ async def test_an_owner_that_is_about_to_let_go_is_waited_for(paths: Paths) -> N
 
 
 async def test_it_ends_when_it_has_owned_nothing_for_a_moment(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "LINGER", 0.3)
     monkeypatch.setattr(process, "_LOOK", 0.05)
     async with keeping(paths) as (lifecycle, running):
         await ask_keeper(paths, "adopt", "s1")
+        monkeypatch.setattr(process, "LINGER", 0.3)
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.8):
                 await asyncio.shield(running)

@@ -65,6 +65,8 @@ class Kernel:
         self.peers: dict[str, Peer] = {}
         self.readers: list[asyncio.Task[None]] = []
         self.routes: dict[str, str] = {}
+        self.dropped: list[str] = []
+        """The requests whose replies found nobody."""
         self.restarts = 0
 
     async def start(self) -> None:
@@ -101,6 +103,8 @@ class Kernel:
             for session in sessions:
                 if session in self.peers:
                     self.send(self.peers[session], frame)
+                elif name == "shell":
+                    self.dropped.append(parent)
 
     async def _watch(self) -> None:
         while await self.manager.is_alive():

@@ -162,17 +162,22 @@ def test_a_gateway_that_is_killed_and_started_again_goes_on_with_the_cell(remote
     assert manager.is_alive()
 
 
-def test_a_reply_that_was_lost_for_good_is_answered_with_an_error(remote: Remote, start: Start) -> None:
+def test_a_reply_that_was_lost_for_good_is_answered_with_an_error(remote: Remote, start: Start, tmp_path: Path) -> None:
     if remote.fake is None:
         pytest.skip("the real gateway forgets no session for 10 minutes")
     _, client = start()
     run(client, "ran = []")
+    (kernel,) = remote.fake.kernels.values()
     remote.fake.forgetting = True
-    msg_id = client.execute("import time; print('go', flush=True); time.sleep(1); ran.append(1)")
+    gate = tmp_path / "gate"
+    waiting = f"import os, time\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.01)\n"
+    msg_id = client.execute(f"print('go', flush=True)\n{waiting}ran.append(1)")
     while client.get_iopub_msg(timeout=30)["msg_type"] != "stream":
         pass
     remote.proxy.refuse()
-    time.sleep(2)
+    until(lambda: not kernel.peers)
+    gate.touch()
+    until(lambda: msg_id in kernel.dropped)
     remote.proxy.refuse(False)
     while (reply := client.get_shell_msg(timeout=30))["parent_header"].get("msg_id") != msg_id:
         pass
@@ -199,24 +204,24 @@ def test_a_machine_that_slept_connects_again_at_once(
     reply, told = run(client, COUNTING)
     timer.join()
     assert reply["status"] == "ok" and told.split() == NUMBERS
-    assert remote.proxy.connections > before
+    until(lambda: remote.proxy.connections > before)
 
 
 def test_a_connection_on_which_nothing_comes_is_given_up(
     remote: Remote, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "TICK", 0.2)
-    monkeypatch.setattr(connection, "SILENCE", 1.0)
-    monkeypatch.setattr(connection, "HANDSHAKE", 1.0)
+    monkeypatch.setattr(connection, "SILENCE", 4.0)
+    monkeypatch.setattr(connection, "HANDSHAKE", 3.0)
     _, client = start()
     run(client, "ran = []")
-    time.sleep(2.5)
+    time.sleep(4.5)
     before = remote.proxy.connections
     assert run(client, "ran.append(0)")[0]["status"] == "ok"
     assert remote.proxy.connections == before, "an idle connection that answers pings is none that broke"
     remote.proxy.swallow()
     msg_id = client.execute("ran.append(1)")
-    time.sleep(3)
+    until(lambda: remote.proxy.connections > before)
     remote.proxy.swallow(False)
     while client.get_shell_msg(timeout=60)["parent_header"].get("msg_id") != msg_id:
         pass

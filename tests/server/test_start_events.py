@@ -23,7 +23,10 @@ class Bridge:
         self.told.append(known | {key: value for key, value in more.items() if value not in ("", None)})
 
 
-async def test_a_start_is_told_with_its_phases_from_any_thread_and_each_phase_at_once() -> None:
+async def test_a_start_is_told_with_its_phases_from_any_thread_and_each_phase_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sandbox_gateway.server.starts.TELL_INTERVAL", 3600.0)
     bridge = Bridge()
     restoring = Progress("sandbox", 0, 0, "restoring it")
     with telling(bridge, "ann", "id", "report.ipynb") as progress:  # type: ignore[arg-type]

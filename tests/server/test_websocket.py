@@ -214,7 +214,7 @@ async def test_clients_are_told_to_come_again_when_the_server_ends() -> None:
             while await client.read() is not None:
                 pass
             assert client.connection.close_code == 1012
-        assert served.manager.connections == 0
+        await until(lambda: served.manager.connections == 0)
 
 
 async def test_a_deleted_kernel_ends_its_connections() -> None:

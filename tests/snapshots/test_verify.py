@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -179,16 +180,19 @@ async def test_a_snapshot_that_is_gone_is_unknown(store: SnapshotStore) -> None:
 async def test_reading_ends_soon_when_nobody_waits_any_more(store: SnapshotStore) -> None:
     made = await make(store, size=64 * 2**20)
     pieces: list[int] = []
-    begun = asyncio.Event()
+    begun, cancelled = asyncio.Event(), threading.Event()
     loop = asyncio.get_running_loop()
 
     def report(done: int, total: int) -> None:
         pieces.append(done)
         loop.call_soon_threadsafe(begun.set)
+        cancelled.wait(60)
 
     task = asyncio.create_task(store.verify(made, deep=True, report=report))
     await begun.wait()
     task.cancel()
+    await asyncio.sleep(0)  # it is told before this goes on
+    cancelled.set()
     with pytest.raises(asyncio.CancelledError):
         await task
     assert pieces[-1] < made.size

@@ -118,6 +118,18 @@ class Driver:
         self.kernels.append(kernel)
         return kernel
 
+    async def warm(self, profile: Profile, folder: Path, environment: Mapping[str, str] | None = None) -> Kernel:
+        """A kernel from the template of a profile, built unless it is there; both once more where the profile has
+        another template by now, as it has when something writes into the environment meanwhile."""
+        template = await self.template(profile, folder)
+        kernel = await self.start(profile, folder, environment)
+        if not kernel.warm and (await self.plan(profile, folder)).key.digest != template.manifest.template_key:
+            await self.end(kernel)
+            await self.template(profile, folder)
+            kernel = await self.start(profile, folder, environment)
+        assert kernel.warm, kernel.sandbox.record.notes
+        return kernel
+
     async def end(self, kernel: Kernel) -> None:
         """End a kernel."""
         self.kernels.remove(kernel)

@@ -70,7 +70,7 @@ def test_killed_in_the_middle_it_leaves_nothing(product: Product, slow: str, mom
         rows = json.loads(product.command("ps", "--all", "--json").stdout)
         return any(row["id"].startswith("template-") for row in rows) or process.poll() is not None
 
-    until(begun)
+    until(begun, 120)
     time.sleep(moment)
     process.kill()
     process.communicate()

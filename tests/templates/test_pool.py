@@ -18,7 +18,8 @@ from templating import Driver
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.events import Event, EventKind
 from sandbox_gateway.host.paths import discover
-from sandbox_gateway.model import STANDBY, Image, State
+from sandbox_gateway.incarnation import Incarnation
+from sandbox_gateway.model import STANDBY, Death, DeathKind, Image, State
 from sandbox_gateway.profiles import Profile
 from sandbox_gateway.profiles.profile import Pool as Wanted
 from sandbox_gateway.runtimes.base import Handle
@@ -48,9 +49,7 @@ def standing(driver: Driver) -> set[str]:
 
 
 async def test_kernels_that_stood_ready_are_ones_own(driver: Driver, tmp_path: Path, pooled: Profile) -> None:
-    await driver.template(pooled, tmp_path)
-    first = await driver.start(pooled, tmp_path)
-    assert first.warm
+    first = await driver.warm(pooled, tmp_path)
     drawn = [await first.value(DRAW)]
     await filled(driver, pooled, 2)
     for _ in range(3):
@@ -71,8 +70,7 @@ async def test_kernels_that_stood_ready_are_ones_own(driver: Driver, tmp_path: P
 async def test_one_that_stood_ready_is_suspended_resumed_and_removed_like_any_other(
     driver: Driver, tmp_path: Path, pooled: Profile
 ) -> None:
-    await driver.template(pooled, tmp_path)
-    await driver.end(await driver.start(pooled, tmp_path))
+    await driver.end(await driver.warm(pooled, tmp_path))
     await filled(driver, pooled, 2)
     kernel = await driver.start(pooled, tmp_path)
     await kernel.execute("kept = 'of before'")
@@ -103,8 +101,7 @@ async def gone(place: Path) -> None:
 async def test_one_that_died_while_it_stood_ready_is_not_given_away(driver: Driver, tmp_path: Path) -> None:
     driver.lifecycle.pool._delay = 0.0
     profile = driver.profile(KERNEL, pool=Wanted(ready=1))
-    await driver.template(profile, tmp_path)
-    await driver.end(await driver.start(profile, tmp_path))
+    await driver.end(await driver.warm(profile, tmp_path))
     await filled(driver, profile, 1)
     member = driver.lifecycle.pool._members[0]
     handle = Handle.of(member.sandbox.record.handle)
@@ -128,8 +125,7 @@ async def test_a_start_gets_what_the_image_is_now_not_what_the_last_one_got(
     lifecycle = driver.lifecycle
     lifecycle.pool._delay = 0.0
     profile = driver.profile(KERNEL, pool=Wanted(ready=ready))
-    await driver.template(profile, tmp_path)
-    await driver.end(await driver.start(profile, tmp_path))
+    await driver.end(await driver.warm(profile, tmp_path))
     await filled(driver, profile, ready)
     resolve = lifecycle.images.resolve
 
@@ -159,8 +155,7 @@ async def test_a_sandbox_that_dies_before_its_image_is_confirmed_is_nobodys_kern
 ) -> None:
     lifecycle = driver.lifecycle
     profile = driver.profile(KERNEL)
-    await driver.template(profile, tmp_path)
-    await driver.end(await driver.start(profile, tmp_path))
+    await driver.end(await driver.warm(profile, tmp_path))
     resolve, killed = lifecycle.images.resolve, asyncio.Event()
 
     async def deadly(*arguments: Any, **options: Any) -> Image:
@@ -190,11 +185,42 @@ async def test_a_sandbox_that_dies_before_its_image_is_confirmed_is_nobodys_kern
     assert await kernel.value("print(6 * 7)") == 42
 
 
+@pytest.mark.parametrize("ready", [0, 1])
+async def test_a_stop_while_a_first_attempt_is_undone_ends_the_start(
+    driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ready: int
+) -> None:
+    """The image was another one: the start would begin again, for somebody who has given up."""
+    lifecycle = driver.lifecycle
+    lifecycle.pool._delay = 0.0
+    profile = driver.profile(KERNEL, pool=Wanted(ready=ready))
+    await driver.end(await driver.warm(profile, tmp_path))
+    await filled(driver, profile, ready)
+    resolve, remove = lifecycle.images.resolve, Incarnation.remove
+    stops: list[asyncio.Task[None]] = []
+
+    async def another(*arguments: Any, **options: Any) -> Image:
+        return replace(await resolve(*arguments, **options), name="another")
+
+    async def stopped(incarnation: Incarnation) -> None:
+        (sandbox,) = [live for live in lifecycle.live.values() if live._incarnation is incarnation]
+        stops.append(asyncio.create_task(sandbox.destroy(Death(DeathKind.STOPPED))))
+        await asyncio.sleep(0)
+        await remove(incarnation)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(lifecycle.images, "resolve", another)
+        patched.setattr(Incarnation, "remove", stopped)
+        with pytest.raises(SandboxGatewayError, match="ended while it started"):
+            await driver.start(profile, tmp_path)
+    assert len(await asyncio.gather(*stops)) == 1
+    assert driver.kernels == []
+
+
 async def test_a_lost_layer_is_made_anew_and_costs_no_template(driver: Driver, tmp_path: Path) -> None:
     """It is missed before the look at the image, which brings it back, is over."""
     profile = driver.profile(KERNEL)
+    first = await driver.warm(profile, tmp_path)
     template = await driver.template(profile, tmp_path)
-    first = await driver.start(profile, tmp_path)
     root = next(layer for layer in first.sandbox.launch.spec.image.layers if layer.destination == "/")
     await driver.end(first)
     os.unlink(root.source)
@@ -210,8 +236,7 @@ async def test_a_start_without_an_image_fails_and_is_nobodys_fault(
     """The reason is told, nothing is left, and neither the template nor the request's own id is spoilt by it."""
     lifecycle = driver.lifecycle
     profile = driver.profile(KERNEL)
-    await driver.template(profile, tmp_path)
-    await driver.end(await driver.start(profile, tmp_path))
+    await driver.end(await driver.warm(profile, tmp_path))
 
     async def gone(*arguments: Any, **options: Any) -> Image:
         raise SandboxGatewayError("image_source", "ipykernel was removed")
@@ -231,8 +256,7 @@ async def test_a_start_without_an_image_fails_and_is_nobodys_fault(
 async def test_there_are_never_more_than_wanted_and_old_ones_are_replaced(driver: Driver, tmp_path: Path) -> None:
     driver.lifecycle.pool._delay = 0.0
     profile = driver.profile(KERNEL, pool=Wanted(ready=1, max_age=1.5))
-    await driver.template(profile, tmp_path)
-    await driver.start(profile, tmp_path)
+    await driver.warm(profile, tmp_path)
     await filled(driver, profile, 1)
     first = standing(driver)
     assert len(first) == 1
@@ -250,8 +274,7 @@ async def test_there_are_never_more_than_wanted_and_old_ones_are_replaced(driver
 
 async def test_zero_stand_ready_by_default(driver: Driver, tmp_path: Path) -> None:
     profile = driver.profile(KERNEL)
-    await driver.template(profile, tmp_path)
-    await driver.start(profile, tmp_path)
+    await driver.warm(profile, tmp_path)
     assert driver.lifecycle.pool._tender is None and standing(driver) == set()
 
 

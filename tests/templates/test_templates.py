@@ -44,10 +44,7 @@ print({name: value if isinstance(value, (str, bytes)) else float(value) for name
 
 
 async def test_a_kernel_from_a_template_looks_like_one_that_was_just_booted(driver: Driver, tmp_path: Path) -> None:
-    profile = driver.profile(KERNEL)
-    await driver.template(profile, tmp_path)
-    kernel = await driver.start(profile, tmp_path)
-    assert kernel.warm
+    kernel = await driver.warm(driver.profile(KERNEL), tmp_path)
     assert kernel.sandbox.record.notes == () or "cold" not in " ".join(kernel.sandbox.record.notes)
     reply = await kernel.execute(
         "print((_, __, ___, len(In), Out, _ih[:-1], _oh, _dh == [__import__('pathlib').Path.cwd()]))"
@@ -64,13 +61,12 @@ async def test_a_kernel_from_a_template_looks_like_one_that_was_just_booted(driv
 
 async def test_clones_of_a_template_differ_in_all_that_is_drawn_or_named(driver: Driver, tmp_path: Path) -> None:
     profile = driver.profile(KERNEL, client_environment=("CANARY",), preload=("numpy",))
-    await driver.template(profile, tmp_path)
+    await driver.end(await driver.warm(profile, tmp_path))
     drawn: list[dict[str, object]] = []
     for first in range(0, CLONES, 5):
-        some = [driver.start(profile, tmp_path, {"CANARY": f"value-{first + n}"}) for n in range(5)]
+        some = [driver.warm(profile, tmp_path, {"CANARY": f"value-{first + n}"}) for n in range(5)]
         kernels = await asyncio.gather(*some)
         for kernel in kernels:
-            assert kernel.warm, kernel.sandbox.record.notes
             values = await kernel.value(DRAWN)
             assert values["id"] == kernel.sandbox.id
             assert values["key"] == kernel.seat.key
@@ -86,12 +82,11 @@ async def test_no_value_of_one_caller_is_in_a_template_or_in_anothers_memory(dri
     profile = driver.profile(
         KERNEL, client_environment=("SECRET",), environment={"ADMIN_SECRET": canaries[2]}, preload=("json.tool",)
     )
+    first = await driver.warm(profile, tmp_path, {"SECRET": canaries[0]})
+    assert await first.value("import os; print(repr(os.environ['SECRET']))") == canaries[0]
+    second = await driver.warm(profile, tmp_path, {"SECRET": canaries[1]})
     template = await driver.template(profile, tmp_path)
     assert template.manifest.kind is Kind.TEMPLATE
-    first = await driver.start(profile, tmp_path, {"SECRET": canaries[0]})
-    assert await first.value("import os; print(repr(os.environ['SECRET']))") == canaries[0]
-    second = await driver.start(profile, tmp_path, {"SECRET": canaries[1]})
-    assert first.warm and second.warm
     assert await second.value("import os; print(repr((os.environ['SECRET'], os.environ['ADMIN_SECRET'])))") == (
         canaries[1],
         canaries[2],
@@ -112,10 +107,9 @@ async def test_a_kernel_that_opens_a_folder_finds_it_and_is_in_it(driver: Driver
     (tmp_path / "sub" / "data.txt").write_text("of the host")
     (tmp_path / "module.py").write_text("answer = 42")
     profile = driver.profile(FILES_KERNEL)
+    kernel = await driver.warm(profile, tmp_path)
     template = await driver.template(profile, tmp_path)
     assert template.manifest.workspace == ()
-    kernel = await driver.start(profile, tmp_path)
-    assert kernel.warm
     told = await kernel.value(
         "import os, module; print((os.getcwd(), sorted(os.listdir()), open('sub/data.txt').read(), module.answer))"
     )
@@ -134,12 +128,10 @@ async def test_what_only_acts_at_the_start_is_never_taken_and_ignored(driver: Dr
         assert any(name in note and value not in note for note in kernel.sandbox.record.notes)
         assert await kernel.value(f"import os; print(repr(os.environ[{name!r}]))") == value
         await driver.end(kernel)
-    assert (await driver.start(profile, tmp_path, {"HARMLESS": "1"})).warm
+    await driver.warm(profile, tmp_path, {"HARMLESS": "1"})
     # Of the profile itself, it belongs to the key.
     seeded = replace(profile, environment={"PYTHONHASHSEED": "7"})
-    await driver.template(seeded, tmp_path)
-    kernel = await driver.start(seeded, tmp_path)
-    assert kernel.warm
+    kernel = await driver.warm(seeded, tmp_path)
     assert await kernel.value("import sys; print((sys.flags.hash_randomization, hash('a') == hash('a')))") == (1, True)
 
 

@@ -6,16 +6,16 @@ Its ``set_variable`` and ``get_variable`` are left out: they want jupyter-mimety
 import json
 import os
 import threading
-import time
 
 from jupyter_kernel_client import JupyterKernelClient
 
 SERVER = {"server_url": f"http://127.0.0.1:{os.environ['PORT']}", "token": os.environ["TOKEN"]}
 
 
-def interrupt(kernel: JupyterKernelClient) -> None:
-    time.sleep(1.0)
-    kernel.interrupt()
+def interrupt(kernel: JupyterKernelClient, over: threading.Event) -> None:
+    """Interrupt a cell until it is over: before it has begun the kernel does not heed that."""
+    while not over.wait(1.0):
+        kernel.interrupt()
 
 
 def main() -> None:
@@ -32,9 +32,11 @@ def main() -> None:
             timeout=60,
             stdin_hook=lambda message: kernel._manager.client.input("sandbox"),
         )
-        waiting = threading.Thread(target=interrupt, args=(kernel,))
+        over = threading.Event()
+        waiting = threading.Thread(target=interrupt, args=(kernel, over))
         waiting.start()
         found["interrupted"] = kernel.execute("import time\ntime.sleep(60)", timeout=60)["status"]
+        over.set()
         waiting.join()
         with JupyterKernelClient(kernel_id=kernel.id, **SERVER) as second:
             found["second"] = second.execute("print(answer)", timeout=60)["outputs"]
