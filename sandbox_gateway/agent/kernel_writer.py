@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import struct
+import sys
 import threading
 from collections import deque
 from typing import Any
@@ -83,8 +85,12 @@ class Writer:
                         done.extend(map(os.write, (self.fd,), (rest,)))
                     else:
                         done.extend(map(os.writev, (self.fd,), (_rest(buffers, written),)))
-                except OSError:
+                except BlockingIOError:  # somebody has made it so, perhaps for all descriptors that he found
+                    _await_room(self.fd)
+                except OSError as error:
                     self.broken = True
+                    if sys.__stderr__ is not None:
+                        print(f"[sandbox] no more output by the pipe: {error}", file=sys.__stderr__, flush=True)
                     left = [parts for *_, parts, magic in queue if magic == IOPUB]
                     queue.clear()
                     return left
@@ -96,6 +102,12 @@ class Writer:
         fd, self.fd = self.fd, -1
         with contextlib.suppress(OSError):
             os.close(fd)
+
+
+def _await_room(fd: int) -> None:
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    poll.poll()
 
 
 def _rest(buffers: list[Any], written: int) -> list[Any]:

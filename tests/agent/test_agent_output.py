@@ -37,6 +37,20 @@ def test_no_flushed_line_is_lost_through_the_pipe(start: Callable[..., Any], hos
     assert host.text(msg_id) == lines(50_000)
 
 
+def test_a_pipe_that_user_code_has_made_nonblocking_still_waits(start: Callable[..., Any], host: Host) -> None:
+    """As programs do with every descriptor that they find."""
+    start(fast_iopub=True)
+    msg_id = host.execute(
+        "import os\n"
+        "for fd in map(int, os.listdir('/proc/self/fd')):\n"
+        "    try:\n        os.set_blocking(fd, False)\n    except OSError:\n        pass\n"
+        "for i in range(50_000): print(i, flush=True)\n"
+        "for fd in map(int, os.listdir('/proc/self/fd')):\n"
+        "    try:\n        os.set_blocking(fd, True)\n    except OSError:\n        pass"
+    )
+    assert host.text(msg_id) == lines(50_000)
+
+
 def test_a_display_of_twelve_megabytes(kernel: Host) -> None:
     """One large message crosses every buffer on the way."""
     msg_id = kernel.execute(
