@@ -236,3 +236,16 @@ class AgentProcess:
             self.process.send_signal(signal.SIGKILL)
             self.process.wait()
             raise
+
+
+def ipykernel_fields(home: Path, **changes: Any) -> dict[str, Any]:
+    """What start_kernel needs for an ipykernel of the test's own environment, as the test's own user."""
+    fields = {
+        "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+        "env": {"PATH": os.environ["PATH"], "HOME": str(home), "IPYTHONDIR": str(home / "ipython")},
+        "cwd": str(home),
+        "uid": os.getuid(),
+        "gid": os.getgid(),
+        "key": KEY,
+    }
+    return {**fields, **changes}

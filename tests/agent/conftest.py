@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agent_host import KEY, AgentProcess, Host
+from agent_host import AgentProcess, Host, ipykernel_fields
 
 
 @pytest.fixture
@@ -26,19 +26,6 @@ def agent() -> Iterator[AgentProcess]:
 @pytest.fixture
 def host(agent: AgentProcess) -> Host:
     return agent.host
-
-
-def ipykernel_fields(home: Path, **changes: Any) -> dict[str, Any]:
-    """What start_kernel needs for an ipykernel of the test's own environment, as the test's own user."""
-    fields = {
-        "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
-        "env": {"PATH": os.environ["PATH"], "HOME": str(home), "IPYTHONDIR": str(home / "ipython")},
-        "cwd": str(home),
-        "uid": os.getuid(),
-        "gid": os.getgid(),
-        "key": KEY,
-    }
-    return {**fields, **changes}
 
 
 @pytest.fixture(params=[False, True], ids=["zmq", "pipe"])

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agent_host import AgentError, Host
-from conftest import ipykernel_fields
+from agent_host import AgentError, Host, ipykernel_fields
 
 STATE = (
     "import sys, os, threading, json, warnings\n"

@@ -84,7 +84,8 @@ def test_a_reply_comes_behind_all_that_its_cell_has_published(kernel: Host) -> N
             for name, parts in kernel.messages
             if msg_id.encode() in b"".join(parts) and b'"busy"' not in parts[-1] and b'"idle"' not in parts[-1]
         ]
-        assert order == ["iopub", "iopub", "iopub", "shell"]
+        # The text may come in two pieces, when the kernel's timer falls between a print and its end of line.
+        assert order in (["iopub"] * 3 + ["shell"], ["iopub"] * 4 + ["shell"])
         kernel.messages.clear()
 
 
