@@ -257,7 +257,8 @@ class Starts:
                 raise
             if isinstance(error, SandboxGatewayError):
                 raise _Ended(error.code, error.message, error.hint) from error
-            raise _Ended("runtime_failed", "the sandbox was ended while it started") from error
+            text = "the sandbox was ended while it started"
+            raise _Ended("runtime_failed", text, "Start it again if it is still wanted.") from error
 
     async def _restored(
         self,

@@ -35,6 +35,15 @@ async def filled(driver: Driver, profile: Profile, count: int) -> None:
             await asyncio.sleep(0.02)  # filling is no event for anybody
 
 
+async def looked_at(driver: Driver, folder: Path, ready: int) -> Profile:
+    """A profile whose image an earlier start has seen, by which the next one goes; so many stand ready."""
+    driver.lifecycle.pool._delay = 0.0
+    profile = driver.profile(KERNEL, pool=Wanted(ready=ready))
+    await driver.end(await driver.warm(profile, folder))
+    await filled(driver, profile, ready)
+    return profile
+
+
 @pytest.fixture(params=["ready", "created"])
 def pooled(request: pytest.FixtureRequest, driver: Driver) -> Profile:
     """A profile that wants two of a kind."""
@@ -122,11 +131,7 @@ async def test_a_start_gets_what_the_image_is_now_not_what_the_last_one_got(
     driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ready: int
 ) -> None:
     """A start goes by the image of the last one while it looks, which is more than anybody may get to see."""
-    lifecycle = driver.lifecycle
-    lifecycle.pool._delay = 0.0
-    profile = driver.profile(KERNEL, pool=Wanted(ready=ready))
-    await driver.end(await driver.warm(profile, tmp_path))
-    await filled(driver, profile, ready)
+    lifecycle, profile = driver.lifecycle, await looked_at(driver, tmp_path, ready)
     resolve = lifecycle.images.resolve
 
     async def renewed(*arguments: Any, **options: Any) -> Image:
@@ -190,11 +195,7 @@ async def test_a_stop_while_a_first_attempt_is_undone_ends_the_start(
     driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ready: int
 ) -> None:
     """The image was another one: the start would begin again, for somebody who has given up."""
-    lifecycle = driver.lifecycle
-    lifecycle.pool._delay = 0.0
-    profile = driver.profile(KERNEL, pool=Wanted(ready=ready))
-    await driver.end(await driver.warm(profile, tmp_path))
-    await filled(driver, profile, ready)
+    lifecycle, profile = driver.lifecycle, await looked_at(driver, tmp_path, ready)
     resolve, remove = lifecycle.images.resolve, Incarnation.remove
     stops: list[asyncio.Task[None]] = []
 
