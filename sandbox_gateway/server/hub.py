@@ -164,9 +164,9 @@ class Hub:
         """Whether the session ``session_id`` of the user ``name`` is there to go on."""
         return session_id is not None and identity_of(name, session_id) in self._outlets
 
-    def inlet(self, name: str, session_id: str | None) -> Inlet:
-        """What has come from the client of a session; one without an id ends with its connection."""
-        return Inlet() if session_id is None else self._inlets.of(identity_of(name, session_id))
+    def inlet(self, name: str, session_id: str | None, sender: str) -> Inlet:
+        """What has come from the client of a session. Who names not both himself and it takes no place here."""
+        return self._inlets.of(identity_of(name, session_id)) if session_id and sender else Inlet()
 
     def detach(self, outlet: Outlet, writer: Writer, *, refused: bool = False) -> None:
         """A session's WebSocket has ended; it is kept for its client to come back. ``refused``: a message was too large

@@ -154,7 +154,7 @@ class SandboxWebSocketConnection(BaseKernelWebsocketConnection):
         session_id = handler.get_argument("session_id", None) or None
         hub, name = self.kernel_manager.hub, caller_of(handler.current_user).name
         handler.set_header(SESSION_HEADER, "resumed" if hub.knows(name, session_id) else "new")
-        self._told = hub.inlet(name, session_id).told(self._sender)
+        self._told = hub.inlet(name, session_id, self._sender).told(self._sender)
         if self._told is not None:
             handler.set_header(HEADER, str(self._told))
 
@@ -187,7 +187,7 @@ class SandboxWebSocketConnection(BaseKernelWebsocketConnection):
             handler.close(1013, "too many sessions")
             return
         self._hub, self._writer, self._outlet = hub, writer, outlet
-        self._arriving = hub.inlet(name, session_id).open(self._sender, self._told)
+        self._arriving = hub.inlet(name, session_id, self._sender).open(self._sender, self._told)
         self._revocation = Revocation(handler, self._revoked)
         self._open.add(self)
 

@@ -900,3 +900,11 @@ async def test_a_message_at_which_a_clients_connection_breaks_each_time_is_left_
     assert b"was left out" in told and b"after" in after
     assert made.left_out == 1
     made.close(1000, "")
+
+
+async def test_only_who_names_himself_and_his_session_is_remembered_by_what_he_has_sent(kernel: FakeKernel) -> None:
+    hub = kernel.hub
+    assert hub.inlet("ada", "session", "page") is hub.inlet("ada", "session", "page")
+    assert hub.inlet("eve", "session", "page") is not hub.inlet("ada", "session", "page")
+    for session, sender in (("session", ""), (None, "page"), (None, "")):
+        assert hub.inlet("ada", session, sender) is not hub.inlet("ada", session, sender)
