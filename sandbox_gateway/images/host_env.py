@@ -8,17 +8,18 @@ Each layer is mounted at its own absolute path, so that nothing in the environme
 - very big packages (torch, nvidia...) each apart, so that another ``pip install`` does not rewrite them;
 - sources of editable installs, when they are asked for.
 
-``fingerprint`` of a layer is taken at every kernel start and must stay far below 50 ms (measured: 8-10 ms for 270
+``fingerprint`` of a layer is taken at kernel starts and must stay far below 50 ms (measured: 8-13 ms for 270
 entries of site-packages and the base interpreter, 20 ms for all of ``resolve``): it looks at names, at the
 ``RECORD`` of each distribution and at the files at the top of each package, not at every file. A hand-made change
 deeper in a package is not noticed until something else changes or the image is built anew.
+:mod:`sandbox_gateway.images.fingerprints` spares most starts even that.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from sandbox_gateway.errors import SandboxGatewayError
@@ -186,26 +187,40 @@ def build(layer: EnvironmentLayer, interpreter: Interpreter | None = None) -> Re
     return Recipe(tree, facts, scratch.cleanup if scratch is not None else None)
 
 
-def fingerprint(layer: EnvironmentLayer) -> str:
-    """A digest of the layer's state on the host, cheap enough for each kernel start."""
+def fingerprint(layer: EnvironmentLayer, looks_at: Callable[[str], None] = lambda folder: None) -> str:
+    """A digest of the layer's state on the host, cheap enough for each kernel start.
+
+    ``looks_at`` is told of each folder whose entries or files are part of the answer, right before it is looked at, by
+    a path that may not exist.
+    """
     found = hashlib.sha256(f"{RECIPE}\0{layer.slot}\n".encode())
-    lines: list[str] = []
+    state = _State(looks_at)
     if layer.what in ("package", "editable source"):
-        _tree_state(layer.path, lines, 2 if layer.what == "package" else 64)
+        _tree_state(layer.path, state, 2 if layer.what == "package" else 64)
         if layer.what == "package":
-            _records(os.path.dirname(layer.path), lines, os.path.basename(layer.path))
+            _records(os.path.dirname(layer.path), state, os.path.basename(layer.path))
     else:
-        _shallow_state(layer.path, lines)
-        libraries = [os.path.join("lib", name) for name in _names(os.path.join(layer.path, "lib"))]
-        for name in ("bin", "share", "etc", "lib", *(n for n in libraries if n.startswith("lib/python"))):
+        _shallow_state(layer.path, state)
+        lib = os.path.join(layer.path, "lib")
+        looks_at(lib)
+        versions = [os.path.join("lib", name) for name in _names(lib) if name.startswith("python")]
+        for name in ("bin", "share", "etc", "lib", *versions):
             if name not in layer.omit:
-                _shallow_state(os.path.join(layer.path, name), lines)
+                _shallow_state(os.path.join(layer.path, name), state)
         for site in layer.sites:
-            _site_state(os.path.join(layer.path, site), lines)
-    for line in lines:
+            _site_state(os.path.join(layer.path, site), state)
+    for line in state.lines:
         found.update(os.fsencode(line))
         found.update(b"\n")
     return found.hexdigest()
+
+
+class _State:
+    """What a look has found so far, and who is told where it looks."""
+
+    def __init__(self, looks_at: Callable[[str], None]) -> None:
+        self.lines: list[str] = []
+        self.looks_at = looks_at
 
 
 def _editable_sources(interpreter: Interpreter) -> list[str]:
@@ -308,46 +323,50 @@ def _size(node: object) -> int:
     return total
 
 
-def _site_state(site: str, lines: list[str]) -> None:
+def _site_state(site: str, state: _State) -> None:
+    state.looks_at(site)
     try:
         with os.scandir(site) as entries:
             found = sorted(entries, key=lambda entry: entry.name)
     except OSError:
-        lines.append(f"{site} unreadable")
+        state.lines.append(f"{site} unreadable")
         return
     for entry in found:
         if entry.name == "__pycache__":
             continue
         if not entry.is_dir(follow_symlinks=False):
-            state = entry.stat(follow_symlinks=False)
-            lines.append(f"{entry.path} {state.st_mtime_ns} {state.st_size}")
+            file = entry.stat(follow_symlinks=False)
+            state.lines.append(f"{entry.path} {file.st_mtime_ns} {file.st_size}")
         elif entry.name.endswith((".dist-info", ".egg-info")):
-            _record(entry.path, lines)
+            _record(entry.path, state)
         else:
-            _shallow_state(entry.path, lines)
+            _shallow_state(entry.path, state)
 
 
-def _record(folder: str, lines: list[str]) -> None:
+def _record(folder: str, state: _State) -> None:
+    state.looks_at(folder)
     for name in ("RECORD", "direct_url.json", "METADATA"):
         try:
-            state = os.stat(os.path.join(folder, name))
+            file = os.stat(os.path.join(folder, name))
         except OSError:
             continue
-        lines.append(f"{folder} {name} {state.st_mtime_ns} {state.st_size}")
+        state.lines.append(f"{folder} {name} {file.st_mtime_ns} {file.st_size}")
         if name == "RECORD":
             return
-    lines.append(folder)
+    state.lines.append(folder)
 
 
-def _records(site: str, lines: list[str], package: str) -> None:
+def _records(site: str, state: _State, package: str) -> None:
     wanted = package.replace("-", "_").lower()
+    state.looks_at(site)
     for name in sorted(_names(site)):
         if name.endswith(".dist-info") and name.lower().replace("-", "_").startswith(wanted):
-            _record(os.path.join(site, name), lines)
+            _record(os.path.join(site, name), state)
 
 
-def _shallow_state(folder: str, lines: list[str]) -> None:
+def _shallow_state(folder: str, state: _State) -> None:
     """The files of a directory and the names of its directories. Not its own time: importing makes __pycache__."""
+    state.looks_at(folder)
     try:
         with os.scandir(folder) as entries:
             names = []
@@ -357,16 +376,16 @@ def _shallow_state(folder: str, lines: list[str]) -> None:
                     continue
                 names.append(entry.name)
                 if not entry.is_dir(follow_symlinks=False):
-                    state = entry.stat(follow_symlinks=False)
-                    newest = max(newest, state.st_mtime_ns)
-                    size += state.st_size
+                    file = entry.stat(follow_symlinks=False)
+                    newest = max(newest, file.st_mtime_ns)
+                    size += file.st_size
     except OSError:
         return
-    lines.append(f"{folder} {newest} {size} {' '.join(sorted(names))}")
+    state.lines.append(f"{folder} {newest} {size} {' '.join(sorted(names))}")
 
 
-def _tree_state(folder: str, lines: list[str], depth: int) -> None:
-    _shallow_state(folder, lines)
+def _tree_state(folder: str, state: _State, depth: int) -> None:
+    _shallow_state(folder, state)
     if depth <= 1:
         return
     try:
@@ -375,7 +394,7 @@ def _tree_state(folder: str, lines: list[str], depth: int) -> None:
     except OSError:
         return
     for path in inner:
-        _tree_state(path, lines, depth - 1)
+        _tree_state(path, state, depth - 1)
 
 
 def _names(folder: str) -> list[str]:

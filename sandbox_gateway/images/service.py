@@ -14,6 +14,7 @@ from typing import Any
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.images import agent_layer, base_layer, directory, host_env
+from sandbox_gateway.images.fingerprints import Fingerprints
 from sandbox_gateway.images.interpreter import Interpreter, probe, require_ipykernel, state_key
 from sandbox_gateway.images.store import LayerStore, Progress, ProgressCallback, Recipe, StoredLayer, StoredLayers
 from sandbox_gateway.model import Image, Layer
@@ -48,6 +49,7 @@ class ImageService:
     def __init__(self, paths: Paths) -> None:
         self._paths = paths
         self.store = LayerStore(paths)
+        self._fingerprints = Fingerprints()
         self._probed: dict[str, tuple[tuple[object, ...], Interpreter]] = {}
         self._asked: dict[tuple[str, bool, int, bool], _Asked] = {}
         self._swept = False
@@ -199,7 +201,7 @@ class ImageService:
     ) -> StoredLayer:
         return self.store.ensure(
             part.slot,
-            host_env.fingerprint(part),
+            self._fingerprints.of(part),
             lambda: host_env.build(part, interpreter),
             what=f"{part.what} {part.path}",
             sources=(part.path,),
