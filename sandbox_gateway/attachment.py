@@ -127,8 +127,13 @@ class Attachment:
         return hello.agent
 
     def serve(self, callbacks: Callbacks) -> None:
-        """Belong to another sandbox's owner from now on. Nothing was handed out before."""
+        """Belong to another sandbox's owner from now on. What came before was for nobody."""
         self._callbacks = callbacks
+
+    def hold(self) -> None:
+        """Keep what comes from now on until :meth:`release`."""
+        if self._held is None:
+            self._held = []
 
     def release(self) -> None:
         """Hand out what has come so far, and everything from now on as it comes."""

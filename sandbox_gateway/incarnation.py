@@ -177,6 +177,11 @@ class Incarnation:
         assert self.attachment is not None
         self.attachment.release()
 
+    def hold(self) -> None:
+        """Keep what comes from now on until the next :meth:`release`."""
+        assert self.attachment is not None
+        self.attachment.hold()
+
     def let_go(self) -> Attachment | None:
         """The attachment, which is the caller's to close from now on."""
         attachment, self.attachment = self.attachment, None

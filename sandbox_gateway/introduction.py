@@ -1,8 +1,9 @@
-"""What a kernel that is to become a template is asked before it is saved: what it is, and to run nothing, once.
+"""What a kernel is asked before it is saved as a template or stands in a pool: what it is, and to run nothing, once.
 
 A page that is opened asks every kernel for its ``kernel_info`` (Jupyter's messaging protocol, kernel info). A clone
 that was suspended before it was ever asked would be woken by that, so the answer goes with the template. And the first
-cell of a kernel takes longer than those that follow: what that loads and makes is in the template too.
+cell of a kernel takes longer than those that follow: what that loads and makes is in the template too, and what it
+touches is in the memory's first reach of a kernel that stands in a pool.
 """
 
 from __future__ import annotations
@@ -43,10 +44,9 @@ async def introduce(channels: KernelChannels, key: bytes) -> Mapping[str, Any]:
 
     def deliver(channel: int, parts: Sequence[Buffer]) -> None:
         nonlocal answers
-        if channel == Channel.SHELL:
-            answers += 1
-            if answers == len(questions):
-                done.set()
+        answers += channel == Channel.SHELL
+        if answers == len(questions) and channels.running is None:  # the last reply comes before "idle"
+            done.set()
 
     subscription = channels.subscribe(deliver, identity=identity)
     try:

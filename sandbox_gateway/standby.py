@@ -90,7 +90,13 @@ class Standby(LiveSandbox):
         with self._suspension.hold(saved):
             await self._suspension.fit(saved)
             # As who it is already: what an identity needs is in the memory's first reach when it is given one.
-            await self._incarnation.restore(saved, identity.fresh(saved.snapshot.manifest.saved_launch()))
+            before = saved.snapshot.manifest.saved_launch()
+            await self._incarnation.restore(saved, identity.fresh(before))
+        # So is what a cell needs. Nobody hears of this one.
+        self._incarnation.release()
+        self.seat.channels.connect(self.link)
+        await introduce(self.seat.channels, before.key)
+        self._incarnation.hold()
 
     @property
     def stands(self) -> bool:
@@ -102,6 +108,7 @@ class Standby(LiveSandbox):
         """Give up what stood by to the sandbox whose record has its handle by now; this one is nothing any more."""
         self._ending = self.kernel.muted = True
         self._progress.stop()
+        self.seat.channels.disconnect()
         return self._incarnation.surrender()
 
     # Its end

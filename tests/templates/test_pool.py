@@ -107,6 +107,21 @@ async def gone(place: Path) -> None:
             await asyncio.sleep(0.02)
 
 
+async def test_of_the_cell_that_one_ran_while_it_stood_ready_nobody_hears(driver: Driver, tmp_path: Path) -> None:
+    profile = await looked_at(driver, tmp_path, 1)
+    stood = driver.lifecycle.pool._members[0]
+    assert stood.sandbox.seat.channels.running is None
+    kernel = await driver.start(profile, tmp_path)
+    assert kernel.sandbox.record.handle["id"] == stood.sandbox.id
+    code = "ip = get_ipython(); print((In, Out, _, __, _i))"
+    reply = await kernel.execute(code)
+    assert reply["execution_count"] == 1
+    assert reply["text"] == f"{(['', code], {}, '', '', '')}\n"
+    assert await kernel.value("print([line for _, _, line in ip.history_manager.get_range()][:1])") == [code]
+    asked = {parent for _, _, parent in kernel.said}
+    assert len(asked) == 2, f"somebody else's messages came: {kernel.said}"
+
+
 async def test_one_that_died_while_it_stood_ready_is_not_given_away(driver: Driver, tmp_path: Path) -> None:
     driver.lifecycle.pool._delay = 0.0
     profile = driver.profile(KERNEL, pool=Wanted(ready=1))
