@@ -171,7 +171,9 @@ class Lifecycle:
         """Remove what an earlier owner of this id, whose lock we have now, has left half-way."""
         try:
             record = await asyncio.to_thread(self.store.get, sandbox_id)
-        except SandboxGatewayError:
+        except SandboxGatewayError as error:
+            if error.code != "unknown_sandbox":
+                raise
             return
         if record.state is State.SUSPENDED:
             hint = f"`jupyter sandbox resume {sandbox_id}` wakes it, `jupyter sandbox rm {sandbox_id}` removes it."

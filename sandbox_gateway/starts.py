@@ -137,6 +137,8 @@ class Starts:
 
     async def create(self, wanted: CreateRequest, seat: Seat, progress: OnProgress | None) -> LiveSandbox:
         """As :meth:`Lifecycle.create <sandbox_gateway.lifecycle.Lifecycle.create>`."""
+        await self._check(wanted.profile)
+        await self._maker.clear(wanted.id)
         uid = self._who(wanted).uid
         look = _Look(
             self._seen.get(_key(wanted.profile, uid)),
@@ -163,7 +165,6 @@ class Starts:
         assert look.expected is not None
         launch, notes = await self.compose(wanted, look.expected)
         runtime, report = await self._maker.runtime(wanted.profile.runtime)
-        await self._maker.clear(wanted.id)
         templates = self._maker.templates
         start = await templates.find(wanted, launch, runtime, report)
         record = replace(record_of(launch, wanted.profile), name=wanted.name, notes=notes, owner=wanted.owner)
@@ -282,6 +283,7 @@ class Starts:
 
     async def launch(self, wanted: CreateRequest, progress: OnProgress | None) -> tuple[Launch, tuple[str, ...]]:
         """What a sandbox for ``wanted`` is made from, and notes on what does not hold here, or only softly."""
+        await self._check(wanted.profile)
         return await self.compose(wanted, await self.image(wanted.profile, self._who(wanted).uid, progress))
 
     async def compose(self, wanted: CreateRequest, image: Image) -> tuple[Launch, tuple[str, ...]]:
@@ -294,6 +296,11 @@ class Starts:
         spec = requests.compose(wanted, image, who, limits, private=private, empty=self._empty())
         kernel = requests.kernel(wanted, image)
         return Launch(spec, kernel, wanted.key, who.uid, who.gid, requests.missing_file_hint(wanted)), notes
+
+    async def _check(self, profile: Profile) -> None:
+        """Raise what stands in the way on this machine, before an image is built for nothing."""
+        _, report = await self._maker.runtime(profile.runtime)
+        requests.enforceable(report, profile)
 
     async def image(self, profile: Profile, kernel_uid: int, progress: OnProgress | None = None) -> Image:
         """The profile's root filesystem as it is now, built where it is missing or stale."""

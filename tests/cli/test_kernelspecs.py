@@ -101,7 +101,7 @@ def test_the_command_follows_the_image_and_the_profiles_own(
 
 def test_a_profile_that_isolates_nothing_says_so_in_its_name(run: Run, paths: Paths, prefix: Path) -> None:
     paths.profiles.write_text('[profiles.test]\nruntime = "fake"\n')
-    run("install", "--prefix", prefix, "test")
+    run("install", "--prefix", prefix, "--no-templates", "test")
     assert spec(prefix, "test")["display_name"] == "test (not isolated)"
     assert "NOT ISOLATED" in run("install", "--list").stdout
 
