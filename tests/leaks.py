@@ -7,6 +7,7 @@ never by a name.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shutil
@@ -29,7 +30,8 @@ class Watched:
     """The directories that this process made, and what of ours is in or around them."""
 
     roots: set[str] = field(default_factory=set)
-    _runtimes: set[Path] = field(default_factory=set)
+    _runtimes: dict[str, Path] = field(default_factory=dict)
+    """Of each installation that was ever seen, gone ones included."""
 
     def install(self) -> None:
         """Record every temporary directory that is made from now on."""
@@ -51,9 +53,10 @@ class Watched:
         """Runtime directories of all installations in the watched directories, those that are gone included."""
         for root in self.roots:
             # A directory made for a test is often the home itself, and removed with the test.
-            for home in (Path(root), *_homes(Path(root))):
-                self._runtimes.add(discover({"SANDBOX_GATEWAY_HOME": str(home)}).runtime)
-        return self._runtimes
+            for home in (root, *_homes(root)):
+                if home not in self._runtimes:
+                    self._runtimes[home] = discover({"SANDBOX_GATEWAY_HOME": home}).runtime
+        return set(self._runtimes.values())
 
     def remove_runtimes(self) -> None:
         """Remove the runtime directories that lie outside, as those of installations with long paths do."""
@@ -97,7 +100,7 @@ class Found:
         processes.kill_all([ref for ref, _ in self.processes if ref not in known], 5)
 
 
-def _homes(root: Path) -> Iterator[Path]:
+def _homes(root: str) -> Iterator[str]:
     """Installations in a directory made for tests: a few levels down at most."""
     todo = [(root, 0)]
     while todo:
@@ -109,7 +112,12 @@ def _homes(root: Path) -> Iterator[Path]:
         if {"run", "store.sqlite", "layers", "bin"} & set(names):
             yield path
         elif depth < 3 and len(names) < 100:
-            todo += [(path / name, depth + 1) for name in names if (path / name).is_dir()]
+            todo += [(f"{path}/{name}", depth + 1) for name in names if os.path.isdir(f"{path}/{name}")]
+
+
+@functools.cache
+def _group(runtime: Path) -> str:
+    return f"sandbox_gateway-{hashlib.sha256(os.fsencode(runtime)).hexdigest()[:10]}"
 
 
 def _processes(prefixes: tuple[str, ...]) -> Iterator[tuple[ProcessRef, str]]:
@@ -140,16 +148,15 @@ def _mounts(prefixes: tuple[str, ...]) -> Iterator[str]:
 
 
 def _cgroups(runtimes: set[Path]) -> Iterator[str]:
-    tree = discover_cgroups()
-    for runtime in runtimes:
-        parent = f"sandbox_gateway-{hashlib.sha256(os.fsencode(runtime)).hexdigest()[:10]}"
-        for root in tree.roots.values():
-            # Groups that go meanwhile are no error to this.
-            yield from (folder for folder, _, _ in os.walk(root / parent))
+    parents = set(map(_group, runtimes))
+    for root in discover_cgroups().roots.values():
+        # Groups that go meanwhile are no error to this.
+        for name in parents.intersection(os.listdir(root)):
+            yield from (folder for folder, _, _ in os.walk(root / name))
 
 
 def _pipes(runtimes: set[Path]) -> Iterator[str]:
-    for runtime in runtimes:
+    for runtime in filter(os.path.isdir, runtimes):
         for path in (*runtime.glob("*/*"), *runtime.glob("runsc/*")):
             try:
                 if stat.S_ISFIFO(path.lstat().st_mode) or path.name == "bundle" or path.parent.name == "runsc":

@@ -20,6 +20,7 @@ from jupyter_client.kernelspec import KernelSpecManager
 from traitlets.config import Config
 
 from sandbox_gateway.host.paths import discover
+from sandbox_gateway.model import LIVE
 from sandbox_gateway.server.app import GatewayApp
 from sandbox_gateway.server.sessions import SandboxSessionManager
 from sandbox_gateway.store import Store
@@ -31,11 +32,14 @@ ENABLED = Path(__file__).resolve().parents[2] / "jupyter-config"
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown() -> Generator[None, None, None]:
-    """Several tests choose the same ids, and an installation of ours remembers those that have ended."""
+    """Several tests choose the same ids, and an installation of ours remembers those that have ended.
+
+    Those of other files run at the same time: what lives may be theirs.
+    """
     yield
     with Store(discover().database) as store:
         for record in store.list():
-            if not record.blank:
+            if record.state not in LIVE and not record.blank:
                 store.delete(record.id)
 
 
