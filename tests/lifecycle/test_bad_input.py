@@ -102,6 +102,10 @@ class Machine:
         assert left == []
         assert self.records() == []
 
+    def nothing_built(self) -> None:
+        """What was refused was refused before anything was built for it."""
+        assert list((self.product.home / "layers").glob("*.erofs")) == []
+
     def records(self) -> list[dict[str, Any]]:
         """All that the store knows."""
         done = self.product.command("ps", "--all", "--json")
@@ -175,6 +179,7 @@ def removed(directory: Path) -> Iterator[None]:
 def test_no_runsc(bare: Machine) -> None:
     outcome = bare.execute("python3-gvisor")
     bare.refused(outcome, "there is no runsc", "Run `jupyter sandbox setup`")
+    bare.nothing_built()
 
 
 def test_a_named_runsc_that_is_not_there(bare: Machine) -> None:
@@ -234,6 +239,7 @@ def test_a_required_limit_that_cannot_be_enforced(bare: Machine, name: str, valu
     """The fake runtime holds nothing back, and says so by its capabilities."""
     bare.profile(f'runtime = "fake"\n{name} = {value}')
     bare.refused(bare.execute(), f"the {name} limit cannot be enforced here", "leave the limit out|")
+    bare.nothing_built()
 
 
 def test_a_full_disk_while_the_image_is_built(runsc_binary: Path) -> None:
@@ -315,4 +321,5 @@ def test_the_store_of_a_newer_program_is_refused_and_kept(ready: Machine) -> Non
         database.execute("PRAGMA user_version = 9999")
     outcome = ready.execute("python3-gvisor")
     assert outcome.status != 0 and "Upgrade sandbox_gateway" in outcome.last
+    ready.nothing_built()
     assert not [path for path in ready.run.glob("*") if path.name not in {"owners", "runsc", "empty"}]
