@@ -20,7 +20,7 @@ from sandbox_gateway.messages import Buffer
 from sandbox_gateway.wire.frames import Channel
 
 PATIENCE: Final = 10.0
-"""Seconds that a kernel is given for its answers; one that gives none is no worse than one that was never asked."""
+"""Seconds that a kernel is given for its answers; a template that gave none is no worse than one never asked."""
 _NOTHING: Final[Mapping[str, Any]] = {
     "code": "pass",
     # Counted nowhere, in no history, and `_` stays what it is.
@@ -34,6 +34,12 @@ _NOTHING: Final[Mapping[str, Any]] = {
 
 async def introduce(channels: KernelChannels, key: bytes) -> Mapping[str, Any]:
     """The facts that a kernel has told of itself, for :func:`inherited`; ``channels`` are connected to it."""
+    await rehearse(channels, key)
+    return inherited(channels.facts())
+
+
+async def rehearse(channels: KernelChannels, key: bytes) -> bool:
+    """Ask it what it is, and to run nothing; whether it has answered all and is idle again."""
     identity, session = secrets.token_bytes(8), secrets.token_hex(8)
     questions: tuple[tuple[str, Mapping[str, Any]], ...] = (
         ("kernel_info_request", {}),
@@ -56,10 +62,10 @@ async def introduce(channels: KernelChannels, key: bytes) -> Mapping[str, Any]:
         async with asyncio.timeout(PATIENCE):
             await done.wait()
     except TimeoutError:
-        pass
+        return False
     finally:
         subscription.close()
-    return inherited(channels.facts())
+    return True
 
 
 def inherited(facts: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -387,6 +387,7 @@ class Lifecycle:
     async def _serve(self) -> None:
         async with self._starting:
             if self._server is None:
+                await asyncio.to_thread(self.store.open)  # what stands against it is said before anything is made
                 server = OwnerServer(self.paths, self._answer, socket_path=self._socket)
                 await server.start()
                 self._server = server

@@ -13,7 +13,7 @@ from typing import Any
 from sandbox_gateway import identity
 from sandbox_gateway.attachment import Attachment, Remains
 from sandbox_gateway.errors import SandboxGatewayError
-from sandbox_gateway.introduction import introduce
+from sandbox_gateway.introduction import introduce, rehearse
 from sandbox_gateway.kernel_watch import Preparation
 from sandbox_gateway.live import LiveSandbox
 from sandbox_gateway.model import Death, DeathKind
@@ -95,14 +95,18 @@ class Standby(LiveSandbox):
         # So is what a cell needs. Nobody hears of this one.
         self._incarnation.release()
         self.seat.channels.connect(self.link)
-        await introduce(self.seat.channels, before.key)
+        rehearsed = await rehearse(self.seat.channels, before.key)
         self._incarnation.hold()
+        if not rehearsed or not self.stands:
+            # Who got it would hear the rest of this, or wait for it.
+            raise SandboxGatewayError("kernel_failed", "a kernel that was to stand ready could not run a cell")
 
     @property
     def stands(self) -> bool:
         """Whether what stands by is still there, as far as can be told without asking it."""
         attachment = self._incarnation.attachment
-        return not self._ending and (attachment is None or not attachment.link.closed)
+        alive = attachment is None or not attachment.link.closed
+        return alive and not self._ending and self.kernel.exit is None
 
     def surrender(self) -> Attachment | None:
         """Give up what stood by to the sandbox whose record has its handle by now; this one is nothing any more."""

@@ -138,7 +138,6 @@ class Starts:
     async def create(self, wanted: CreateRequest, seat: Seat, progress: OnProgress | None) -> LiveSandbox:
         """As :meth:`Lifecycle.create <sandbox_gateway.lifecycle.Lifecycle.create>`."""
         await self._check(wanted.profile)
-        await self._maker.clear(wanted.id)
         uid = self._who(wanted).uid
         look = _Look(
             self._seen.get(_key(wanted.profile, uid)),
@@ -165,6 +164,7 @@ class Starts:
         assert look.expected is not None
         launch, notes = await self.compose(wanted, look.expected)
         runtime, report = await self._maker.runtime(wanted.profile.runtime)
+        await self._maker.clear(wanted.id)
         templates = self._maker.templates
         start = await templates.find(wanted, launch, runtime, report)
         record = replace(record_of(launch, wanted.profile), name=wanted.name, notes=notes, owner=wanted.owner)

@@ -132,6 +132,9 @@ class Unowned:
         before, handle = record, Handle.of(record.handle)
         if handle is not None:
             await self._runtime(record.runtime).destroy(handle)
+            if handle.directory != self._paths.sandbox(record.id):  # it stood ready under another id
+                with contextlib.suppress(OSError):
+                    handle.directory.rmdir()
         now = time.time()
         gone: dict[str, Any] = {"owner_pid": None, "step": "", "handle": {}}
         if record.state is State.CREATING or record.blank:

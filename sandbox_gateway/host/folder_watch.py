@@ -29,13 +29,13 @@ _TOLD = frozenset(
         0x9123683E,  # Btrfs
         0xCA451A4E,  # bcachefs
         0xF2F52010,  # F2FS
-        0x2FC12FC1,  # ZFS
         0x01021994,  # tmpfs
         0x858458F6,  # ramfs
         0x794C7630,  # overlayfs, as in containers
     }
 )
-"""Types of file systems (statfs(2)) whose every change passes this machine's kernel. Not so NFS, 9p, FUSE, virtiofs."""
+"""Types of file systems (statfs(2)) whose every change is told. Not so NFS, 9p, FUSE and virtiofs, which others change
+too, and ZFS, which is rolled back in silence."""
 
 
 class FolderWatch:
@@ -51,13 +51,16 @@ class FolderWatch:
         self._fd = _checked(self._libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK))
         self._close = weakref.finalize(self, os.close, self._fd)
         self._devices: set[int] = set()
+        self._process = os.getpid()
 
     def add(self, folder: str) -> None:
         """Watch a folder from now on; of one that is not there, the nearest that is and in which it would appear.
 
-        Raises OSError when it cannot be watched: there are too many, or its changes would not be told.
+        Raises OSError when it cannot be watched: there are too many, its changes would not be told, or it is a link.
         """
         while True:
+            if os.path.islink(folder):
+                raise OSError("nobody tells when it leads elsewhere")
             try:
                 self._told(folder)
                 path = os.fsencode(folder)
@@ -82,7 +85,7 @@ class FolderWatch:
     @property
     def changed(self) -> bool:
         """Whether anything has changed, or may have; once it has, it stays so."""
-        if not self._close.alive:
+        if not self._close.alive or os.getpid() != self._process:  # a fork's reading would take them from its parent
             return True
         # An event of a folder itself has no name, nor has the one that tells that others were lost.
         if all(name in self._unheeded for name in self._events()):
@@ -96,6 +99,9 @@ class FolderWatch:
             try:
                 data = os.read(self._fd, _EVENTS_AT_ONCE)
             except BlockingIOError:
+                return
+            except OSError:  # somebody has closed it
+                yield b""
                 return
             while data:
                 *_, length = _EVENT.unpack_from(data)

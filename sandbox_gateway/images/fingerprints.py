@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 
 from sandbox_gateway.host.folder_watch import FolderWatch
 from sandbox_gateway.images.host_env import EnvironmentLayer, fingerprint
@@ -20,6 +21,8 @@ log = logging.getLogger(__name__)
 
 _REMEMBERED = 32
 """Layers of which the fingerprint is kept; each takes an inotify instance, of which a user has 128."""
+_PAUSE = 60.0
+"""Seconds after which it is tried again to watch what could not be watched."""
 
 
 class Fingerprints:
@@ -27,7 +30,8 @@ class Fingerprints:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._known: dict[EnvironmentLayer, _Known | None] = {}
+        self._known: dict[EnvironmentLayer, _Known | float] = {}
+        """An answer and its watch, or from when on (monotonic seconds) there may be one."""
 
     def of(self, layer: EnvironmentLayer) -> str:
         """What :func:`~sandbox_gateway.images.host_env.fingerprint` would answer now.
@@ -35,18 +39,29 @@ class Fingerprints:
         Watching begins with the second question: most programs start a single kernel.
         """
         with self._lock:
-            asked_before = layer in self._known
             known = self._known.pop(layer, None)
-            if known is not None and not known.holds:
-                known = None
-            if known is None and asked_before:
-                known = _Known.look(layer)
-            self._known[layer] = known
+        # Not while the lock is held: a file system may keep those who look for long.
+        if known is None:
+            found: _Known | float = time.monotonic()
+        elif isinstance(known, _Known):
+            found = known if known.holds else _Known.look(layer)
+        else:
+            found = _Known.look(layer) if time.monotonic() >= known else known
+        self._remember(layer, found)
+        return found.answer if isinstance(found, _Known) else fingerprint(layer)
+
+    def _remember(self, layer: EnvironmentLayer, found: _Known | float) -> None:
+        with self._lock:
+            other = self._known.pop(layer, None)  # of a thread that asked at the same time
+            if isinstance(found, float) and isinstance(other, _Known):
+                found, other = other, None
+            forgotten = [other]
+            self._known[layer] = found
             while len(self._known) > _REMEMBERED:
-                forgotten = self._known.pop(next(iter(self._known)))
-                if forgotten is not None:
-                    forgotten.watch.close()
-        return known.answer if known is not None else fingerprint(layer)
+                forgotten.append(self._known.pop(next(iter(self._known))))
+        for one in forgotten:
+            if isinstance(one, _Known):
+                one.watch.close()
 
 
 class _Known:
@@ -59,20 +74,17 @@ class _Known:
         self._place = _place(path)
 
     @classmethod
-    def look(cls, layer: EnvironmentLayer) -> _Known | None:
-        """Look while watching; None where it cannot be watched."""
+    def look(cls, layer: EnvironmentLayer) -> _Known | float:
+        """Look while watching; where that cannot be, when it may be tried again."""
+        known = None
         try:
-            watch = FolderWatch(unheeded=("__pycache__",))
+            known = cls(layer.path, FolderWatch(unheeded=("__pycache__",)))
+            known.answer = fingerprint(layer, known.watch.add)
         except OSError as error:
+            if known is not None:
+                known.watch.close()
             log.debug("changes of %s cannot be watched: %s", layer.path, error)
-            return None
-        known = cls(layer.path, watch)
-        try:
-            known.answer = fingerprint(layer, watch.add)
-        except OSError as error:
-            watch.close()
-            log.debug("changes of %s cannot be watched: %s", layer.path, error)
-            return None
+            return time.monotonic() + _PAUSE
         return known
 
     @property

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -346,8 +347,12 @@ def _site_state(site: str, state: _State) -> None:
 def _record(folder: str, state: _State) -> None:
     state.looks_at(folder)
     for name in ("RECORD", "direct_url.json", "METADATA"):
+        path = os.path.join(folder, name)
         try:
-            file = os.stat(os.path.join(folder, name))
+            file = os.lstat(path)
+            if stat.S_ISLNK(file.st_mode):
+                state.looks_at(os.path.dirname(os.path.realpath(path)))
+                file = os.stat(path)
         except OSError:
             continue
         state.lines.append(f"{folder} {name} {file.st_mtime_ns} {file.st_size}")

@@ -145,6 +145,8 @@ class Pool:
             except Exception:
                 log.exception("the pool could not be filled")
                 wait = BACK_OFF
+            if self._tender is None:  # closed, which cancels; one that was dying has made an error of that
+                return
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait):
                     await self._changed.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -61,4 +62,34 @@ def test_a_file_system_that_is_not_this_machines_alone_is_refused(
     watch = FolderWatch()
     with pytest.raises(OSError, match="may come from elsewhere"):
         watch.add(str(tmp_path))
+    watch.close()
+
+
+def test_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    watch = FolderWatch()
+    with pytest.raises(OSError, match="leads elsewhere"):
+        watch.add(str(tmp_path / "link"))
+    watch.close()
+
+
+def test_one_whose_descriptor_somebody_closed_counts_as_changed(tmp_path: Path) -> None:
+    watch = FolderWatch()
+    watch.add(str(tmp_path))
+    spare = os.dup(watch._fd)
+    os.close(watch._fd)
+    changed = watch._events()
+    assert list(changed) == [b""]
+    os.dup2(spare, watch._fd)  # so that it closes what is its own
+    os.close(spare)
+    watch.close()
+
+
+def test_a_fork_leaves_the_events_to_its_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = FolderWatch()
+    watch.add(str(tmp_path))
+    monkeypatch.setattr(watch, "_process", os.getpid() + 1)
+    assert watch.changed, "in another process it knows nothing"
+    monkeypatch.undo()
+    assert not watch.changed, "nor has it taken anything"
     watch.close()

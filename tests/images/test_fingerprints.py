@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def watched(layer: EnvironmentLayer, looks: list[str]) -> Iterator[Fingerprints]
     looks.clear()
     yield asked
     for known in asked._known.values():
-        if known is not None:
+        if not isinstance(known, float):
             known.watch.close()
 
 
@@ -79,7 +80,7 @@ def test_what_has_not_changed_is_not_looked_at_again(
 def test_a_program_that_asks_once_takes_no_watch(layer: EnvironmentLayer) -> None:
     asked = Fingerprints()
     asked.of(layer)
-    assert list(asked._known.values()) == [None]
+    assert all(isinstance(known, float) for known in asked._known.values())
 
 
 def test_importing_is_no_change(watched: Fingerprints, layer: EnvironmentLayer, looks: list[str]) -> None:
@@ -162,6 +163,70 @@ def test_each_change_is_noticed_at_the_next_question(change: Callable[[Path], ob
         looks.clear()
         assert asked.of(layer) == after
         assert looks == [] or change is CHANGES["all of it goes"], "what it found last is remembered"
+
+
+def test_what_cannot_be_watched_is_not_tried_again_at_once(
+    layer: EnvironmentLayer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    class Refused:
+        def __init__(self, **_: Any) -> None:
+            tried.append(1)
+            raise OSError(errno.EMFILE, "no more of them")
+
+    monkeypatch.setattr(fingerprints, "FolderWatch", Refused)
+    asked = Fingerprints()
+    for _ in range(5):
+        asked.of(layer)
+    assert len(tried) == 1
+    monkeypatch.setattr(fingerprints, "_PAUSE", 0.0)
+    asked._known[layer] = 0.0
+    asked.of(layer)
+    assert len(tried) == 2
+
+
+def test_a_folder_behind_a_link_is_looked_at_each_time(layer: EnvironmentLayer, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "file").write_text("x")
+    (tmp_path / "way").symlink_to("one")
+    Path(layer.path, "share").symlink_to(tmp_path / "way")
+    asked = Fingerprints()
+    before = [asked.of(layer) for _ in range(3)][-1]
+    (tmp_path / "way").unlink()
+    (tmp_path / "way").symlink_to("two")
+    assert asked.of(layer) == host_env.fingerprint(layer) != before
+
+
+def test_a_record_behind_a_link_is_watched_where_it_is(
+    layer: EnvironmentLayer, looks: list[str], tmp_path: Path
+) -> None:
+    """As uv makes them with ``--link-mode symlink``."""
+    (tmp_path / "cache").mkdir()
+    record = Path(layer.path, SITE, "other-1.0.dist-info", "RECORD")
+    record.rename(tmp_path / "cache" / "RECORD")
+    record.symlink_to(tmp_path / "cache" / "RECORD")
+    asked = Fingerprints()
+    before = [asked.of(layer) for _ in range(2)][-1]
+    looks.clear()
+    assert asked.of(layer) == before
+    assert looks == []
+    (tmp_path / "cache" / "RECORD").write_text("something longer than before,,\n")
+    assert asked.of(layer) == host_env.fingerprint(layer) != before
+
+
+def test_many_threads_that_ask_while_it_changes_end_with_what_a_look_finds(layer: EnvironmentLayer) -> None:
+    asked = Fingerprints()
+    file = Path(layer.path, SITE, "single.py")
+    with ThreadPoolExecutor(4) as threads:
+        for number in range(30):
+            pending = [threads.submit(asked.of, layer) for _ in range(8)]
+            file.write_text("#" * number)
+            for one in pending:
+                one.result()
+            now = host_env.fingerprint(layer)
+            assert set(threads.map(lambda _: asked.of(layer), range(8))) == {now}
 
 
 _FILES = ["bin/tool", "lib/one.py", f"{SITE}/single.py", f"{SITE}/other/__init__.py", f"{SITE}/other/deep/x.py"]

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from acceptance import KERNEL, Product, until
 from templating import Driver
 
+from sandbox_gateway import introduction, standby
+from sandbox_gateway.channels import KernelChannels
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.events import Event, EventKind
 from sandbox_gateway.host.paths import discover
@@ -24,6 +28,7 @@ from sandbox_gateway.profiles import Profile
 from sandbox_gateway.profiles.profile import Pool as Wanted
 from sandbox_gateway.runtimes.base import Handle
 from sandbox_gateway.store import Store
+from sandbox_gateway.templates import pool
 
 DRAW = "import os, random, ssl; print((random.random(), ssl.RAND_bytes(8), os.environ['SANDBOX_ID'], len(In)))"
 
@@ -120,6 +125,66 @@ async def test_of_the_cell_that_one_ran_while_it_stood_ready_nobody_hears(driver
     assert await kernel.value("print([line for _, _, line in ip.history_manager.get_range()][:1])") == [code]
     asked = {parent for _, _, parent in kernel.said}
     assert len(asked) == 2, f"somebody else's messages came: {kernel.said}"
+
+
+@pytest.mark.parametrize("end", ["unanswered", "killed"])
+async def test_one_that_cannot_run_a_cell_does_not_stand_ready(
+    driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """Its late answer would be heard by who got it, and a first cell would wait behind it."""
+    monkeypatch.setattr(pool, "BACK_OFF", 0.1)
+    rehearsed: list[bool] = []
+
+    async def rehearse(channels: KernelChannels, key: bytes) -> bool:
+        if rehearsed:
+            rehearsed.append(await introduction.rehearse(channels, key))
+            return rehearsed[-1]
+        rehearsed.append(False)
+        if end == "killed":
+            (sandbox,) = [one for id, one in driver.lifecycle.live.items() if id.startswith(STANDBY)]
+            handle = Handle.of(sandbox.record.handle)
+            assert handle is not None
+            os.kill(int(handle.data["sandbox"][0]), signal.SIGKILL)
+            async with asyncio.timeout(30):
+                while not sandbox.link.closed:
+                    await asyncio.sleep(0.02)  # the end of what is nobody's is no event
+            return True
+        return False
+
+    monkeypatch.setattr(standby, "rehearse", rehearse)
+    profile = await looked_at(driver, tmp_path, 1)
+    assert rehearsed == [False, True]
+    assert len(standing(driver)) == 1, "the one that could not is gone"
+    kernel = await driver.start(profile, tmp_path)
+    assert await kernel.value("print(6 * 7)") == 42
+
+
+async def test_the_pool_closes_at_once_while_one_that_died_is_rehearsed(
+    driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = asyncio.Event()
+
+    async def rehearse(channels: KernelChannels, key: bytes) -> bool:
+        begun.set()
+        await asyncio.sleep(60)
+        return True
+
+    monkeypatch.setattr(standby, "rehearse", rehearse)
+    driver.lifecycle.pool._delay = 0.0
+    profile = driver.profile(KERNEL, pool=Wanted(ready=1))
+    await driver.end(await driver.warm(profile, tmp_path))
+    async with asyncio.timeout(60):
+        await begun.wait()
+    (sandbox,) = [one for id, one in driver.lifecycle.live.items() if id.startswith(STANDBY)]
+    handle = Handle.of(sandbox.record.handle)
+    assert handle is not None
+    os.kill(int(handle.data["sandbox"][0]), signal.SIGKILL)
+    async with asyncio.timeout(30):
+        while not sandbox.link.closed:
+            await asyncio.sleep(0.02)
+    async with asyncio.timeout(pool.BACK_OFF / 2):
+        await driver.lifecycle.pool.close()
+    assert not standing(driver)
 
 
 async def test_one_that_died_while_it_stood_ready_is_not_given_away(driver: Driver, tmp_path: Path) -> None:
@@ -309,6 +374,9 @@ async def main():
     await driver.template(profile, Path("/tmp"))
     while True:
         kernel = await driver.start(profile, Path("/tmp"))
+        if sys.argv[3] == "kept" and (stood := kernel.sandbox.record.handle["id"]) != kernel.sandbox.id:
+            print(kernel.sandbox.id, stood, flush=True)
+            await asyncio.sleep(60)
         await driver.end(kernel)
         print("round", driver.lifecycle.pool.sizes, flush=True)
 
@@ -316,28 +384,56 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.parametrize("rounds", [1, 2, 3])
-def test_killed_at_any_moment_it_leaves_nothing(product: Product, rounds: int) -> None:
-    """The check after each test looks for processes, groups and pipes."""
+@contextlib.contextmanager
+def owner(product: Product, what: str) -> Iterator[IO[str]]:
+    """A process that starts kernels from a pool, and what it says; killed at the end."""
     here = str(Path(__file__).parent)
     search = os.pathsep.join([here, str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    owner = subprocess.Popen(
-        [sys.executable, "-c", OWNER, str(product.home), here],
+    process = subprocess.Popen(
+        [sys.executable, "-c", OWNER, str(product.home), here, what],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
         env={**os.environ, "PYTHONPATH": search},
     )
-    assert owner.stdout is not None
-    for _ in range(rounds):
-        assert owner.stdout.readline().startswith("round")
-    owner.kill()
-    owner.communicate()
-    assert product.command("prune").returncode == 0
-    paths = discover({"SANDBOX_GATEWAY_HOME": str(product.home)})
-    store = Store(paths.database)
+    assert process.stdout is not None
     try:
-        until(lambda: not [record for record in store.list() if record.blank])
+        yield process.stdout
     finally:
-        store.close()
-    assert [path.name for path in paths.runtime.iterdir() if path.name.startswith(STANDBY)] == []
+        process.kill()
+        process.communicate()
+
+
+def nothing_stands(product: Product) -> None:
+    """Neither on record nor as a directory."""
+    paths = discover({"SANDBOX_GATEWAY_HOME": str(product.home)})
+    with Store(paths.database) as store:
+        until(lambda: not [record for record in store.list() if record.blank])
+    until(lambda: not [path for path in paths.runtime.iterdir() if path.name.startswith(STANDBY)])
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+def test_killed_at_any_moment_it_leaves_nothing(product: Product, rounds: int) -> None:
+    """The check after each test looks for processes, groups and pipes."""
+    others = product.ids()
+    with owner(product, "ended") as said:
+        for _ in range(rounds):
+            assert said.readline().startswith("round")
+    assert product.command("prune").returncode == 0
+    for entry in product.ps():
+        if entry["id"] not in others:  # somebody had it by then: it goes on for its time of grace
+            product.command("rm", entry["id"])
+    nothing_stands(product)
+
+
+def test_one_that_stood_ready_and_lost_its_owner_is_removed_with_the_place_where_it_stood(product: Product) -> None:
+    with owner(product, "kept") as said:
+        while (words := said.readline().split())[0] == "round":
+            pass  # it was not taken from the pool
+    kernel_id, stood = words
+    place = discover({"SANDBOX_GATEWAY_HOME": str(product.home)}).sandbox(stood)
+    assert place.is_dir()
+    assert product.command("rm", kernel_id).returncode == 0
+    assert not place.exists()
+    assert product.command("prune").returncode == 0
+    nothing_stands(product)
