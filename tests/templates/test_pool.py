@@ -49,6 +49,17 @@ async def looked_at(driver: Driver, folder: Path, ready: int) -> Profile:
     return profile
 
 
+async def killed(driver: Driver) -> None:
+    """End the only one that is being made for the pool."""
+    (sandbox,) = [one for id, one in driver.lifecycle.live.items() if id.startswith(STANDBY)]
+    handle = Handle.of(sandbox.record.handle)
+    assert handle is not None
+    os.kill(int(handle.data["sandbox"][0]), signal.SIGKILL)
+    async with asyncio.timeout(30):
+        while not sandbox.link.closed:
+            await asyncio.sleep(0.02)  # the end of what is nobody's is no event
+
+
 @pytest.fixture(params=["ready", "created"])
 def pooled(request: pytest.FixtureRequest, driver: Driver) -> Profile:
     """A profile that wants two of a kind."""
@@ -141,13 +152,7 @@ async def test_one_that_cannot_run_a_cell_does_not_stand_ready(
             return rehearsed[-1]
         rehearsed.append(False)
         if end == "killed":
-            (sandbox,) = [one for id, one in driver.lifecycle.live.items() if id.startswith(STANDBY)]
-            handle = Handle.of(sandbox.record.handle)
-            assert handle is not None
-            os.kill(int(handle.data["sandbox"][0]), signal.SIGKILL)
-            async with asyncio.timeout(30):
-                while not sandbox.link.closed:
-                    await asyncio.sleep(0.02)  # the end of what is nobody's is no event
+            await killed(driver)
             return True
         return False
 
@@ -175,13 +180,7 @@ async def test_the_pool_closes_at_once_while_one_that_died_is_rehearsed(
     await driver.end(await driver.warm(profile, tmp_path))
     async with asyncio.timeout(60):
         await begun.wait()
-    (sandbox,) = [one for id, one in driver.lifecycle.live.items() if id.startswith(STANDBY)]
-    handle = Handle.of(sandbox.record.handle)
-    assert handle is not None
-    os.kill(int(handle.data["sandbox"][0]), signal.SIGKILL)
-    async with asyncio.timeout(30):
-        while not sandbox.link.closed:
-            await asyncio.sleep(0.02)
+    await killed(driver)
     async with asyncio.timeout(pool.BACK_OFF / 2):
         await driver.lifecycle.pool.close()
     assert not standing(driver)
