@@ -48,7 +48,7 @@ test: setup lint docs ## linters, docs and all tests, JOBS=2 files at a time; TE
 	@sh tools/system_packages.sh "$$(command -v $(PYTHON))" test
 	@$(BIN)/python tools/build_front_end.py --install
 	@echo "test: pytest $(TESTS)"
-	@JUPYTER_PLATFORM_DIRS=1 $(BIN)/python -m pytest --durations=20 $(or $(TESTS),$(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile))
+	@JUPYTER_PLATFORM_DIRS=1 $(BIN)/python -m pytest --durations=20 $(or $(TESTS),$(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile --no-loadscope-reorder))
 
 fuzz: setup ## the property tests with examples chosen at random, N=200 times; what fails is printed with its example
 	@echo "fuzz: up to $(N) rounds, until one fails"
