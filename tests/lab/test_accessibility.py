@@ -7,7 +7,7 @@ from pathlib import Path
 import axe_playwright_python
 import pytest
 from browser import Window
-from lab_page import alone, chip, choose, entry, picture, running, section, theme
+from lab_page import alone, chip, choose, entry, picker, picture, running, section, theme
 from lab_server import KERNEL, ROOT
 from playwright.async_api import expect
 
@@ -64,8 +64,7 @@ async def test_nothing_is_wrong_with_names_roles_and_contrast(page: Window, tmp_
         problems += await found(page, ".jp-Dialog-content")
         await page.page.keyboard.press("Escape")
         await expect(page.page.locator(".jp-Dialog")).to_have_count(0)
-    await page.notebook.locator(".jp-KernelName").click()
-    await expect(page.page.locator(".sg-Picker")).to_contain_text("yesterday.ipynb")
+    await expect(await picker(page)).to_contain_text("yesterday.ipynb")
     await expect(page.page.locator(".sg-Picker input:checked")).to_be_focused()
     problems += await found(page, ".jp-Dialog-content")
     await page.page.keyboard.press("Escape")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from browser import PATIENCE, Window
-from lab_page import dark, picture
+from lab_page import dark, picker, picture
 from lab_server import KERNEL
 from playwright.async_api import Locator, Request, TimeoutError, expect
 
@@ -284,7 +284,7 @@ async def test_a_plain_kernels_notebook_acts_as_ever_and_what_a_sandbox_left_in_
         await page.run(number)
         await page.done(number, number + 1)
     await expect(bar(page)).to_be_visible()
-    await page.notebook.locator(".jp-KernelName").click()
+    await picker(page)
     plain = page.page.get_by_text("Python 3 (ipykernel)", exact=True)
     await page.page.locator(".sg-Offer", has=plain).locator("input[type=radio]").click()
     await page.accept()

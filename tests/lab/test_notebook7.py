@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from acceptance import Product
 from browser import Lab, Window, window
-from lab_page import chip, choose, picture
+from lab_page import chip, choose, picker, picture
 from lab_server import KERNEL, make_lab
 from playwright.async_api import expect
 
@@ -60,8 +60,7 @@ async def test_a_notebook_is_suspended_and_resumed_in_notebook_7_and_stands_in_i
         await page.done(1, 2)
         await page.printed(1, "42")
         await picture(page, "notebook7", page.page.locator("#top-panel"), page.notebook.locator(".jp-Cell").nth(1))
-        await page.notebook.locator(".jp-KernelName").click()
-        await expect(page.page.locator(".sg-Picker")).to_contain_text("New sandbox")
+        await expect(await picker(page)).to_contain_text("New sandbox")
         await expect(page.page.locator(".sg-Picker input:checked")).to_be_focused()
         await page.page.keyboard.press("Escape")
         await choose(page, "Details")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from browser import Window
-from lab_page import chip, picture
+from lab_page import chip, picker, picture
 from lab_server import KERNEL, TIGHT
 from playwright.async_api import Locator, expect
 
@@ -14,12 +14,6 @@ pytestmark = pytest.mark.timeout(300)
 def offer(page: Window, text: str) -> Locator:
     """One of the picker's offers."""
     return page.page.locator(".sg-Offer", has=page.page.get_by_text(text, exact=True))
-
-
-async def opened(page: Window) -> None:
-    """Click on the kernel's name."""
-    await page.notebook.locator(".jp-KernelName").click()
-    await expect(page.page.locator(".sg-Picker")).to_be_visible()
 
 
 async def chosen_with_less_memory(page: Window, profile: Locator) -> None:
@@ -41,7 +35,7 @@ async def test_a_profile_is_chosen_with_less_memory_and_the_limit_holds(page: Wi
     page.lab.write("pick.ipynb", "print(1)", "x = bytearray(400 << 20)", kernel="python3")
     await page.visit("pick.ipynb")
     await page.ready("Python 3 (ipykernel)")
-    await opened(page)
+    await picker(page)
     tight = offer(page, "Tight limits")
     await expect(tight).to_contain_text("image host · 512 MiB · 1 core · 128 MiB of files · no network")
     await expect(offer(page, "Python 3 (ipykernel)")).to_contain_text("Runs on the server itself")
@@ -55,7 +49,7 @@ async def test_a_suspended_sandbox_of_no_notebook_is_gone_on_with(page: Window) 
     page.lab.write("today.ipynb", "print(x)", kernel=TIGHT)
     await page.visit("today.ipynb")
     await page.ready("Tight limits")
-    await opened(page)
+    await picker(page)
     asleep = offer(page, "yesterday.ipynb")
     await expect(asleep).to_contain_text("Suspended")
     await picture(page, "picker", page.page.locator(".jp-Dialog-content"))
@@ -72,7 +66,7 @@ async def test_the_picker_is_worked_with_keys_alone(page: Window) -> None:
     page.lab.write("keys.ipynb", "1", kernel=KERNEL)
     await page.visit("keys.ipynb")
     await page.ready()
-    await opened(page)
+    await picker(page)
     await expect(offer(page, "Python 3 (gVisor)").locator("input[type=radio]")).to_be_focused()
     for _ in range(10):
         if await offer(page, "Tight limits").get_attribute("data-chosen") == "true":

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from acceptance import Product
 from browser import Lab, Window, window
-from lab_page import chip, picture
+from lab_page import chip, picker, picture
 from lab_server import KERNEL, make_lab
 from notebook_files import remember, until_saved
 from playwright.async_api import Locator, WebSocketRoute, expect
@@ -30,14 +30,6 @@ def toast(page: Window, text: str) -> Locator:
 def offer(page: Window, text: str) -> Locator:
     """One of the picker's offers."""
     return page.page.locator(".sg-Offer", has=page.page.get_by_text(text, exact=True))
-
-
-async def picker(page: Window) -> Locator:
-    """Click on the kernel's name."""
-    await page.notebook.locator(".jp-KernelName").click()
-    shown = page.page.locator(".sg-Picker")
-    await expect(shown).to_be_visible()
-    return shown
 
 
 async def test_a_profile_has_cards_with_its_logo_and_what_was_chosen_for_a_notebook_holds_when_it_is_opened_again(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from acceptance import Product
 from browser import Lab, Window, window
-from lab_page import chip, choose, entry, running
+from lab_page import chip, choose, entry, picker, running
 from lab_server import KERNEL, make_lab
 from people import gateway_for_users, revoke, token
 from playwright.async_api import expect
@@ -79,12 +79,11 @@ async def test_neither_of_two_users_sees_what_the_other_has(
         await expect(bob.page.locator(".sg-RunningItem")).to_have_count(1)
         await expect(bob.page.locator(".sg-SnapshotItem")).to_have_count(0)
         for page, shown in ((ann, 1), (bob, 0)):
-            await page.notebook.locator(".jp-KernelName").click()
-            picker = page.page.locator(".sg-Picker")
-            await expect(picker).to_contain_text("New sandbox")
-            await expect(picker.get_by_text("ann-alone", exact=True)).to_have_count(shown)
-            await expect(picker.get_by_text("ann-saved", exact=True)).to_have_count(shown)
-            await expect(picker.locator("input:checked")).to_be_focused()
+            offered = await picker(page)
+            await expect(offered).to_contain_text("New sandbox")
+            await expect(offered.get_by_text("ann-alone", exact=True)).to_have_count(shown)
+            await expect(offered.get_by_text("ann-saved", exact=True)).to_have_count(shown)
+            await expect(offered.locator("input:checked")).to_be_focused()
             await page.page.keyboard.press("Escape")
         await choose(bob, "Fork This Notebook")
         await expect(bob.page.locator(".lm-TabBar-tab", has_text="bob-fork1.ipynb")).to_be_visible()
