@@ -11,7 +11,7 @@ import test_active_output
 import test_panel
 from acceptance import Product
 from browser import Lab, Window, window
-from lab_page import chip, choose
+from lab_page import chip, choose, picker
 from lab_server import KERNEL, make_lab
 from playwright.async_api import expect
 from served import Served
@@ -27,7 +27,7 @@ from test_panel import (
     test_a_snapshot_is_saved_listed_and_started_from,
     test_an_idle_sandbox_that_ends_soon_is_told_and_kept,
 )
-from test_picker import chosen_with_less_memory, offer, opened
+from test_picker import chosen_with_less_memory, offer
 from test_rejoin import (
     test_a_cell_that_is_suspended_in_the_middle_is_complete_after_a_reload_and_a_resume,
     test_a_display_that_is_changed_an_error_and_a_second_run_are_shown_as_without_a_reload,
@@ -65,7 +65,7 @@ async def test_a_profile_is_chosen_with_less_memory_and_the_limit_holds(page: Wi
     page.lab.write("pick.ipynb", "print(1)", "x = bytearray(400 << 20)", kernel=KERNEL)
     await page.visit("pick.ipynb")
     await page.ready()
-    await opened(page)
+    await picker(page)
     tight = offer(page, "Tight limits")
     await expect(tight).to_contain_text("512 MiB")
     await chosen_with_less_memory(page, tight)
