@@ -1,8 +1,9 @@
 """How a sandbox for a request comes to be: from one that stands ready, from a template, or new.
 
-What the image is made of on this host is looked at for each start (DESIGN 4.6), which takes as long as giving a ready
-kernel its identity. So a start goes by the image that the last look found, and nobody sees the sandbox before its own
-look is over: where that finds another image, what was made is removed and the start begins again.
+What the image is made of on this host is found out for each start (DESIGN 4.6), which takes as long as giving a ready
+kernel its identity where its files have to be looked at (:mod:`sandbox_gateway.images.fingerprints`). So a start goes
+by the image that the last look found, and nobody sees the sandbox before its own look is over: where that finds another
+image, what was made is removed and the start begins again.
 """
 
 from __future__ import annotations
