@@ -10,15 +10,13 @@ from pathlib import Path
 
 import pytest
 from acceptance import Product
-from browser import Lab, Window, window
+from browser import CUT_OFF, Lab, Window, window
 from cut_proxy import CutProxy
 from lab_page import chip, choose, entry, running
 from lab_server import KERNEL, make_lab
 from playwright.async_api import Request, expect
 
 pytestmark = pytest.mark.timeout(300)
-CUT_OFF = ("net::ERR_", "Kernel connection is disposed", "Failed to fetch", "before receiving a handshake response")
-"""What JupyterLab says while it cannot reach its server."""
 
 
 @pytest.fixture(scope="module")

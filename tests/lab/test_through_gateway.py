@@ -10,12 +10,11 @@ import pytest
 import test_active_output
 import test_panel
 from acceptance import Product
-from browser import Lab, Window, window
+from browser import CUT_OFF, Lab, Window, window
 from lab_page import chip, choose, picker
 from lab_server import KERNEL, make_lab
 from playwright.async_api import expect
 from served import Served
-from test_bad_states import CUT_OFF
 from test_chip import (
     test_a_notebook_is_suspended_by_its_chip_and_running_a_cell_resumes_it,
     test_the_chip_is_worked_with_keys_alone_and_shows_details_and_the_log,

@@ -55,6 +55,14 @@ for n in range({}):
     time.sleep(pause)"""
 """A cell that prints numbers slowly until it is interrupted, which lets it hurry."""
 
+CUT_OFF: Final = (
+    "net::ERR_",
+    "Kernel connection is disposed",
+    "Failed to fetch",
+    "before receiving a handshake response",
+)
+"""What a page says while it cannot reach its server: patterns for :meth:`Window.errors`."""
+
 FINENESS: Final = 2 if os.environ.get("SANDBOX_TEST_PICTURES") else 1
 """Pixels of a screenshot for each of the page's; the manual's are read on fine screens."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from acceptance import Product
-from browser import COUNT, PATIENCE, Lab, Window, chromium, window
+from browser import COUNT, CUT_OFF, PATIENCE, Lab, Window, chromium, window
 from cut_proxy import CutProxy
 from playwright.async_api import expect
 from served import Served
@@ -19,8 +19,6 @@ KERNEL = "python3-gvisor"
 expect.set_options(timeout=PATIENCE * 1000)
 GATEWAY_GONE = ("status of 50[0-9]",)
 """What the page says while the server behind the server is away."""
-PAGE_CUT_OFF = ("net::ERR_", "Kernel connection is disposed", "Failed to fetch")
-"""What the page says while it cannot reach its own server."""
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +270,7 @@ async def test_output_is_complete_when_the_page_loses_its_connection_in_mid_cell
         await page.printed(1, "99")
     finally:
         proxy.close()
-    assert page.errors(*PAGE_CUT_OFF) == []
+    assert page.errors(*CUT_OFF) == []
 
 
 SLEEPERS = 20
