@@ -1,4 +1,5 @@
-"""What a kernel is asked before it is saved as a template or stands in a pool: what it is, and to run nothing, once.
+"""What a kernel is asked before it is saved as a template or stands in a pool: what it is, and to run nothing, once;
+and what another has imported, so that a template's can import the same with fewer files.
 
 A page that is opened asks every kernel for its ``kernel_info`` (Jupyter's messaging protocol, kernel info). A clone
 that was suspended before it was ever asked would be woken by that, so the answer goes with the template. And the first
@@ -19,6 +20,8 @@ from sandbox_gateway.channels import KernelChannels
 from sandbox_gateway.messages import Buffer
 from sandbox_gateway.wire.frames import Channel
 
+MAX_MODULES: Final = 16 * 1024 * 1024
+"""Bytes of the file of modules at most; a template whose kernel tells more is made without."""
 PATIENCE: Final = 10.0
 """Seconds that a kernel is given for its answers; a template that gave none is no worse than one never asked."""
 _NOTHING: Final[Mapping[str, Any]] = {
@@ -30,6 +33,15 @@ _NOTHING: Final[Mapping[str, Any]] = {
     "allow_stdin": False,
     "stop_on_error": False,
 }
+
+
+_TELL: Final[Mapping[str, Any]] = {
+    **_NOTHING,
+    "code": "import sys; sys.modules['_sandbox_modules'].tell(get_ipython().kernel)",
+    "user_expressions": {},
+}
+"""For a kernel that nobody will use (:mod:`sandbox_gateway.agent.kernel_modules`)."""
+_MODULES: Final = b'"sandbox_modules"'
 
 
 async def introduce(channels: KernelChannels, key: bytes) -> Mapping[str, Any]:
@@ -66,6 +78,35 @@ async def rehearse(channels: KernelChannels, key: bytes) -> bool:
     finally:
         subscription.close()
     return True
+
+
+async def imported(channels: KernelChannels, key: bytes) -> bytes | None:
+    """The file with the code of all modules that a template's kernel has imported; None if it does not tell.
+
+    Bytes from a sandbox: to be given to another one of the same image, and not to be looked into.
+    """
+    identity = secrets.token_bytes(8)
+    told: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
+
+    def deliver(channel: int, parts: Sequence[Buffer]) -> None:
+        at = messages.delimiter_index(parts)
+        if told.done() or at is None:
+            return
+        if channel == Channel.IOPUB and len(parts) == at + 7 and _MODULES in bytes(parts[at + 2]):
+            told.set_result(bytes(parts[-1]) if len(parts[-1]) <= MAX_MODULES else None)
+        elif channel == Channel.SHELL:
+            told.set_result(None)
+
+    subscription = channels.subscribe(deliver, identity=identity)
+    try:
+        asked = messages.compose(key, [identity], "execute_request", json.dumps(_TELL).encode(), session=identity.hex())
+        channels.request(Channel.SHELL, asked)
+        async with asyncio.timeout(PATIENCE):
+            return await told
+    except TimeoutError:
+        return None
+    finally:
+        subscription.close()
 
 
 def inherited(facts: Mapping[str, Any]) -> Mapping[str, Any]:

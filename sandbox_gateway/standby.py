@@ -6,6 +6,7 @@ Its record stays CREATING and *blank*, so that one which is found without an own
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,15 +14,19 @@ from typing import Any
 from sandbox_gateway import identity
 from sandbox_gateway.attachment import Attachment, Remains
 from sandbox_gateway.errors import SandboxGatewayError
-from sandbox_gateway.introduction import introduce, rehearse
+from sandbox_gateway.introduction import imported, introduce, rehearse
 from sandbox_gateway.kernel_watch import Preparation
 from sandbox_gateway.live import LiveSandbox
 from sandbox_gateway.model import Death, DeathKind
 from sandbox_gateway.snapshots import Kind, Snapshot
 from sandbox_gateway.suspension import Saved
 
+log = logging.getLogger(__name__)
+
 PREPARATION = 600.0
 """Seconds that a kernel may take until it has imported everything that its template is to hold."""
+MODULES_PIECE = 128 * 1024
+"""Bytes of the file of modules that are sent at once: no part of the agent's memory has to hold the whole."""
 STILLNESS = 0.2
 """Seconds that a kernel is left alone before it is saved as a template."""
 
@@ -31,15 +36,37 @@ class Standby(LiveSandbox):
 
     # For a template
 
-    async def prepare(self, preload: Sequence[str]) -> Preparation:
-        """Boot a kernel for a template, and wait until it is ready and still. Raises as :meth:`create`."""
-        return await self._make(self._prepare(preload))
+    async def survey(self, preload: Sequence[str]) -> tuple[Preparation, bytes | None]:
+        """Boot a kernel as for a template, to see what it imports: the code of all of it, for :meth:`prepare` of
+        another one. Raises as :meth:`create`."""
+        return await self._make(self._survey(preload))
 
-    async def _prepare(self, preload: Sequence[str]) -> Preparation:
+    async def _survey(self, preload: Sequence[str]) -> tuple[Preparation, bytes | None]:
+        prepared = await self._ready_kernel(preload)
+        await introduce(self.seat.channels, self.launch.key)
+        return prepared, await imported(self.seat.channels, self.launch.key)
+
+    async def prepare(self, preload: Sequence[str], modules: bytes | None = None) -> Preparation:
+        """Boot a kernel for a template, and wait until it is ready and still. Raises as :meth:`create`.
+
+        With ``modules``, what a :meth:`survey` has brought, it looks at few files when it imports.
+        """
+        return await self._make(self._prepare(preload, modules))
+
+    async def _prepare(self, preload: Sequence[str], modules: bytes | None) -> Preparation:
+        prepared = await self._ready_kernel(preload, modules)
+        self.launch = replace(self.launch, facts=await introduce(self.seat.channels, self.launch.key))
+        await asyncio.sleep(STILLNESS)
+        await self.link.drain()
+        return prepared
+
+    async def _ready_kernel(self, preload: Sequence[str], modules: bytes | None = None) -> Preparation:
         ready: asyncio.Future[Preparation] = asyncio.get_running_loop().create_future()
         self.kernel.ready = ready
         await self._incarnation.make()
         await self._incarnation.start()
+        if modules is not None:
+            await self._hand_over(modules)
         await self.link.call("start_kernel", **self._kernel_parameters(self.launch.kernel), preload=list(preload))
         gone = asyncio.create_task(self.kernel.gone.wait())
         try:
@@ -51,10 +78,14 @@ class Standby(LiveSandbox):
             what = "ended" if self.kernel.exit is not None else f"was not ready within {PREPARATION:.0f} seconds"
             raise SandboxGatewayError("kernel_failed", f"the kernel {what}")
         self.seat.channels.connect(self.link)
-        self.launch = replace(self.launch, facts=await introduce(self.seat.channels, self.launch.key))
-        await asyncio.sleep(STILLNESS)
-        await self.link.drain()
         return ready.result()
+
+    async def _hand_over(self, modules: bytes) -> None:
+        try:
+            for at in range(0, len(modules), MODULES_PIECE):
+                await self.link.call("add_modules", attachment=memoryview(modules)[at : at + MODULES_PIECE])
+        except SandboxGatewayError as error:  # it is there to be faster: without, all is found as usual
+            log.info("a template's kernel imports from many files: %s", error.message)
 
     async def preserve(self, template_key: str) -> Snapshot:
         """Save what :meth:`prepare` made, as a template; it is left paused, for :meth:`vanish`.

@@ -1,7 +1,8 @@
 """The operations that the host may ask for, on the link's AGENT channel: strict JSON in, one answer each.
 
 A request is ``{"id": n, "op": name, ...}``; the answer ``{"id": n, "ok": {...}}`` or ``{"id": n, "error": {"code",
-"message"}}``. The host is trusted, but a wrong request must never end the agent.
+"message"}}``. One that brings bytes has them in a second part. The host is trusted, but a wrong request must never end
+the agent.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class Control:
         self._link_stats = link_stats
         self._operations: dict[str, Callable[[dict[str, Any], Answer], None]] = {
             "ping": lambda _request, answer: answer({}),
+            "add_modules": self._add_modules,
             "start_kernel": self._start,
             "restart_kernel": self._restart,
             "identify": self._identify,
@@ -61,7 +63,7 @@ class Control:
             "shutdown": self._shutdown,
         }
 
-    def request(self, data: bytes | memoryview) -> None:
+    def request(self, data: bytes | memoryview, attachment: bytes | memoryview = b"") -> None:
         """Handle one message of the AGENT channel. What has no usable ``id`` cannot be answered and is dropped."""
         try:
             request = json.loads(bytes(data))
@@ -81,11 +83,15 @@ class Control:
         try:
             if operation is None:
                 raise KernelError("invalid_request", f"the agent knows no operation {request.get('op')!r}")
-            operation(request, answer)
+            operation({**request, "attachment": attachment}, answer)
         except KernelError as error:
             answer(error)
         except OSError as error:
             answer(KernelError("kernel_failed", f"{request.get('op')}: {error.strerror}"))
+
+    def _add_modules(self, request: dict[str, Any], answer: Answer) -> None:
+        self._kernel.add_modules(request["attachment"])
+        answer({})
 
     def _start(self, request: dict[str, Any], answer: Answer) -> None:
         self._kernel.start(parse_launch(request), answer)

@@ -49,6 +49,11 @@ def _sibling(name: str) -> Any:
     return module
 
 
+_modules: Any = None
+_shelf: Any = None
+if "SANDBOX_PRELOAD" in os.environ:  # a template: what is imported from here on comes from one file, if there is one
+    _modules = _sibling("modules")
+    _shelf = _modules.Shelf.open(os.environ.pop("SANDBOX_MODULES", ""))
 if "SANDBOX_IOPUB_FD" in os.environ:
     _sibling("debugger").defer()  # before ipykernel looks for it
 
@@ -246,6 +251,15 @@ class PipeOutStream(iostream.OutStream):  # type: ignore[misc]
         return [self.topic, b"<IDS|MSG>", session.sign(parts), *parts]
 
 
+def _clear_shelf() -> None:
+    """Import as everybody does from here on, and leave nothing of the file in memory."""
+    global _modules, _shelf
+    if _shelf is not None:
+        _shelf.close()
+        _modules = _shelf = None
+        del sys.modules["_sandbox_modules"]
+
+
 def _protocol_version() -> str:
     from jupyter_client._version import protocol_version
 
@@ -298,6 +312,7 @@ class PipeKernelApp(kernelapp.IPKernelApp):  # type: ignore[misc]
     async def _become_template(self, preload: Any) -> None:
         loaded, failed = preload.preload(_preloads, PipeOutStream.mute)
         await preload.rehearse(self.kernel, _identity.rehearse)
+        _clear_shelf()
         preload.settle()
         self._greet({"preloaded": loaded, "preload_failed": failed})
 

@@ -99,6 +99,10 @@ class Kernel:
             return
         self._spawn(launch, answer)
 
+    def add_modules(self, data: bytes | memoryview) -> None:
+        """Keep more of the file from which a template's kernel imports; before its start (OSError)."""
+        self._directory.add_modules(data)
+
     def stop(self, grace: float, answer: Answer) -> None:
         """SIGTERM to every process of the kernel's, SIGKILL after ``grace`` seconds; answers ``{exit}``."""
         if self._claim("stop", answer):
@@ -234,6 +238,7 @@ class Kernel:
                 environment["SANDBOX_IOPUB_FD"] = str(process.EXTRA_FD)
                 if launch.preload is not None:
                     environment["SANDBOX_PRELOAD"] = " ".join(launch.preload)
+                    environment["SANDBOX_MODULES"] = str(self._directory.modules)
             child = process.spawn(replace(command, argv=argv, environment=environment), extra_pipe=fast is not None)
         except OSError as error:
             self._directory.forget(self.generation)
@@ -299,6 +304,7 @@ class Kernel:
         event = {"event": "kernel_ready", "generation": self.generation, "identity": greeting.identity}
         if self.launch is not None and self.launch.preload is not None:
             event["preloaded"], event["preload_failed"] = greeting.preloads(self.launch.preload)
+            self._directory.forget_modules()
             import_module("sandbox_gateway.agent.own_requests")  # each restored sandbox will need it at once
         self._hooks.event(event)
         self._open_gate()

@@ -78,7 +78,7 @@ class Agent:
             self._logs.handle(event)
         elif event.channel == Channel.AGENT:
             if event.parts:
-                self._control.request(event.parts[0])
+                self._control.request(*event.parts[:2])
         elif event.channel in _NAMES:
             self._kernel.send(_NAMES[Channel(event.channel)], event.parts)
 

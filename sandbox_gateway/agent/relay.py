@@ -139,6 +139,28 @@ class KernelDirectory:
         finally:
             os.close(fd)
 
+    @property
+    def modules(self) -> Path:
+        """The file with the bytecode of modules that a template's kernel imports; it is here until that is ready."""
+        return self.top / "modules"
+
+    def add_modules(self, data: bytes | memoryview) -> None:
+        """Write more of that file. Raises OSError, and then there is none."""
+        try:
+            fd = os.open(self.modules, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            try:
+                while data:
+                    data = data[os.write(fd, data) :]
+            finally:
+                os.close(fd)
+        except OSError:
+            self.forget_modules()
+            raise
+
+    def forget_modules(self) -> None:
+        """Remove that file, if it is there."""
+        self.modules.unlink(missing_ok=True)
+
     def present(self, generation: int) -> bool:
         """Whether the kernel has made all its sockets; takes over their ownership, so that the agent may connect."""
         # The last one that ipykernel makes comes first: one look tells while it boots.
@@ -156,14 +178,16 @@ class KernelDirectory:
         return True
 
     def forget(self, generation: int) -> None:
-        """Remove a generation's folder as far as that is permitted; what a kernel hid in it stays, unused."""
+        """Remove what is there of a generation, as far as that is permitted; what a kernel hid stays, unused."""
         import shutil
 
+        self.forget_modules()
         shutil.rmtree(self.top / str(generation), ignore_errors=True)
 
     def remove(self) -> None:
         """Remove everything, when this object made it."""
         self.connection_file.unlink(missing_ok=True)
+        self.forget_modules()
         if self._created:
             import shutil
 

@@ -1,8 +1,9 @@
 """Building the pinned runsc from gVisor's sources, through the Go module proxy.
 
-Go's checksum database has checked what is built. One file is added to before: gVisor compiles the sandbox's filter for
-system calls at each start unless its build has done so, which that of gVisor's releases does and the published sources
-leave out. ``gvisor_build/`` does it as gVisor's own build would, for the sandboxes that we make.
+Go's checksum database has checked what is built. What lies in ``gvisor_build/`` is added before. gVisor compiles the
+sandbox's filter for system calls at each start unless its build has done so, which that of gVisor's releases does and
+the published sources leave out: ``filters.go`` and ``main.go`` do it as its own build would, for the sandboxes that
+we make. And ``gc.go`` sets Go's collector for programs that start often and live quietly.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ def from_source(into: Path, environment: Mapping[str, str], report: Report, keep
         # Out of the cache, which Go takes for unchanged.
         source = (work / "gopath" / "pkg" / "mod" / f"{_MODULE}@{PIN}").rename(work / "source")
         filtered = _compile_filters(source, run, report)
+        shutil.copyfile(_ADDED / "gc.go", source / "runsc" / "sandbox_gateway.go")
         run("building runsc", "install", "-v", *_FLAGS, "./runsc", cwd=source)
         built = work / "bin" / "runsc"
         if not built.is_file():

@@ -213,8 +213,10 @@ class Link:
             if entry in self._drains:
                 self._drains.remove(entry)
 
-    async def call(self, op: str, *, timeout: float = 30.0, **params: Any) -> dict[str, Any]:
-        """Ask the agent to do something and return its answer.
+    async def call(
+        self, op: str, *, timeout: float = 30.0, attachment: Buffer | None = None, **params: Any
+    ) -> dict[str, Any]:
+        """Ask the agent to do something and return its answer; ``attachment`` are bytes that go with it.
 
         Raises the agent's error (``kernel_failed``, ``invalid_request``, ``unsupported``; others as ``link_failed``),
         ``timeout`` after that many seconds, or ``link_failed`` when the link is lost for good meanwhile.
@@ -222,7 +224,7 @@ class Link:
         self._check_open()
         request, future = self._calls.begin(op, params)
         try:
-            self.send(_AGENT, [request])
+            self.send(_AGENT, [request] if attachment is None else [request, attachment])
             async with asyncio.timeout(timeout):
                 return await future
         except TimeoutError:

@@ -13,7 +13,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -134,6 +134,22 @@ class Builder:
         return snapshot
 
     async def _make(self, plan: Plan, say: Say) -> tuple[Snapshot, Preparation]:
+        profile = plan.profile
+        what = f" and importing {', '.join(profile.preload)}" if profile.preload else ""
+        say(f"starting a kernel{what}, to see what the template of {profile.name} needs")
+        async with self._sandbox(plan) as sandbox:
+            prepared, modules = await sandbox.survey(profile.preload)
+        if not prepared.identity:
+            raise SandboxGatewayError("template_failed", "this ipykernel cannot be given another identity")
+        async with self._sandbox(plan) as sandbox:
+            say(f"starting the kernel of the template of {profile.name}")
+            prepared = await sandbox.prepare(profile.preload, modules)
+            say(f"saving the template of {profile.name}")
+            return await sandbox.preserve(plan.key.digest), prepared
+
+    @contextlib.asynccontextmanager
+    async def _sandbox(self, plan: Plan) -> AsyncIterator[Standby]:
+        """One that nobody uses, removed at the end."""
         sandbox_id = f"{BLANK}{plan.key.short}-{secrets.token_hex(3)}"
         profile = plan.profile
         lock = await self._maker.claim(sandbox_id)
@@ -144,13 +160,7 @@ class Builder:
         try:
             await asyncio.to_thread(make_holders, plan.launch, holders, root=os.geteuid() == 0)
             sandbox = await self._maker.blank(launch, profile, seat, f"building the template of {profile.name}")
-            what = f" and importing {', '.join(profile.preload)}" if profile.preload else ""
-            say(f"starting a kernel for the template of {profile.name}{what}")
-            prepared = await sandbox.prepare(profile.preload)
-            if not prepared.identity:
-                raise SandboxGatewayError("template_failed", "this ipykernel cannot be given another identity")
-            say(f"saving the template of {profile.name}")
-            return await sandbox.preserve(plan.key.digest), prepared
+            yield sandbox
         finally:
             await asyncio.shield(_remove(sandbox, seat, holders))
 

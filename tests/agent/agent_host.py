@@ -103,10 +103,10 @@ class Host:
             assert left > 0, f"nothing happened; events: {self.events[-3:]}, messages: {self.messages[-3:]}"
             self.pump(min(left, 0.5))
 
-    def request(self, op: str, **fields: Any) -> int:
+    def request(self, op: str, *, attachment: bytes | None = None, **fields: Any) -> int:
         self.numbers += 1
         body = json.dumps({"id": self.numbers, "op": op, **fields}).encode()
-        self.endpoint.send(Channel.AGENT, [body])
+        self.endpoint.send(Channel.AGENT, [body] if attachment is None else [body, attachment])
         return self.numbers
 
     def answer(self, number: int) -> dict[str, Any]:

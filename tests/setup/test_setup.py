@@ -241,7 +241,8 @@ def test_the_archive_is_taken_from_a_file_too(home: Paths, tmp_path: Path) -> No
 
 def test_where_no_release_is_reached_the_go_at_hand_builds_it(home: Paths, tmp_path: Path) -> None:
     lines: list[str] = []
-    env = offline(tmp_path, go=BUILDS, GOPROXY="https://proxy.example,direct", GOFLAGS="-mod=vendor")
+    settings = "grep -q SetGCPercent runsc/sandbox_gateway.go || exit 1"
+    env = offline(tmp_path, go=f"{settings}; {BUILDS}", GOPROXY="https://proxy.example,direct", GOFLAGS="-mod=vendor")
     install = ensure_runsc(home, environment=env, progress=lines.append)
     assert install.origin == "built with Go 1.26.8, filters compiled"
     assert any("about a minute" in line for line in lines)

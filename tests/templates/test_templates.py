@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from acceptance import FILES_KERNEL, KERNEL
 from templating import Driver, holds
 
+from sandbox_gateway import standby
 from sandbox_gateway.snapshots import Kind
 
 CLONES = 20
@@ -150,6 +153,38 @@ async def test_modules_are_imported_already_and_one_that_is_missing_is_told(driv
     assert record is not None and "no_such_module" in record.preload_failed
     kernel = await driver.start(profile, tmp_path)
     assert await kernel.value("import sys; print(('decimal' in sys.modules, 'decimal' in globals()))") == (True, False)
+
+
+async def test_a_template_knows_few_of_the_files_that_its_modules_came_from(driver: Driver, tmp_path: Path) -> None:
+    """gVisor's part of the snapshot has the names of all files that were looked at. What is imported later has them."""
+    profile = driver.profile(KERNEL, preload=("json.tool",))
+    template = await driver.template(profile, tmp_path)
+    bytecode = f".cpython-{sys.version_info[0]}{sys.version_info[1]}.pyc".encode()
+    for name in (b"displayhook", b"kernelapp", b"traitlets"):
+        assert "image/checkpoint.img" not in holds(template, name + bytecode), name
+    kernel = await driver.warm(profile, tmp_path)
+    code = "import json.tool, IPython.core.displayhook as one, inspect\n"
+    code += (
+        "print((one.__file__, one.__spec__.cached, type(one.__loader__).__name__, len(inspect.getsource(one)) > 999))"
+    )
+    file, cached, loader, source = await kernel.value(code)
+    assert file.endswith("/IPython/core/displayhook.py") and cached.endswith("displayhook" + bytecode.decode())
+    assert (loader, source) == ("SourceFileLoader", True)
+    assert await kernel.value("import xml.dom.pulldom as new; print(repr(new.__file__))")
+
+
+async def test_a_kernel_that_does_not_tell_what_it_imports_gives_a_template_all_the_same(
+    driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def silent(*_: object) -> None:
+        return None
+
+    monkeypatch.setattr(standby, "imported", silent)
+    profile = driver.profile(KERNEL, preload=("json.tool", "sched"))
+    template = await driver.template(profile, tmp_path)
+    bytecode = f"displayhook.cpython-{sys.version_info[0]}{sys.version_info[1]}.pyc"
+    assert "image/checkpoint.img" in holds(template, bytecode.encode()), "so the test above would see it"
+    assert await (await driver.warm(profile, tmp_path)).value("import sys; print('sched' in sys.modules)")
 
 
 async def test_a_template_that_no_longer_fits_is_built_again_and_the_old_one_goes(

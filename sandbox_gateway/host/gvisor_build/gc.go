@@ -1,0 +1,22 @@
+// Added to gVisor's package runsc, the program, for a build from source; see sandbox_gateway/host/runsc_build.py.
+
+package main
+
+import (
+	"runtime/debug"
+	"time"
+)
+
+const (
+	startingPercent = 400
+	startingTime    = 10 * time.Second
+	runningPercent  = 200
+)
+
+// While a sandbox is restored its heap grows from nothing to its full size, which with Go's default is collected at
+// every doubling; and when a sandbox is saved, much is made that nobody keeps. Nothing but the environment could say
+// that from outside, and runsc gives its sandboxes none.
+func init() {
+	debug.SetGCPercent(startingPercent)
+	time.AfterFunc(startingTime, func() { debug.SetGCPercent(runningPercent) })
+}
