@@ -37,7 +37,7 @@ _NOTHING: Final[Mapping[str, Any]] = {
 
 _TELL: Final[Mapping[str, Any]] = {
     **_NOTHING,
-    "code": "import sys; sys.modules['_sandbox_modules'].tell(get_ipython().kernel)",
+    "code": "get_ipython().kernel.parent.tell_modules()",
     "user_expressions": {},
 }
 """For a kernel that nobody will use (:mod:`sandbox_gateway.agent.kernel_modules`)."""

@@ -44,7 +44,10 @@ class Standby(LiveSandbox):
     async def _survey(self, preload: Sequence[str]) -> tuple[Preparation, bytes | None]:
         prepared = await self._ready_kernel(preload)
         await introduce(self.seat.channels, self.launch.key)
-        return prepared, await imported(self.seat.channels, self.launch.key)
+        modules = await imported(self.seat.channels, self.launch.key)
+        if modules is None:
+            log.info("a kernel does not tell what it imports; its template looks at every file")
+        return prepared, modules
 
     async def prepare(self, preload: Sequence[str], modules: bytes | None = None) -> Preparation:
         """Boot a kernel for a template, and wait until it is ready and still. Raises as :meth:`create`.

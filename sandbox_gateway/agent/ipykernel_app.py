@@ -49,11 +49,10 @@ def _sibling(name: str) -> Any:
     return module
 
 
-_modules: Any = None
+_STARTED = time.time()
 _shelf: Any = None
-if "SANDBOX_PRELOAD" in os.environ:  # a template: what is imported from here on comes from one file, if there is one
-    _modules = _sibling("modules")
-    _shelf = _modules.Shelf.open(os.environ.pop("SANDBOX_MODULES", ""))
+if "SANDBOX_MODULES" in os.environ:  # for a template: what is imported from here on comes from one file
+    _shelf = _sibling("modules").Shelf.open(os.environ.pop("SANDBOX_MODULES"))
 if "SANDBOX_IOPUB_FD" in os.environ:
     _sibling("debugger").defer()  # before ipykernel looks for it
 
@@ -253,11 +252,12 @@ class PipeOutStream(iostream.OutStream):  # type: ignore[misc]
 
 def _clear_shelf() -> None:
     """Import as everybody does from here on, and leave nothing of the file in memory."""
-    global _modules, _shelf
+    global _shelf
     if _shelf is not None:
-        _shelf.close()
-        _modules = _shelf = None
-        del sys.modules["_sandbox_modules"]
+        with contextlib.suppress(Exception):  # it is out of the way; a template must not fail for what else is wrong
+            _shelf.close()
+        _shelf = None
+    sys.modules.pop("_sandbox_modules", None)
 
 
 def _protocol_version() -> str:
@@ -315,6 +315,10 @@ class PipeKernelApp(kernelapp.IPKernelApp):  # type: ignore[misc]
         _clear_shelf()
         preload.settle()
         self._greet({"preloaded": loaded, "preload_failed": failed})
+
+    def tell_modules(self) -> None:
+        """Publish the code of all modules that were imported, for another kernel (:mod:`.kernel_modules`)."""
+        _sibling("modules").tell(self.kernel, _STARTED)
 
     def _greet(self, facts: dict[str, Any]) -> None:
         session = self.session

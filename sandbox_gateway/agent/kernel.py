@@ -238,7 +238,8 @@ class Kernel:
                 environment["SANDBOX_IOPUB_FD"] = str(process.EXTRA_FD)
                 if launch.preload is not None:
                     environment["SANDBOX_PRELOAD"] = " ".join(launch.preload)
-                    environment["SANDBOX_MODULES"] = str(self._directory.modules)
+                    if self._directory.modules.exists():
+                        environment["SANDBOX_MODULES"] = str(self._directory.modules)
             child = process.spawn(replace(command, argv=argv, environment=environment), extra_pipe=fast is not None)
         except OSError as error:
             self._directory.forget(self.generation)

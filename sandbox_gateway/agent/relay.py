@@ -181,7 +181,8 @@ class KernelDirectory:
         """Remove what is there of a generation, as far as that is permitted; what a kernel hid stays, unused."""
         import shutil
 
-        self.forget_modules()
+        with contextlib.suppress(OSError):
+            self.forget_modules()
         shutil.rmtree(self.top / str(generation), ignore_errors=True)
 
     def remove(self) -> None:

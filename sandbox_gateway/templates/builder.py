@@ -139,11 +139,11 @@ class Builder:
         say(f"starting a kernel{what}, to see what the template of {profile.name} needs")
         async with self._sandbox(plan) as sandbox:
             prepared, modules = await sandbox.survey(profile.preload)
-        if not prepared.identity:
-            raise SandboxGatewayError("template_failed", "this ipykernel cannot be given another identity")
+        _check(prepared)
         async with self._sandbox(plan) as sandbox:
             say(f"starting the kernel of the template of {profile.name}")
             prepared = await sandbox.prepare(profile.preload, modules)
+            _check(prepared)
             say(f"saving the template of {profile.name}")
             return await sandbox.preserve(plan.key.digest), prepared
 
@@ -180,6 +180,11 @@ class Builder:
         except SandboxGatewayError as error:
             return error.code == "unknown_snapshot"
         return True
+
+
+def _check(prepared: Preparation) -> None:
+    if not prepared.identity:
+        raise SandboxGatewayError("template_failed", "this ipykernel cannot be given another identity")
 
 
 async def _remove(sandbox: Standby | None, seat: Seat, holders: Path) -> None:

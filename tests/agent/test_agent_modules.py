@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib
 import json
 import marshal
+import os
 import sys
+import time
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec, SourceFileLoader
+from importlib.util import LazyLoader, find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +24,7 @@ from sandbox_gateway.agent import kernel_modules
 from sandbox_gateway.agent.kernel_modules import Shelf, collect
 from sandbox_gateway.agent.relay import KernelDirectory
 
-TELL = "import sys; sys.modules['_sandbox_modules'].tell(get_ipython().kernel)"
+TELL = "get_ipython().kernel.parent.tell_modules()"
 
 FACTS = """
 import json, os, sys, inspect, traceback
@@ -95,13 +99,12 @@ def test_the_second_kernel_looks_at_none_of_the_files(host: Host, tmp_path: Path
 def test_a_program_sees_the_same_of_all_modules(host: Host, tmp_path: Path) -> None:
     preload = ["csv", "xml.dom.minidom", "unittest.mock"]
     boot(host, tmp_path, preload=preload)
-    file = told(host)
     before = json.loads(host.run(FACTS))
+    file = told(host)
     again(host, tmp_path, file, preload=preload)
     after = json.loads(host.run(FACTS))
     assert len(after["modules"]) > 300
     assert after["modules"] == before["modules"]
-    assert before.pop("ours") == sorted([*after.pop("ours"), "_sandbox_modules"])
     assert after == before
     assert after["trace"] and not after["open"] and not after["environment"]
     assert "Shelf" not in after["finders"] and not after["beside"]
@@ -121,11 +124,23 @@ def wild(table: Any) -> bytes:
         wild({})[:-20],
         wild([]),
         wild({"csv": None}),
+        wild({"csv": (csv.__file__, False)}),
         wild({"csv": (csv.__file__, False, 0, 14)}),
         wild({"csv": (csv.__file__, False, 10**9, 14)}),
         wild({"csv": (csv.__file__, False, "x", 14)}),
     ],
-    ids=["empty", "short", "no-table", "cut", "no-dict", "no-entry", "no-code", "beyond-the-end", "no-number"],
+    ids=[
+        "empty",
+        "short",
+        "no-table",
+        "cut",
+        "no-dict",
+        "no-entry",
+        "half-an-entry",
+        "no-code",
+        "beyond-the-end",
+        "no-number",
+    ],
 )
 def test_what_is_no_such_file_costs_nothing_but_time(host: Host, tmp_path: Path, file: bytes) -> None:
     host.call("add_modules", attachment=file)
@@ -154,10 +169,42 @@ def test_a_file_that_cannot_be_written_is_none(tmp_path: Path) -> None:
     assert elsewhere.read_text() == "mine" and not directory.modules.is_symlink()
 
 
-def made(tmp_path: Path, name: str, text: str = "value = 1\n") -> ModuleType:
+def written(path: Path, text: str = "value = 1\n") -> None:
+    """A file that has been there for long."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    os.utime(path, (1e9, 1e9))
+
+
+def made(folder: Path, name: str, text: str = "value = 1\n") -> ModuleType:
     """A module that Python has found as a file."""
-    (tmp_path / f"{name}.py").write_text(text)
+    written(folder / f"{name}.py", text)
     return importlib.import_module(name)
+
+
+def collected(*modules: object, **named: object) -> bytes:
+    """The file for these modules, by their names or others."""
+    found = {**{module.__name__: module for module in modules}, **named}  # type: ignore[attr-defined]
+    return collect(found, time.time())  # type: ignore[arg-type]
+
+
+def kept(file: bytes) -> list[str]:
+    """Names of the modules in a file."""
+    return list(marshal.loads(file[8 : 8 + int.from_bytes(file[:8], "little")]))
+
+
+@contextlib.contextmanager
+def shelved(folder: Path, file: bytes) -> Iterator[Shelf]:
+    """Modules come from this file, none of which are there yet."""
+    for name in kept(file):
+        del sys.modules[name]
+    (folder / "file").write_bytes(file)
+    shelf = Shelf.open(str(folder / "file"))
+    assert shelf is not None
+    try:
+        yield shelf
+    finally:
+        shelf.close()
 
 
 @pytest.fixture
@@ -171,38 +218,109 @@ def importing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 
 def test_only_what_would_come_of_itself_is_collected(importing: Path) -> None:
-    plain, moved, renamed, own = (made(importing, f"kept_{n}") for n in ("plain", "moved", "renamed", "own"))
+    names = ("plain", "moved", "renamed", "own", "gone", "reloading")
+    plain, moved, renamed, own, gone, reloading = (made(importing, f"kept_{name}") for name in names)
     moved.__file__ = "/elsewhere.py"
-    loaded_otherwise = ModuleType("kept_otherwise")
-    loaded_otherwise.__spec__ = ModuleSpec("kept_otherwise", None, origin="somewhere")
-    gone = made(importing, "kept_gone")
     (importing / "kept_gone.py").unlink()
-    modules = {"kept_plain": plain, "kept_moved": moved, "kept_alias": renamed, "_sandbox_x": own, "kept_gone": gone}
-    file = collect({**modules, "kept_otherwise": loaded_otherwise, "kept_none": None, "sys": sys})  # type: ignore[dict-item]
-    size = int.from_bytes(file[:8], "little")
-    assert list(marshal.loads(file[8 : 8 + size])) == ["kept_plain"]
+    reloading.__class__ = type("Reloading", (ModuleType,), {})
+    otherwise = ModuleType("kept_otherwise")
+    otherwise.__spec__ = ModuleSpec("kept_otherwise", None, origin="somewhere")
+    file = collected(plain, moved, gone, reloading, otherwise, sys, kept_alias=renamed, _sandbox_x=own, kept_none=None)
+    assert kept(file) == ["kept_plain"]
 
 
-def test_what_is_too_much_is_left_out(importing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    modules = {name: made(importing, name) for name in ("kept_a", "kept_b")}
-    one = len(collect({"kept_a": modules["kept_a"]}))
-    monkeypatch.setattr(kernel_modules, "LIMIT", one)
-    file = collect(modules)
-    assert list(marshal.loads(file[8 : 8 + int.from_bytes(file[:8], "little")])) == ["kept_a"]
+def test_what_somebody_else_found_is_not_collected(importing: Path) -> None:
+    """A file that was loaded under a name by hand, and a package with more folders than its own."""
+    private = importing / "private"
+    written(private / "kept_private.py")
+    spec = spec_from_file_location("kept_private", private / "kept_private.py")
+    assert spec is not None and spec.loader is not None
+    sys.modules["kept_private"] = by_hand = module_from_spec(spec)
+    spec.loader.exec_module(by_hand)
+    written(importing / "kept_wide" / "__init__.py")
+    wide = importlib.import_module("kept_wide")
+    assert wide.__spec__ is not None
+    wide.__spec__.submodule_search_locations = [str(importing / "kept_wide"), str(private)]
+    assert kept(collected(by_hand)) == []
+    assert kept(collected(wide)) == ["kept_wide"], "what is kept is the package as it is found"
+    with shelved(importing, collected(wide)):
+        assert list(importlib.import_module("kept_wide").__path__) == [str(importing / "kept_wide")]
+
+
+def test_what_was_made_since_the_kernel_started_is_not_collected(importing: Path) -> None:
+    """The next one makes it anew, and perhaps otherwise."""
+    module = made(importing, "kept_generated")
+    os.utime(importing / "kept_generated.py")
+    assert kept(collect({"kept_generated": module}, time.time() - 60)) == []
+
+
+def test_odd_things_among_the_modules_cost_nobody_else_his_place(importing: Path) -> None:
+    class Angry(ModuleType):
+        def __getattribute__(self, name: str) -> object:
+            raise RuntimeError(name)
+
+    missing = "kept_missing_dependency"
+    written(importing / "kept_lazy.py", f"import {missing}\n")
+    spec = find_spec("kept_lazy")
+    assert spec is not None and spec.loader is not None
+    spec.loader = LazyLoader(spec.loader)
+    lazy = module_from_spec(spec)
+    spec.loader.exec_module(lazy)
+    plain = made(importing, "kept_plain")
+    odd = {"kept_angry": Angry("kept_angry"), "kept_lazy": lazy, 7: plain, "kept_number": 7}
+    file = collect({**odd, "kept_plain": plain}, time.time())  # type: ignore[dict-item]
+    assert kept(file) == ["kept_plain"]
+    assert type(lazy) is not ModuleType, "still lazy"
+
+
+def test_what_is_too_much_is_left_out_and_what_is_smaller_has_its_place(
+    importing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, smaller = (made(importing, name) for name in ("kept_a", "kept_b"))
+    big = made(importing, "kept_big", "".join(f"value_{n} = '{os.urandom(20).hex()}'\n" for n in range(500)))
+    monkeypatch.setattr(kernel_modules, "LIMIT", 2 * len(collected(small)))
+    assert kept(collected(small, big, smaller)) == ["kept_a", "kept_b"]
+
+
+def test_a_module_is_given_only_where_python_would_find_it(importing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that asks for it before its folder is on the path goes without, as it did before."""
+    vendor = importing / "vendor"
+    written(vendor / "kept_extra.py")
+    monkeypatch.syspath_prepend(vendor)
+    file = collected(importlib.import_module("kept_extra"))
+    assert kept(file) == ["kept_extra"]
+    with shelved(importing, file):
+        sys.path.remove(str(vendor))
+        with pytest.raises(ImportError):
+            importlib.import_module("kept_extra")
+        sys.path.append(str(vendor))
+        assert importlib.import_module("kept_extra").value == 1
 
 
 def test_the_loader_is_pythons_own_when_the_modules_code_runs(importing: Path) -> None:
     text = "kind = type(__loader__), type(__spec__.loader), sorted(vars(__loader__))\n"
     module = made(importing, "kept_looking", text)
-    file = importing / "file"
-    file.write_bytes(collect({"kept_looking": module}))
-    del sys.modules["kept_looking"]
-    shelf = Shelf.open(str(file))
-    assert shelf is not None
-    try:
+    with shelved(importing, collected(module)) as shelf:
         found = importlib.import_module("kept_looking")
-    finally:
-        shelf.close()
     assert found is not module
     assert found.kind == (SourceFileLoader, SourceFileLoader, ["name", "path"]) == module.kind
     assert shelf not in sys.meta_path
+
+
+def test_what_is_loaded_only_after_the_end_comes_from_its_files(importing: Path) -> None:
+    module = made(importing, "kept_later")
+    with shelved(importing, collected(module)):
+        spec = find_spec("kept_later")
+    assert spec is not None and isinstance(spec.loader, SourceFileLoader)
+    assert (type(spec.loader), sorted(vars(spec.loader))) == (SourceFileLoader, ["name", "path"])
+    later = module_from_spec(spec)
+    spec.loader.exec_module(later)
+    assert later.value == 1
+
+
+def test_a_descriptor_that_somebody_closed_is_no_harm(importing: Path) -> None:
+    module = made(importing, "kept_robbed")
+    with shelved(importing, collected(module)) as shelf:
+        assert shelf._fd >= 100, "where nobody closes all that he sees"
+        os.close(shelf._fd)
+        assert importlib.import_module("kept_robbed").value == 1

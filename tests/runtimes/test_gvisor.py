@@ -356,6 +356,13 @@ async def test_gvisor_release_runs_a_sandbox_wherever_it_was_installed(
         shutil.rmtree(place)
 
 
+def built_by_setup(binary: Path) -> bool:
+    """Whether it is what set-up has built here; another installation that tests made of it does not know that."""
+    elsewhere = {name: value for name, value in os.environ.items() if name != "SANDBOX_GATEWAY_HOME"}
+    found = [installed(discover(environment)) for environment in (os.environ, elsewhere)]
+    return any(it is not None and it.sha256 == binary.parent.name and "filters compiled" in it.origin for it in found)
+
+
 @pytest.mark.parametrize("host_files", [True, False])
 async def test_gvisor_of_our_build_has_its_filters_compiled(
     paths: Paths,
@@ -366,8 +373,7 @@ async def test_gvisor_of_our_build_has_its_filters_compiled(
     host_files: bool,
 ) -> None:
     """A sandbox does not compute its filter for system calls when it starts, whichever of the two it has."""
-    install = installed(discover())
-    if install is None or install.path != runsc_binary or "filters compiled" not in install.origin:
+    if not built_by_setup(runsc_binary):
         pytest.skip("this runsc was not built by our set-up")
     log = (*gvisor_bundle.HARDENING, "--debug", f"--debug-log={tmp_path}/")
     monkeypatch.setattr(gvisor_bundle, "HARDENING", log)

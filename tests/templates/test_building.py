@@ -17,7 +17,9 @@ from templating import Driver
 
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host.paths import discover
+from sandbox_gateway.kernel_watch import Preparation
 from sandbox_gateway.snapshots import Kind, SnapshotStore
+from sandbox_gateway.standby import Standby
 from sandbox_gateway.templates import TemplateRecord, TemplateRecords
 
 PROFILES = """
@@ -119,6 +121,27 @@ async def test_a_build_that_failed_is_remembered_and_not_tried_at_each_start(
         await templates.build(plan)
     assert len(tried) == 2
     templates.records.remove(plan.key.digest)
+
+
+@pytest.mark.parametrize("which", ["survey", "prepare"])
+async def test_a_kernel_that_can_take_no_identity_is_not_saved(
+    driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    """Neither of the two that are booted for a template."""
+
+    async def survey(*_: object) -> tuple[Preparation, None]:
+        return Preparation(which != "survey", {}), None
+
+    async def prepare(*_: object) -> Preparation:
+        return Preparation(which != "prepare", {})
+
+    monkeypatch.setattr(Standby, "survey", survey)
+    monkeypatch.setattr(Standby, "prepare", prepare)
+    plan = await driver.plan(driver.profile(KERNEL, preload=("poplib",)), tmp_path)
+    with pytest.raises(SandboxGatewayError, match="another identity"):
+        await driver.lifecycle.templates.build(plan)
+    assert driver.lifecycle.templates.builder.find(plan.key.digest) is None
+    driver.lifecycle.templates.records.remove(plan.key.digest)
 
 
 def test_a_record_that_cannot_be_read_counts_as_none(tmp_path: Path) -> None:
