@@ -146,8 +146,9 @@ def state_file(subject: Subject) -> Path:
 
 
 def layer(subject: Subject) -> Path:
-    """One of the layers that it needs."""
-    layers = [path for path in (subject.product.home / "layers").rglob("*.erofs") if path.is_file()]
+    """One of the layers that it needs; there may be those of an earlier environment, too."""
+    needed = [digest.removeprefix("sha256:") for digest in json.loads(manifest(subject).read_text())["layers"]]
+    layers = [subject.product.home / "layers" / f"{digest}.erofs" for digest in needed]
     return max(layers, key=lambda path: path.stat().st_size)
 
 
