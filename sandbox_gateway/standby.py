@@ -43,8 +43,8 @@ class Standby(LiveSandbox):
 
     async def _survey(self, preload: Sequence[str]) -> tuple[Preparation, bytes | None]:
         prepared = await self._ready_kernel(preload)
-        await introduce(self.seat.channels, self.launch.key)
-        modules = await imported(self.seat.channels, self.launch.key)
+        channels, key = self.seat.channels, self.launch.key
+        modules = await imported(channels, key) if await rehearse(channels, key) else None
         if modules is None:
             log.info("a kernel does not tell what it imports; its template looks at every file")
         return prepared, modules

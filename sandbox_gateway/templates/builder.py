@@ -184,7 +184,8 @@ class Builder:
 
 def _check(prepared: Preparation) -> None:
     if not prepared.identity:
-        raise SandboxGatewayError("template_failed", "this ipykernel cannot be given another identity")
+        hint = "Its kernels start cold; install a current ipykernel into the profile's environment."
+        raise SandboxGatewayError("template_failed", "this ipykernel cannot be given another identity", hint)
 
 
 async def _remove(sandbox: Standby | None, seat: Seat, holders: Path) -> None:

@@ -14,6 +14,7 @@ from acceptance import FILES_KERNEL, KERNEL
 from templating import Driver, holds
 
 from sandbox_gateway import standby
+from sandbox_gateway.runtimes.gvisor_bundle import RUN_SIZE
 from sandbox_gateway.snapshots import Kind
 
 CLONES = 20
@@ -173,18 +174,25 @@ async def test_a_template_knows_few_of_the_files_that_its_modules_came_from(driv
     assert await kernel.value("import xml.dom.pulldom as new; print(repr(new.__file__))")
 
 
-async def test_a_kernel_that_does_not_tell_what_it_imports_gives_a_template_all_the_same(
-    driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("told", "preload"),
+    [(None, "sched"), (b"garbage" * 1000, "shelve"), (bytes(RUN_SIZE + 1), "tabnanny")],
+    ids=["nothing", "garbage", "more-than-there-is-room-for"],
+)
+async def test_whatever_the_first_kernel_tells_of_its_imports_there_is_a_template(
+    driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: bytes | None, preload: str
 ) -> None:
-    async def silent(*_: object) -> None:
-        return None
+    async def tells(*_: object) -> bytes | None:
+        return told
 
-    monkeypatch.setattr(standby, "imported", silent)
-    profile = driver.profile(KERNEL, preload=("json.tool", "sched"))
+    monkeypatch.setattr(standby, "imported", tells)
+    profile = driver.profile(KERNEL, preload=(preload,))
     template = await driver.template(profile, tmp_path)
     bytecode = f"displayhook.cpython-{sys.version_info[0]}{sys.version_info[1]}.pyc"
     assert "image/checkpoint.img" in holds(template, bytecode.encode()), "so the test above would see it"
-    assert await (await driver.warm(profile, tmp_path)).value("import sys; print('sched' in sys.modules)")
+    kernel = await driver.warm(profile, tmp_path)
+    code = f"import os, sys; print(({preload!r} in sys.modules, os.path.exists('/run/kernel/modules')))"
+    assert await kernel.value(code) == (True, False)
 
 
 async def test_a_template_that_no_longer_fits_is_built_again_and_the_old_one_goes(
