@@ -14,8 +14,8 @@ import os
 import secrets
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Collection, Mapping
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -103,6 +103,7 @@ class Gateway:
         self.before_close: list[Callable[[], Awaitable[object]]] = []
         """Awaited before any sandbox is left."""
         self._took: dict[str, float] = {}
+        self._making: set[str] = set()
         """Seconds of the last restore from the template of each profile as it is offered."""
         self._closers: list[Callable[[], object]] = []
         self._started: asyncio.Task[None] | None = None
@@ -243,9 +244,11 @@ class Gateway:
         """Start a kernel. Raises ``unknown_profile``, ``invalid_request``, ``over_quota``, ``rate_limited``, or what
         failed; nothing is left then."""
         profile = await self._chosen(wanted)
-        kernel_id = await self._free_id(wanted.id)
         usage = self._usage(caller.name)
-        async with self.quotas.create(caller.name, usage, memory=profile.limits.memory, ids=[kernel_id]):
+        async with (
+            self._free_id(wanted.id) as kernel_id,
+            self.quotas.create(caller.name, usage, memory=profile.limits.memory, ids=[kernel_id]),
+        ):
             kernel = ServedKernel(self, kernel_id, caller.name, self._directory(wanted, profile, caller))
             began = time.monotonic()
             await kernel.launch(profile, wanted, progress)
@@ -267,23 +270,41 @@ class Gateway:
         # What was asked for by name is allowed; what an application's environment offers is still filtered.
         return replace(profile, client_environment=(*profile.client_environment, *wanted.environment))
 
-    async def _free_id(self, asked: str | None) -> str:
+    @asynccontextmanager
+    async def _free_id(self, asked: str | None) -> AsyncIterator[str]:
+        """An id for a new sandbox, while it is made: who asks for the same one meanwhile is refused as later.
+
+        Raises ``invalid_request``, ``id_taken``.
+        """
         if asked is None:
-            return str(uuid.uuid4())
+            yield str(uuid.uuid4())
+            return
         try:
             canonical = str(uuid.UUID(asked))
         except (ValueError, AttributeError, TypeError):
             canonical = ""
         if canonical != asked:
             raise SandboxGatewayError("invalid_request", f"{str(asked)[:80]!r} is not a UUID", "Leave the id out.")
+        taken = SandboxGatewayError("id_taken", f"{asked} cannot be the id of a new sandbox")
+        if asked in self._making:
+            raise taken
+        self._making.add(asked)
         try:
-            await asyncio.to_thread(self.lifecycle.store.get, asked)
+            # Also one that has ended: its log and its reason would go over to another owner.
+            if await asyncio.to_thread(self._on_record, asked):
+                raise taken
+            yield asked
+        finally:
+            self._making.discard(asked)
+
+    def _on_record(self, sandbox_id: str) -> bool:
+        try:
+            self.lifecycle.store.get(sandbox_id)
         except SandboxGatewayError as error:
             if error.code != "unknown_sandbox":
                 raise
-            return asked
-        # Also one that has ended: its log and its reason would go over to another owner.
-        raise SandboxGatewayError("id_taken", f"{asked} cannot be the id of a new sandbox")
+            return False
+        return True
 
     def _directory(self, wanted: Wanted, profile: Profile, caller: Caller) -> Path | None:
         if profile.workspace is WorkspaceMode.NONE or self.settings.workspaces is None:

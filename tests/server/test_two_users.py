@@ -466,3 +466,15 @@ async def test_two_users_who_choose_the_same_id_at_once_do_not_get_in_each_other
     socket = await users.open(wanted, token=tokens[owner])
     assert (await socket.run("print(6 * 7)")).stdout == "42\n"
     assert (await users.ask("GET", f"/api/sandboxes/{wanted}", token=tokens[1 - owner])).status == 404
+
+
+async def test_who_asks_again_for_an_id_that_is_being_made_is_not_told_of_the_quota(
+    users: Served, product: Product
+) -> None:
+    """A client whose connection broke tries again: there is room, and what it asked for is on its way."""
+    ray = token(product, "ray", "--quota", "live=1")
+    wanted = str(uuid.uuid4())
+    doors = [("/api/sandboxes?wait=60", {"id": wanted}), ("/api/kernels", {"name": "python3", "kernel_id": wanted})] * 2
+    answers = await asyncio.gather(*(users.ask("POST", path, body, token=ray) for path, body in doors))
+    assert sorted(answer.status for answer in answers) == [201] + [409] * 3, [one.body for one in answers]
+    assert (await users.ask("POST", "/api/sandboxes", {}, token=ray)).status == 403
