@@ -68,12 +68,20 @@ def parse_identity(request: Mapping[str, Any]) -> Identity:
 class Identification:
     """One identity on its way into the kernel. Answers exactly once; a reply that comes too late still counts.
 
-    ``accepted`` is called when the kernel has become it and may raise OSError; then ``opened``, and then the answer
-    leaves.
+    ``draft`` prepares, while the kernel is busy with it, what ``accepted`` makes valid when the kernel has become it;
+    both may raise OSError. Then ``opened`` is called, and then the answer leaves.
     """
 
-    def __init__(self, loop: Loop, answer: Answer, accepted: Callable[[], None], opened: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        loop: Loop,
+        answer: Answer,
+        draft: Callable[[], None],
+        accepted: Callable[[], None],
+        opened: Callable[[], None],
+    ) -> None:
         self._answer: Answer | None = answer
+        self._draft = draft
         self._accepted = accepted
         self._opened = opened
         self._timer: Timer = loop.later(PATIENCE, self._too_late)
@@ -81,6 +89,17 @@ class Identification:
         """The kernel has not replied."""
         self.done = False
         """The kernel has become it: clients' messages may pass."""
+        self._copies = False
+        self._undrafted: OSError | None = None
+
+    def asked(self) -> None:
+        """The kernel has been asked, and takes a while: do what has to be done before the answer leaves."""
+        # What the kernel had started is a copy that nobody can speak to.
+        self._copies = len(process.descendants()) > 1
+        try:
+            self._draft()
+        except OSError as error:
+            self._undrafted = error
 
     def replied(self, content: Mapping[str, Any]) -> None:
         """The kernel has answered."""
@@ -89,6 +108,8 @@ class Identification:
             self.failed(f"the kernel could not take its new identity: {str(content.get('evalue'))[:_MAX_TEXT]}")
             return
         try:
+            if self._undrafted is not None:
+                raise self._undrafted
             self._accepted()
         except OSError as error:
             self.failed(f"the kernel's connection file could not be written: {error.strerror}")
@@ -96,7 +117,7 @@ class Identification:
         self.done = True
         self._opened()
         missing = _names(content.get("missing"))
-        if len(process.descendants()) > 1:  # what the kernel had started is a copy that nobody can speak to
+        if self._copies:
             missing.append("processes")
         self._say({"seeded": _names(content.get("seeded")), "missing": missing})
 

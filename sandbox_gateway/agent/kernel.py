@@ -144,12 +144,18 @@ class Kernel:
         if self._identification is not None and self._identification.waiting:
             raise KernelError("identity_failed", "the kernel has not yet answered when it was given another identity")
 
-        def accepted() -> None:
-            self.launch = after = identity.applied(launch)
-            self._directory.write_connection_file(self.generation, after.key, after.command.uid, after.command.gid)
+        after = identity.applied(launch)
 
-        self._identification = identification = Identification(self._loop, answer, accepted, self._open_gate)
+        def draft() -> None:
+            self._directory.draft_connection_file(self.generation, after.key, after.command.uid, after.command.gid)
+
+        def accepted() -> None:
+            self._directory.publish_connection_file()
+            self.launch = after
+
+        self._identification = identification = Identification(self._loop, answer, draft, accepted, self._open_gate)
         channels.ask(launch.key, IDENTITY_REQUEST, identity.message(), identification.replied)
+        identification.asked()
 
     def ping(self, seconds: float, answer: Answer) -> None:
         """Whether the kernel answers within so many seconds: ``{heartbeat, control}``, else ``kernel_failed``."""

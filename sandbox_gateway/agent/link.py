@@ -9,7 +9,7 @@ from typing import Any, Final
 from sandbox_gateway.agent import relay
 from sandbox_gateway.agent.loop import READ, WRITE, Loop, Timer
 from sandbox_gateway.wire.endpoint import AgentEndpoint
-from sandbox_gateway.wire.events import Event
+from sandbox_gateway.wire.events import Detached, Event
 from sandbox_gateway.wire.frames import Buffer, Channel
 from sandbox_gateway.wire.reliable import Outbox
 from sandbox_gateway.wire.sizes import ReadSize
@@ -144,6 +144,8 @@ class Link:
         self._reading.filled(len(data))
         self.heard()
         for event in self.endpoint.feed(data):
+            if isinstance(event, Detached):
+                self._reading = ReadSize()  # the next host, perhaps after a restore, begins with little
             self._on_event(event)
 
     def _end(self) -> None:

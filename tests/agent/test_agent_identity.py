@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import ctypes
+import errno
 import json
 import os
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +19,10 @@ from agent_host import KEY, AgentError, Host
 from jupyter_client.session import Session
 from test_agent_activity import stop
 
+from sandbox_gateway.agent import kernel_seeds
+from sandbox_gateway.agent.identify import Identification
+from sandbox_gateway.agent.launch import KernelError
+from sandbox_gateway.agent.loop import Loop
 from sandbox_gateway.wire.frames import Channel
 
 NEW_KEY = "another-secret"
@@ -276,6 +283,48 @@ def test_a_restart_and_the_connection_file_use_the_new_key(ours: Host, tmp_path:
     ours.call("restart_kernel")
     ours.event("kernel_ready", generation=2)
     assert values(ours, "[__import__('os').environ.get(name) for name in ('GIVEN', 'OLD')]") == ["new", None]
+
+
+def test_a_connection_file_that_cannot_be_written_leaves_the_old_one(ours: Host, tmp_path: Path) -> None:
+    """The clone is of no use then; whoever asked for it is told why."""
+    path = Path(values(ours, "__import__('ipykernel').connect.get_connection_file()"))
+    before = path.read_text()
+    draft = path.with_name("connection.new")
+    draft.mkdir()
+    with pytest.raises(AgentError, match="connection file") as caught:
+        ours.call("identify", **identity(tmp_path, key=NEW_KEY))
+    assert caught.value.code == "identity_failed"
+    assert path.read_text() == before
+
+
+def test_what_could_not_be_prepared_is_not_made_valid() -> None:
+    """Half a file would take the place of a whole one."""
+
+    def draft() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    answers: list[dict[str, Any] | KernelError] = []
+    loop = Loop()
+    try:
+        identification = Identification(loop, answers.append, draft, lambda: pytest.fail(), lambda: pytest.fail())
+        identification.asked()
+        assert answers == [] and identification.waiting, "the kernel may still say that it cannot"
+        identification.replied({"status": "ok", "seeded": [], "missing": []})
+    finally:
+        loop.close()
+    assert [getattr(answer, "code", None) for answer in answers] == ["identity_failed"]
+    assert "No space left" in str(answers[0]) and not identification.done
+
+
+def test_libraries_are_looked_for_again_when_one_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel may load another OpenSSL at any time; until it does, nothing is read."""
+    folder = Path(sysconfig.get_config_var("DESTSHARED"))
+    path = next(path for path in sorted(folder.glob("*.so")) if str(path) not in kernel_seeds.mapped_libraries())
+    with monkeypatch.context() as blind:
+        blind.setattr(kernel_seeds, "_look_for_libraries", lambda: pytest.fail("nothing has come"))
+        assert str(path) not in kernel_seeds.mapped_libraries()
+    ctypes.CDLL(str(path))
+    assert str(path) in kernel_seeds.mapped_libraries()
 
 
 def test_the_key_stays_when_none_is_given(ours: Host, tmp_path: Path) -> None:

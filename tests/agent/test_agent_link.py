@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,10 @@ from sandbox_gateway.agent.outpipe import PipeError, PipeReader
 from sandbox_gateway.agent.owner import OwnerWatch
 from sandbox_gateway.agent.process import with_fast_iopub
 from sandbox_gateway.agent.sources import Pace
+from sandbox_gateway.wire.endpoint import HostEndpoint
+from sandbox_gateway.wire.frames import Channel
+from sandbox_gateway.wire.reliable import Outbox
+from sandbox_gateway.wire.sizes import LARGE, SMALL
 
 
 def second_host(agent: AgentProcess, received: dict[int, int], epoch: int = 1) -> Host:
@@ -169,6 +174,51 @@ def test_the_log_can_be_followed(kernel: Host) -> None:
     kernel.streams[other] = bytearray()
     kernel.until(lambda: other in kernel.closed_streams)
     assert number not in kernel.closed_streams
+
+
+def test_after_much_has_come_the_next_host_is_read_with_a_small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large one is mapped and unmapped for each read, and a template's would be that of all its clones."""
+    asked: list[int] = []
+
+    def read(fd: int, size: int) -> bytes:
+        asked.append(size)
+        return os.read(fd, size)
+
+    monkeypatch.setattr(link, "os", SimpleNamespace(**{**vars(os), "read": read}))
+    down, up = os.pipe(), os.pipe()
+    loop = Loop()
+    agent = link.Link(loop, down[0], up[1], {}, lambda _event: None, lambda: None)
+
+    def spoken(host: HostEndpoint) -> None:
+        while host.wants_write or agent.busy:
+            if host.wants_write:
+                host.wrote(os.writev(down[1], host.output()))
+                loop.turn()
+            agent.flush()
+            if select_readable(up[0]):
+                host.feed(os.read(up[0], 1 << 16))
+
+    def attached(epoch: int) -> HostEndpoint:
+        host = HostEndpoint(Outbox(), epoch=epoch)
+        host.attach(f"nonce{epoch:08}", None, owner="test")
+        spoken(host)
+        return host
+
+    try:
+        os.set_blocking(down[1], False)
+        host = attached(1)
+        host.send(Channel.AGENT, [b"x" * (3 * SMALL)])
+        spoken(host)
+        assert asked[-1] == LARGE
+        host.detach()
+        spoken(host)
+        asked.clear()
+        attached(2)
+        assert set(asked) == {SMALL}
+    finally:
+        loop.close()
+        for fd in (*down, *up):
+            os.close(fd)
 
 
 def test_only_streams_and_displays_may_be_dropped() -> None:

@@ -8,6 +8,7 @@ import importlib
 import json
 import marshal
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -167,6 +168,41 @@ def test_a_file_that_cannot_be_written_is_none(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="symbolic"):
         directory.add_modules(b"on")
     assert elsewhere.read_text() == "mine" and not directory.modules.is_symlink()
+
+
+def test_a_generations_folder_goes_with_what_a_kernel_has_put_there(tmp_path: Path) -> None:
+    """Mostly its sockets; a deep tree, too, and nothing behind a link."""
+    directory = KernelDirectory(tmp_path / "run")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "mine").write_text("mine")
+    for generation in (1, 2):
+        directory.prepare(generation, "key", os.geteuid(), os.getegid())
+        (directory.top / str(generation) / "k-1").write_text("")
+    (directory.top / "2" / "a" / "b").mkdir(parents=True)
+    (directory.top / "2" / "link").symlink_to(elsewhere)
+    for generation in (1, 2, 3):
+        directory.forget(generation)
+    assert [path.name for path in directory.top.iterdir()] == ["connection.json"]
+    directory.remove()
+    assert not directory.top.exists() and (elsewhere / "mine").exists()
+
+
+def test_the_end_of_a_kernel_loads_nothing(tmp_path: Path) -> None:
+    """Each restored sandbox would load it for itself."""
+    code = f"""if True:
+        import sys
+        from pathlib import Path
+        from sandbox_gateway.agent import main, relay
+        directory = relay.KernelDirectory(Path({str(tmp_path / "run")!r}))
+        directory.prepare(1, "key", {os.geteuid()}, {os.getegid()})
+        before = set(sys.modules)
+        directory.forget(1)
+        directory.remove()
+        assert not directory.top.exists()
+        print(sorted(set(sys.modules) - before))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def written(path: Path, text: str = "value = 1\n") -> None:
