@@ -69,7 +69,8 @@ class Identification:
     """One identity on its way into the kernel. Answers exactly once; a reply that comes too late still counts.
 
     ``draft`` prepares, while the kernel is busy with it, what ``accepted`` makes valid when the kernel has become it;
-    both may raise OSError. Then ``opened`` is called, and then the answer leaves.
+    both may raise OSError, and ``accepted`` is told what ``draft`` has raised. Then ``opened`` is called, and then the
+    answer leaves. Processes that the kernel had started are those of the moment at which it was asked.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class Identification:
         loop: Loop,
         answer: Answer,
         draft: Callable[[], None],
-        accepted: Callable[[], None],
+        accepted: Callable[[OSError | None], None],
         opened: Callable[[], None],
     ) -> None:
         self._answer: Answer | None = answer
@@ -94,9 +95,9 @@ class Identification:
 
     def asked(self) -> None:
         """The kernel has been asked, and takes a while: do what has to be done before the answer leaves."""
-        # What the kernel had started is a copy that nobody can speak to.
-        self._copies = len(process.descendants()) > 1
         try:
+            # What the kernel had started is a copy that nobody can speak to.
+            self._copies = len(process.descendants()) > 1
             self._draft()
         except OSError as error:
             self._undrafted = error
@@ -108,9 +109,7 @@ class Identification:
             self.failed(f"the kernel could not take its new identity: {str(content.get('evalue'))[:_MAX_TEXT]}")
             return
         try:
-            if self._undrafted is not None:
-                raise self._undrafted
-            self._accepted()
+            self._accepted(self._undrafted)
         except OSError as error:
             self.failed(f"the kernel's connection file could not be written: {error.strerror}")
             return

@@ -149,9 +149,11 @@ class Kernel:
         def draft() -> None:
             self._directory.draft_connection_file(self.generation, after.key, after.command.uid, after.command.gid)
 
-        def accepted() -> None:
+        def accepted(undrafted: OSError | None) -> None:
+            self.launch = after  # the kernel has become it, whatever was written
+            if undrafted is not None:
+                raise undrafted
             self._directory.publish_connection_file()
-            self.launch = after
 
         self._identification = identification = Identification(self._loop, answer, draft, accepted, self._open_gate)
         channels.ask(launch.key, IDENTITY_REQUEST, identity.message(), identification.replied)

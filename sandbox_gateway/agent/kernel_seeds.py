@@ -23,7 +23,6 @@ _STATIC = ("tensorflow", "cupy", "grpc._cython.cygrpc")
 """Modules with generators of their own that cannot be reached from here."""
 
 _found: dict[str, int | None] = {}
-_mapped: tuple[tuple[int, int], list[str]] | None = None
 
 # Taken now: programs replace names in modules.
 _seed_random = random.seed
@@ -147,50 +146,8 @@ def _rand_add(path: str) -> int | None:
     return _found[path]
 
 
-class _Library(ctypes.Structure):
-    """``struct dl_phdr_info`` (dl_iterate_phdr(3))."""
-
-    _fields_ = (
-        ("address", ctypes.c_size_t),
-        ("name", ctypes.c_char_p),
-        ("headers", ctypes.c_void_p),
-        ("count", ctypes.c_uint16),
-        ("added", ctypes.c_ulonglong),
-        ("removed", ctypes.c_ulonglong),
-    )
-
-
-_Visit = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_Library), ctypes.c_size_t, ctypes.c_void_p)
-
-
-def _changes() -> tuple[int, int] | None:
-    """How many libraries were ever added to this process and removed from it; None where the linker does not say."""
-    seen: list[tuple[int, int]] = []
-
-    def visit(library: Any, size: int, _data: object) -> int:
-        if size >= ctypes.sizeof(_Library):
-            seen.append((library.contents.added, library.contents.removed))
-        return 1  # the first one tells it for all
-
-    try:
-        ctypes.CDLL(None).dl_iterate_phdr(_Visit(visit), None)
-    except AttributeError:
-        return None
-    return seen[0] if seen else None
-
-
 def mapped_libraries() -> list[str]:
-    """Paths of the shared libraries in this process; looked for again only when one came or went."""
-    global _mapped
-    changes = _changes()
-    if changes is None:
-        return _look_for_libraries()
-    if _mapped is None or _mapped[0] != changes:
-        _mapped = changes, _look_for_libraries()
-    return _mapped[1]
-
-
-def _look_for_libraries() -> list[str]:
+    """Paths of the shared libraries in this process."""
     found: dict[str, None] = {}
     with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
         for line in maps:

@@ -133,12 +133,10 @@ class KernelDirectory:
             }
         )
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(fd, text.encode())
+        with open(fd, "w") as file:
+            file.write(text)
             if uid != os.geteuid():
                 os.fchown(fd, uid, gid)
-        finally:
-            os.close(fd)
 
     def publish_connection_file(self) -> None:
         """Put what was drafted in its place (OSError)."""
@@ -194,9 +192,9 @@ class KernelDirectory:
 
     def remove(self) -> None:
         """Remove everything, when this object made it."""
-        self._draft.unlink(missing_ok=True)
-        self.connection_file.unlink(missing_ok=True)
-        self.forget_modules()
+        for path in (self._draft, self.connection_file, self.modules):
+            with contextlib.suppress(OSError):
+                path.unlink()
         if self._created:
             _remove(self.top)
 
@@ -207,9 +205,13 @@ def _remove(folder: Path) -> None:
     ``shutil`` is left for that: it loads every compression there is, which took each sandbox's end 15 ms.
     """
     try:
-        for name in os.listdir(folder):
-            with contextlib.suppress(OSError):
-                os.unlink(folder / name)
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            for name in os.listdir(fd):
+                with contextlib.suppress(OSError):
+                    os.unlink(name, dir_fd=fd)
+        finally:
+            os.close(fd)
         os.rmdir(folder)
     except FileNotFoundError:
         pass

@@ -103,8 +103,9 @@ class Gateway:
         self.before_close: list[Callable[[], Awaitable[object]]] = []
         """Awaited before any sandbox is left."""
         self._took: dict[str, float] = {}
-        self._making: set[str] = set()
         """Seconds of the last restore from the template of each profile as it is offered."""
+        self._making: set[str] = set()
+        """Ids that were asked for and are not on record yet."""
         self._closers: list[Callable[[], object]] = []
         self._started: asyncio.Task[None] | None = None
         self._closed = False

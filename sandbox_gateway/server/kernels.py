@@ -183,7 +183,7 @@ class SandboxMappingKernelManager(AsyncMappingKernelManager):
                 record = await self.gateway.create(caller, wanted, progress)
         except SandboxGatewayError as error:
             if error.code == "id_taken":
-                # Of one that has ended: in the same words, for whoever asks.
+                # Of one that has ended, or is being made: in the same words, for whoever asks.
                 raise DuplicateKernelError(f"Kernel already exists: {kernel_id}") from error
             raise http_error(error) from error
         made = self._ours(record.id)

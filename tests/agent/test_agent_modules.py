@@ -181,9 +181,12 @@ def test_a_generations_folder_goes_with_what_a_kernel_has_put_there(tmp_path: Pa
         (directory.top / str(generation) / "k-1").write_text("")
     (directory.top / "2" / "a" / "b").mkdir(parents=True)
     (directory.top / "2" / "link").symlink_to(elsewhere)
-    for generation in (1, 2, 3):
+    (directory.top / "4").symlink_to(elsewhere)
+    for generation in (1, 2, 3, 4):
         directory.forget(generation)
+    (directory.top / "4").unlink()
     assert [path.name for path in directory.top.iterdir()] == ["connection.json"]
+    (directory.top / "connection.new").mkdir()
     directory.remove()
     assert not directory.top.exists() and (elsewhere / "mine").exists()
 
@@ -197,6 +200,7 @@ def test_the_end_of_a_kernel_loads_nothing(tmp_path: Path) -> None:
         directory = relay.KernelDirectory(Path({str(tmp_path / "run")!r}))
         directory.prepare(1, "key", {os.geteuid()}, {os.getegid()})
         before = set(sys.modules)
+        assert "shutil" not in before
         directory.forget(1)
         directory.remove()
         assert not directory.top.exists()
