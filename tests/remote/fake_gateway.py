@@ -10,6 +10,7 @@ import json
 import signal
 import ssl
 import struct
+import tempfile
 import threading
 import uuid
 from collections import deque
@@ -60,7 +61,9 @@ class Kernel:
         self.environment = wanted.get("env", {})
         self.state = "creating"
         self.death: dict[str, Any] | None = None
-        self.manager = AsyncKernelManager(kernel_name="python3")
+        # Not TCP: a port that was free when it was chosen may be somebody else's when the kernel binds it.
+        self.sockets = tempfile.TemporaryDirectory(prefix="sg-")
+        self.manager = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{self.sockets.name}/k")
         self.client: AsyncKernelClient | None = None
         self.peers: dict[str, Peer] = {}
         self.readers: list[asyncio.Task[None]] = []
@@ -158,6 +161,7 @@ class Kernel:
             await self.manager.shutdown_kernel(now=True)
         if self.manager.context is not None:
             self.manager.context.destroy(linger=0)
+        self.sockets.cleanup()
 
     def as_dict(self) -> dict[str, Any]:
         return {
