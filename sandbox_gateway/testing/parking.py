@@ -208,12 +208,13 @@ def _watch(image: Path, parking: Parking, kinds: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(_WARDEN, dir_fd=lock)
     # What was stopped cannot fork: one look finds all of it.
+    refs = parking.processes()
+    if not refs and not kinds.exists():
+        # Somebody removes the whole installation, the record of what is parked with it, perhaps at this moment.
+        refs = _marked(kinds.parent)
+    processes.kill_all(refs, _STOP_TIMEOUT)
     if parking.taken:
-        processes.kill_all(parking.processes(), _STOP_TIMEOUT)
         parking.clear()
-    elif not kinds.exists():
-        # Somebody removed the whole installation, the record of what is parked with it.
-        processes.kill_all(_marked(kinds.parent), _STOP_TIMEOUT)
 
 
 def _marked(directory: Path) -> set[ProcessRef]:
