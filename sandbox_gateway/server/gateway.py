@@ -13,9 +13,8 @@ import logging
 import os
 import secrets
 import time
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -38,6 +37,7 @@ from sandbox_gateway.seat import Seat
 from sandbox_gateway.server.callers import DEFAULT_OWNER, Caller
 from sandbox_gateway.server.hub import Hub, HubSettings
 from sandbox_gateway.server.kernel import ServedKernel
+from sandbox_gateway.server.new_ids import NewIds
 from sandbox_gateway.server.settings import Settings
 from sandbox_gateway.snapshots import Kind, Snapshot
 
@@ -104,8 +104,7 @@ class Gateway:
         """Awaited before any sandbox is left."""
         self._took: dict[str, float] = {}
         """Seconds of the last restore from the template of each profile as it is offered."""
-        self._making: set[str] = set()
-        """Ids that were asked for and are not on record yet."""
+        self._ids = NewIds(lambda sandbox_id: self.lifecycle.store.get(sandbox_id))
         self._closers: list[Callable[[], object]] = []
         self._started: asyncio.Task[None] | None = None
         self._closed = False
@@ -247,7 +246,7 @@ class Gateway:
         profile = await self._chosen(wanted)
         usage = self._usage(caller.name)
         async with (
-            self._free_id(wanted.id) as kernel_id,
+            self._ids.take(wanted.id) as kernel_id,
             self.quotas.create(caller.name, usage, memory=profile.limits.memory, ids=[kernel_id]),
         ):
             kernel = ServedKernel(self, kernel_id, caller.name, self._directory(wanted, profile, caller))
@@ -270,42 +269,6 @@ class Gateway:
             profile = replace(profile, on_owner_exit=self.settings.on_stop)
         # What was asked for by name is allowed; what an application's environment offers is still filtered.
         return replace(profile, client_environment=(*profile.client_environment, *wanted.environment))
-
-    @asynccontextmanager
-    async def _free_id(self, asked: str | None) -> AsyncIterator[str]:
-        """An id for a new sandbox, while it is made: who asks for the same one meanwhile is refused as later.
-
-        Raises ``invalid_request``, ``id_taken``.
-        """
-        if asked is None:
-            yield str(uuid.uuid4())
-            return
-        try:
-            canonical = str(uuid.UUID(asked))
-        except (ValueError, AttributeError, TypeError):
-            canonical = ""
-        if canonical != asked:
-            raise SandboxGatewayError("invalid_request", f"{str(asked)[:80]!r} is not a UUID", "Leave the id out.")
-        taken = SandboxGatewayError("id_taken", f"{asked} cannot be the id of a new sandbox")
-        if asked in self._making:
-            raise taken
-        self._making.add(asked)
-        try:
-            # Also one that has ended: its log and its reason would go over to another owner.
-            if await asyncio.to_thread(self._on_record, asked):
-                raise taken
-            yield asked
-        finally:
-            self._making.discard(asked)
-
-    def _on_record(self, sandbox_id: str) -> bool:
-        try:
-            self.lifecycle.store.get(sandbox_id)
-        except SandboxGatewayError as error:
-            if error.code != "unknown_sandbox":
-                raise
-            return False
-        return True
 
     def _directory(self, wanted: Wanted, profile: Profile, caller: Caller) -> Path | None:
         if profile.workspace is WorkspaceMode.NONE or self.settings.workspaces is None:
