@@ -3,7 +3,8 @@
 Go's checksum database has checked what is built. What lies in ``gvisor_build/`` is added before. gVisor compiles the
 sandbox's filter for system calls at each start unless its build has done so, which that of gVisor's releases does and
 the published sources leave out: ``filters.go`` and ``main.go`` do it as its own build would, for the sandboxes that
-we make. And ``gc.go`` sets Go's collector for programs that start often and live quietly.
+we make. ``gc.go`` sets Go's collector for programs that start often and live quietly, and ``reads.go`` says how many
+parts of a saved memory are read at once.
 """
 
 from __future__ import annotations
@@ -34,6 +35,12 @@ BUILD_SECONDS = 3600.0
 _MODULE = "gvisor.dev/gvisor"
 _ADDED = Path(__file__).parent / "gvisor_build"
 _FILTERS = Path("runsc/boot/filter")
+_PAGES = Path("pkg/sentry/state/stateio")
+_READER = (
+    "NewPagesFileFDReader(fd, pagesFileFDDefaultMaxIOBytes, pagesFileFDDefaultMaxParallel)",
+    "NewPagesFileFDReader(fd, pagesFileFDDefaultMaxIOBytes, parallelReads)",
+)
+"""The call in gVisor's ``pagesfile.go`` that ``reads.go`` is for: as it is, and as it is built."""
 _FLAGS = ("-trimpath", "-buildvcs=false", "-ldflags=-s -w")
 _GO_VERSION = re.compile(r"go(\d+)\.(\d+)(?:\.(\d+))?")
 
@@ -59,6 +66,7 @@ def from_source(into: Path, environment: Mapping[str, str], report: Report, keep
         source = (work / "gopath" / "pkg" / "mod" / f"{_MODULE}@{PIN}").rename(work / "source")
         filtered = _compile_filters(source, run, report)
         shutil.copyfile(_ADDED / "gc.go", source / "runsc" / "sandbox_gateway.go")
+        _read_in_parallel(source)
         run("building runsc", "install", "-v", *_FLAGS, "./runsc", cwd=source)
         built = work / "bin" / "runsc"
         if not built.is_file():
@@ -85,6 +93,16 @@ def _compile_filters(source: Path, run: Callable[..., None], report: Report) -> 
         report(f"going on without: {error} (each start of a sandbox takes 20 ms longer)")
         return False
     return True
+
+
+def _read_in_parallel(source: Path) -> None:
+    """Have gVisor read with as many readers as ``reads.go`` says."""
+    file = source / _PAGES / "pagesfile.go"
+    text = file.read_text()
+    if text.count(_READER[0]) != 1:
+        raise SandboxGatewayError("setup_failed", f"gVisor's {_PAGES / file.name} is not as expected")
+    file.write_text(text.replace(*_READER))
+    shutil.copyfile(_ADDED / "reads.go", source / _PAGES / "sandbox_gateway.go")
 
 
 def go_environment(work: Path, environment: Mapping[str, str]) -> dict[str, str]:

@@ -35,12 +35,15 @@ mod)
     echo "go: downloading gvisor.dev/gvisor v0" >&2
     mkdir -p "$GOPATH/pkg/mod/$3/runsc/boot/filter/config" "$GOPATH/pkg/mod/cache"
     echo before > "$GOPATH/pkg/mod/$3/runsc/boot/filter/filter_precompiled.go"
+    mkdir -p "$GOPATH/pkg/mod/$3/pkg/sentry/state/stateio"
+    echo "return {reader}" > "$GOPATH/pkg/mod/$3/pkg/sentry/state/stateio/pagesfile.go"
     touch "$GOPATH/pkg/mod/cache/file" && chmod 500 "$GOPATH/pkg/mod/cache"
     exit 0 ;;
 run) {filters} ;;
 install) {body} ;;
 esac
 """
+READER = "NewPagesFileFDReader(fd, pagesFileFDDefaultMaxIOBytes, pagesFileFDDefaultMaxParallel)"
 FILTERS = "cat sandbox_gateway/main.go runsc/boot/filter/config/sandbox_gateway.go > /dev/null"
 BUILDS = 'printf "#!/bin/sh\\necho runsc version built\\n" > "$GOBIN/runsc"; chmod 755 "$GOBIN/runsc"'
 
@@ -67,13 +70,20 @@ def left_behind(home: Paths) -> list[str]:
 
 
 def offline(
-    tmp_path: Path, *, go: str | None = None, filters: str = FILTERS, version: str = "1.26.8", **more: str
+    tmp_path: Path,
+    *,
+    go: str | None = None,
+    filters: str = FILTERS,
+    reader: str = READER,
+    version: str = "1.26.8",
+    **more: str,
 ) -> dict[str, str]:
     """An environment without releases, and with a Go of the test's own, or none."""
     folder = tmp_path / "path"
     folder.mkdir(exist_ok=True)
     if go is not None:
-        (folder / "go").write_text(GO.format(version=version, log=tmp_path / "go.log", filters=filters, body=go))
+        log = tmp_path / "go.log"
+        (folder / "go").write_text(GO.format(version=version, log=log, filters=filters, reader=reader, body=go))
         (folder / "go").chmod(0o755)
     return {
         "PATH": f"{folder}:/usr/bin:/bin",
@@ -265,6 +275,23 @@ def test_a_build_whose_filters_cannot_be_compiled_goes_on_without(home: Paths, t
     env = offline(tmp_path, go=f"{unchanged} || exit 1; {BUILDS}", filters=fails)
     assert ensure_runsc(home, environment=env, progress=lines.append).origin == "built with Go 1.26.8"
     assert any("no such function" in line and "going on without" in line for line in lines)
+    assert left_behind(home) == []
+
+
+def test_a_build_reads_saved_memory_with_as_many_readers_as_there_are_processors_for(
+    home: Paths, tmp_path: Path
+) -> None:
+    changed = "grep -q MaxIOBytes,.parallelReads pkg/sentry/state/stateio/pagesfile.go"
+    defined = "grep -q var.parallelReads pkg/sentry/state/stateio/sandbox_gateway.go"
+    env = offline(tmp_path, go=f"{changed} && {defined} || exit 1; {BUILDS}")
+    assert ensure_runsc(home, environment=env).origin.startswith("built with Go")
+
+
+def test_sources_that_are_not_the_expected_ones_are_not_built(home: Paths, tmp_path: Path) -> None:
+    with pytest.raises(SandboxGatewayError) as caught:
+        ensure_runsc(home, environment=offline(tmp_path, go=BUILDS, reader="NewReader(fd)"))
+    assert caught.value.code == "setup_failed"
+    assert "pagesfile.go is not as expected" in caught.value.message
     assert left_behind(home) == []
 
 

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"runtime"
 	"runtime/debug"
 	"time"
 )
@@ -15,8 +16,10 @@ const (
 
 // While a sandbox is restored its heap grows from nothing to its full size, which with Go's default is collected at
 // every doubling; and when a sandbox is saved, much is made that nobody keeps. Nothing but the environment could say
-// that from outside, and runsc gives its sandboxes none.
+// that from outside, and runsc gives its sandboxes none. Nobody looks at a profile of the heap either, which Go takes
+// along unless it is told not to.
 func init() {
+	runtime.MemProfileRate = 0
 	debug.SetGCPercent(startingPercent)
 	time.AfterFunc(startingTime, func() { debug.SetGCPercent(runningPercent) })
 }
