@@ -1,5 +1,6 @@
 /** "Save state with notebook": a snapshot that the notebook names, and the offer to start from it. */
 import type { JupyterFrontEnd, JupyterFrontEndPlugin } from '@jupyterlab/application';
+import type { ISessionContext } from '@jupyterlab/apputils';
 import { ICommandPalette } from '@jupyterlab/apputils';
 import type { NotebookPanel } from '@jupyterlab/notebook';
 import { INotebookTracker } from '@jupyterlab/notebook';
@@ -132,15 +133,34 @@ async function offer(sandboxes: ISandboxes, panel: NotebookPanel, trans: Transla
   const found = sandboxes.snapshots().find(({ id }) => id === state.id);
   const bar: SavedBar = new SavedBar(found, state.name, trans, async () => {
     try {
-      const id = await told(sandboxes.startSnapshot(state.id), trans.__('Starting from what was saved…'), () => '');
-      await session.changeKernel({ id });
+      await start(sandboxes, session, state.id, trans);
       bar.dispose();
     } catch (error) {
+      if (panel.isDisposed) {
+        return; // who closed the notebook waits for nothing any more
+      }
       bar.free();
       await explain(trans.__('It could not be started from what was saved'), error, trans);
     }
   });
   panel.contentHeader.addWidget(bar);
+}
+
+/** Give the session a child of the snapshot; there is none any more where it did not get it. */
+async function start(
+  sandboxes: ISandboxes,
+  session: ISessionContext,
+  snapshot: string,
+  trans: TranslationBundle
+): Promise<void> {
+  const id = await told(sandboxes.startSnapshot(snapshot), trans.__('Starting from what was saved…'), () => '');
+  try {
+    await session.changeKernel({ id });
+  } finally {
+    if (session.isDisposed || session.session?.kernel?.id !== id) {
+      void sandboxes.remove(id).catch(() => undefined); // the notebook was closed meanwhile: nobody would know of it
+    }
+  }
 }
 
 /** Below how many pixels the bar's buttons stand under its text. */
