@@ -11,6 +11,7 @@ from sandbox_gateway.images.service import ImageService
 from sandbox_gateway.profiles import load_profiles
 from sandbox_gateway.snapshots import SnapshotStore, collect, layers_in_use
 from sandbox_gateway.store import Store
+from sandbox_gateway.templates import TemplateRecords
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ def tidy(paths: Paths, store: Store, snapshots: SnapshotStore, images: ImageServ
     budget = None
     with contextlib.suppress(SandboxGatewayError):  # a profile file that cannot be read asks for nothing
         budget = load_profiles(paths).settings.snapshot_budget
-    collect(snapshots, store.list, budget=budget)
+    collect(snapshots, store.list, budget=budget, orphaned=TemplateRecords(paths).orphaned)
     try:
         for layer in images.collect(lambda: layers_in_use(snapshots, store.list, sure=True)):
             log.info("removed the layer of %s (%.0f MiB): nothing uses it now", layer.what, layer.size / (1 << 20))

@@ -23,7 +23,7 @@ from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.model import BLANK, LIVE, STANDBY, Death, DeathKind, SandboxRecord, State
 from sandbox_gateway.owner import LOCK_NAME, OWNERS, OwnerLock, holder
 from sandbox_gateway.owner import sweep as sweep_sockets
-from sandbox_gateway.registry import NAMES
+from sandbox_gateway.registry import NAMES, make_runtime
 from sandbox_gateway.runtimes.base import Handle, Runtime
 from sandbox_gateway.snapshots import Kind, SnapshotStore
 from sandbox_gateway.store import Store
@@ -35,7 +35,7 @@ KEPT_TOMBSTONES = 100
 _OTHER_DIRECTORIES = frozenset({OWNERS, "empty", "runsc"})
 _ENDED = frozenset({State.TERMINATED, State.FAILED, State.EXPIRED})
 _TRIAL = "trial-"
-"""How the directories of a runtime's probes begin: whoever probes removes them."""
+"""How the directories of a runtime's probes begin: whoever probes removes them, unless he is killed over it."""
 
 
 class Unowned:
@@ -188,8 +188,18 @@ class Unowned:
                 for sandbox_id in await runtime.list():
                     await self._remove_stray(sandbox_id, live, runtime)
         for name in await asyncio.to_thread(os.listdir, self._paths.runtime):
-            if name not in _OTHER_DIRECTORIES:
+            if name.startswith(_TRIAL):
+                await self._remove_trial(self._paths.runtime / name)
+            elif name not in _OTHER_DIRECTORIES:
                 await self._remove_stray(name, live | asleep, None)
+
+    async def _remove_trial(self, place: Path) -> None:
+        from sandbox_gateway.runtimes.gvisor_trial import remove_left
+
+        try:
+            await remove_left(self._paths, place, lambda paths: make_runtime("gvisor", paths))
+        except SandboxGatewayError as error:  # the next sweep tries again
+            log.warning("%s was left by a trial and cannot be removed: %s", place, error.message)
 
     async def _remove_stray(self, sandbox_id: str, live: set[str], runtime: Runtime | None) -> None:
         if sandbox_id in live or sandbox_id in self._mine or sandbox_id.startswith(_TRIAL):
@@ -224,6 +234,8 @@ class Unowned:
     def _trim_tombstones(self) -> None:
         ended = sorted(self._store.list(_ENDED), key=lambda record: record.changed, reverse=True)
         for place, record in enumerate(ended):
+            if place >= KEPT_TOMBSTONES and holder(self._paths.sandbox(record.id)) is not None:
+                continue  # a server lists it as a dead kernel
             # Of what was never anybody's there is nothing to tell: its owner was killed before it forgot it.
             if place >= KEPT_TOMBSTONES or record.id.startswith((BLANK, STANDBY)):
                 self._store.delete(record.id)

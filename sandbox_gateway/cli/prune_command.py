@@ -133,13 +133,25 @@ def _records(paths: Paths) -> Callable[[], Iterable[SandboxRecord]]:
     return lambda: records(paths)
 
 
+def _wanted(paths: Paths, options: argparse.Namespace) -> dict[str, Any]:
+    """Which snapshots are to go, as :func:`~sandbox_gateway.snapshots.collect.collect` is told."""
+    from sandbox_gateway.templates import TemplateRecords
+
+    return {
+        "budget": options.budget,
+        "named": options.snapshots,
+        "damaged": options.snapshots,
+        "orphaned": TemplateRecords(paths).orphaned,
+    }
+
+
 def _planned(paths: Paths, options: argparse.Namespace) -> list[Item]:
     from sandbox_gateway.host.setup import unused_runsc
     from sandbox_gateway.images.store import LayerStore
     from sandbox_gateway.snapshots import SnapshotStore, layers_in_use, removable, runsc_in_use
 
     store, records = SnapshotStore(paths), _records(paths)
-    snapshots = removable(store, records, budget=options.budget, named=options.snapshots, damaged=options.snapshots)
+    snapshots = removable(store, records, **_wanted(paths, options))
     without = {item.id for item in snapshots}
     return [
         *(Item("snapshot", item.id, item.size, item.reason, item.name) for item in snapshots),
@@ -159,7 +171,7 @@ def _removed(paths: Paths, options: argparse.Namespace, progress: ProgressLine) 
 
     store, records = SnapshotStore(paths), _records(paths)
     progress.update("removing snapshots")
-    snapshots = collect(store, records, budget=options.budget, named=options.snapshots, damaged=options.snapshots)
+    snapshots = collect(store, records, **_wanted(paths, options))
     yield from (Item("snapshot", item.id, item.size, item.reason, item.name) for item in snapshots)
     if paths.database.exists():
         progress.update("cleaning up after processes that ended")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from sandbox_gateway.errors import ERRORS, SandboxGatewayError, program_error, storage_error
@@ -19,6 +22,7 @@ from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.model import Image, Layer, SandboxSpec
 from sandbox_gateway.runtimes import gvisor_bundle, runsc
 from sandbox_gateway.runtimes.base import Capability, RuntimeReport
+from sandbox_gateway.runtimes.gvisor_files import BUNDLE
 
 FEATURES = (
     ("checkpoint", "exclude-committed-zero-pages"),
@@ -28,6 +32,16 @@ FEATURES = (
 )
 """(subcommand, flag) pairs that the pinned generation has and the distributions' old packages have not."""
 
+TRIAL = "trial-"
+"""How the names of trials' directories begin."""
+LOCK = "lock"
+"""In a trial's directory: held for as long as it is under way, however its process ends."""
+RUN = "run"
+"""In a trial's directory: what a runtime directory is to other sandboxes."""
+SANDBOX = "t"
+"""The id of a trial's only sandbox."""
+GRACE = 120.0
+"""Seconds after which a trial's directory without a lock is left over: longer than a trial takes."""
 _SETUP = ERRORS["runtime_missing"].hint
 _TRIAL_TIMEOUT = 30.0
 
@@ -114,31 +128,80 @@ async def _run_capability(paths: Paths, binary: Path) -> Capability:
 
 async def _trial(paths: Paths, binary: Path) -> None:
     """Boot a sandbox whose only program is runsc itself, a static binary."""
-    paths.ensure()
     binary = await asyncio.to_thread(binary.resolve)
-    directory = Path(tempfile.mkdtemp(prefix="trial-", dir=paths.runtime))
-    try:
+    with trial_directory(paths) as directory:
         root = directory / "root"
-        (directory / "bundle").mkdir()
-        root.mkdir()
-        (root / "home").mkdir()
+        run = Paths(paths.home, directory / RUN)
+        bundle = run.sandbox(SANDBOX) / BUNDLE
+        bundle.mkdir()
         image = Image("trial", (Layer(str(root), "/", "bind"), Layer(str(binary.parent), "/bin", "bind")))
         # As guest uid 0, which is this user: the binary may be for its owner only.
-        spec = SandboxSpec(directory.name, "", "gvisor", image, agent_uid=0)
+        spec = SandboxSpec(SANDBOX, "", "gvisor", image, agent_uid=0)
         config = gvisor_bundle.config(spec, (f"/bin/{binary.name}", "--version"), empty_root=str(root))
-        (directory / "bundle" / "config.json").write_text(json.dumps(config))
-        command = runsc.Runsc(binary, directory / "state").argv(
+        (bundle / "config.json").write_text(json.dumps(config))
+        command = runsc.Runsc(binary, run.runsc_root).argv(
             [*gvisor_bundle.flags(spec, rootless=os.geteuid() != 0), "--ignore-cgroups"],
             "run",
-            f"--bundle={directory / 'bundle'}",
-            directory.name,
+            f"--bundle={bundle}",
+            SANDBOX,
         )
         outcome = await runsc.run(wrap_user_namespace(command) if os.geteuid() else command, timeout=_TRIAL_TIMEOUT)
         if outcome.code != 0 or "runsc" not in outcome.output:
             raise program_error("runtime_failed", outcome.reason)
+
+
+@contextlib.contextmanager
+def trial_directory(paths: Paths) -> Iterator[Path]:
+    """A directory for one trial, with an empty root in it, and room for its sandbox as every trial has it: what a
+    killed process leaves is found there (:func:`forsaken`). Removed at the end. Blocks for a moment."""
+    paths.ensure()
+    place = Path(tempfile.mkdtemp(prefix=TRIAL, dir=paths.runtime))
+    lock = None
+    try:
+        lock = _locked(place)
+        (place / "root" / "home").mkdir(parents=True)
+        (place / RUN / SANDBOX).mkdir(parents=True)
+        yield place
     finally:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(directory)
+        shutil.rmtree(place, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked(place: Path) -> int:
+    # Under its name only when it is held: whoever finds one that is free knows that its holder is gone.
+    fresh = place / f"{LOCK}.new"
+    fd = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        os.rename(fresh, place / LOCK)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+@contextlib.contextmanager
+def forsaken(place: Path) -> Iterator[bool]:
+    """Whether the process that made this trial's directory is gone; within the context nobody else learns that."""
+    with contextlib.ExitStack() as stack:
+        try:
+            fd = os.open(place / LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            stack.callback(os.close, fd)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            gone = True
+        except FileNotFoundError:
+            gone = _is_old(place)
+        except OSError:  # it is held; what cannot be looked at is nobody's business either
+            gone = False
+        yield gone
+
+
+def _is_old(place: Path) -> bool:
+    try:
+        return time.time() - place.stat(follow_symlinks=False).st_mtime > GRACE
+    except OSError:
+        return False
 
 
 class Cache:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import shutil
-import tempfile
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Protocol
@@ -16,7 +16,10 @@ from sandbox_gateway.host.machine import boot_id
 from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.model import Image, Layer, SandboxSpec
 from sandbox_gateway.runtimes.base import Capability, Handle, Pausable, Runtime, Snapshots
-from sandbox_gateway.runtimes.gvisor_probe import Cache
+from sandbox_gateway.runtimes.gvisor_probe import RUN, SANDBOX, Cache, forsaken, trial_directory
+from sandbox_gateway.runtimes.waiting import to_its_end
+
+log = logging.getLogger(__name__)
 
 NAMES = ("pause", "snapshots", "prepared")
 _TIMEOUT = 60.0
@@ -76,11 +79,11 @@ async def _try(paths: Paths, binary: Path, make: Callable[[Paths, tuple[str, ...
     async with _directory(paths) as place:
         # runsc itself is the one static program that is at hand; this command of it reads its standard input.
         runtime = make(
-            Paths(home=paths.home, runtime=place / "run"), (f"/bin/{binary.name}", "umount", "--sync-fd=0", "/home")
+            Paths(home=paths.home, runtime=place / RUN), (f"/bin/{binary.name}", "umount", "--sync-fd=0", "/home")
         )
         image = Image("trial", (Layer(str(place / "root"), "/", "bind"), Layer(str(binary.parent), "/bin", "bind")))
-        spec = SandboxSpec("t", "", "gvisor", image, agent_uid=0)
-        handle = Handle(spec.id, runtime.name, place / "run" / spec.id)
+        spec = SandboxSpec(SANDBOX, "", "gvisor", image, agent_uid=0)
+        handle = Handle(spec.id, runtime.name, place / RUN / spec.id)
         try:
             handle = await runtime.start(await _last(runtime.create(spec, handle.directory)))
             await runtime.pause(handle)
@@ -101,17 +104,25 @@ async def _last(steps: AsyncIterator[Handle]) -> Handle:
 
 @contextlib.asynccontextmanager
 async def _directory(paths: Paths) -> AsyncIterator[Path]:
-    """A directory for one trial, with an empty root in it."""
+    """:func:`~sandbox_gateway.runtimes.gvisor_probe.trial_directory`, made and removed on a thread."""
+    with contextlib.ExitStack() as stack:
+        place = await to_its_end(asyncio.to_thread(stack.enter_context, trial_directory(paths)))
+        try:
+            yield place
+        finally:
+            await to_its_end(asyncio.to_thread(stack.close))
 
-    def make() -> Path:
-        paths.ensure()
-        place = Path(tempfile.mkdtemp(prefix="trial-", dir=paths.runtime))
-        (place / "root" / "home").mkdir(parents=True)
-        (place / "run" / "t").mkdir(parents=True)
-        return place
 
-    place = await asyncio.to_thread(make)
-    try:
-        yield place
-    finally:
-        await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)
+async def remove_left(paths: Paths, place: Path, make: Callable[[Paths], Runtime]) -> None:
+    """End and remove what is left of a trial, of either kind, whose process was killed over it; one that is under way
+    is left alone.
+
+    Nothing else finds its sandbox: ``place`` is an installation of its own as far as a runtime can tell, that which
+    ``make`` gives one for. Raises ``runtime_failed`` when something will not go; all is then still there to be found.
+    """
+    with forsaken(place) as gone:
+        if gone:
+            log.info("removing %s, which was left by a process that ended over it", place)
+            runtime = make(Paths(home=paths.home, runtime=place / RUN))
+            await runtime.destroy(Handle(SANDBOX, runtime.name, place / RUN / SANDBOX))
+            await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)

@@ -19,8 +19,12 @@ from sandbox_gateway.snapshots.store import Entry, SnapshotStore
 
 Records = Callable[[], Iterable[SandboxRecord]]
 """Reads the records of all sandboxes, now."""
+Orphaned = Callable[[str, str], bool]
+"""Whether a template's snapshot is surely nobody's, now: by the template's key and the snapshot's id."""
 FORK_GRACE = 120.0
 """Seconds since its last use after which what was saved for a fork is left over."""
+TEMPLATE_GRACE = 3600.0
+"""Seconds since its last use after which a template that no record names is left over: its builder has ended."""
 _GONE = frozenset({State.TERMINATED, State.EXPIRED})
 
 
@@ -54,6 +58,7 @@ def removable(
     keep: Collection[str] = (),
     named: bool = False,
     damaged: bool = False,
+    orphaned: Orphaned | None = None,
 ) -> tuple[Removable, ...]:
     """What :func:`collect` would remove. Blocks."""
     leftovers = [
@@ -65,7 +70,7 @@ def removable(
     known = tuple(records())
     needed, going = [], []
     for entry in entries:
-        reason = _reason(entry, known, damaged)
+        reason = _reason(entry, known, damaged, orphaned)
         if entry.id in keep or needed_by(entry.id, known) or entry.in_use or isinstance(entry.damage, NewerFormat):
             needed.append(entry)
         elif reason:
@@ -83,15 +88,16 @@ def collect(
     keep: Collection[str] = (),
     named: bool = False,
     damaged: bool = False,
+    orphaned: Orphaned | None = None,
 ) -> tuple[Removable, ...]:
     """Remove what nobody needs, and, with a ``budget`` in bytes for all snapshots together, the least recently used
     ones beyond it; returns what went. Blocks.
 
     ``keep`` are ids to be left alone, ``named`` lets the budget reach snapshots that somebody gave a name, ``damaged``
-    takes what cannot be read.
+    takes what cannot be read. Templates that are ``orphaned`` go; where nobody says which are, none does for that.
     """
     gone = []
-    for item in removable(store, records, budget=budget, keep=keep, named=named, damaged=damaged):
+    for item in removable(store, records, budget=budget, keep=keep, named=named, damaged=damaged, orphaned=orphaned):
         try:
             if not item.id.startswith("."):  # leftovers are swept below, all together
                 store.remove(item.id)
@@ -104,7 +110,7 @@ def collect(
     return tuple(gone)
 
 
-def _reason(entry: Entry, records: Sequence[SandboxRecord], damaged: bool) -> str:
+def _reason(entry: Entry, records: Sequence[SandboxRecord], damaged: bool, orphaned: Orphaned | None) -> str:
     """Why it can go whatever its size; empty when it cannot."""
     if entry.snapshot is None:
         return f"damaged: {entry.damage.message}" if damaged and entry.damage is not None else ""
@@ -115,6 +121,9 @@ def _reason(entry: Entry, records: Sequence[SandboxRecord], damaged: bool) -> st
     if manifest.kind is Kind.SUSPENDED:
         coming = any(record.id == manifest.sandbox and _may_come_to_need(record) for record in records)
         return "" if coming else "its sandbox does not need it any more"
+    if manifest.kind is Kind.TEMPLATE and manifest.template_key is not None and orphaned is not None:
+        left = time.time() - entry.used > TEMPLATE_GRACE and orphaned(manifest.template_key, entry.id)
+        return "a template that nobody names" if left else ""
     return ""
 
 

@@ -1,7 +1,7 @@
 """Building a template: a sandbox that nobody uses is booted, prepared, saved and removed.
 
 However many processes want the same template, one of them builds it. What a crash leaves is a sandbox that was never
-finished, and a draft of a snapshot: both are swept like any other.
+finished, and a draft of a snapshot or one that no record names: all are swept like any other.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from sandbox_gateway.model import BLANK, Launch
 from sandbox_gateway.owner import OwnerLock
 from sandbox_gateway.profiles import Profile
 from sandbox_gateway.seat import Seat
-from sandbox_gateway.snapshots import Snapshot, SnapshotStore
+from sandbox_gateway.snapshots import Kind, Snapshot, SnapshotStore
+from sandbox_gateway.snapshots.draft import to_its_end
 from sandbox_gateway.standby import Standby
 from sandbox_gateway.templates.blank import blank, make_holders
 from sandbox_gateway.templates.plan import Plan
@@ -111,27 +112,50 @@ class Builder:
         began = time.monotonic()
         before = await asyncio.to_thread(self._records.get, key.digest)
         try:
-            snapshot, prepared = await self._make(plan, say)
-            say(f"checking the template of {profile.name}")
-            snapshot = await self._snapshots.seal(snapshot)
-            record = replace(
-                record,
-                snapshot=snapshot.id,
-                built=time.time(),
-                took=time.monotonic() - began,
-                preload_failed=prepared.failed,
-            )
-            await asyncio.to_thread(self._records.put, record)
+            async with self._nothing_unnamed(key.digest):
+                snapshot, prepared = await self._make(plan, say)
+                say(f"checking the template of {profile.name}")
+                snapshot = await self._snapshots.seal(snapshot)
+                made = replace(
+                    record,
+                    snapshot=snapshot.id,
+                    built=time.time(),
+                    took=time.monotonic() - began,
+                    preload_failed=prepared.failed,
+                )
+                await to_its_end(lambda: self._records.put(made), None)
         except SandboxGatewayError as error:
             await asyncio.to_thread(self._records.failed, record, error.message)
             text = f"the template of profile {profile.name} could not be built: {error.message}"
             raise SandboxGatewayError("template_failed", text, error.hint) from error
-        log.info("template %s of profile %s was built in %.1f s", key.short, profile.name, record.took)
-        self._maker.events.note("", EventKind.TEMPLATE_BUILT, profile.name, profile=profile.name, seconds=record.took)
+        log.info("template %s of profile %s was built in %.1f s", key.short, profile.name, made.took)
+        self._maker.events.note("", EventKind.TEMPLATE_BUILT, profile.name, profile=profile.name, seconds=made.took)
         if self._on_built is not None:
-            self._on_built(record)
-        await asyncio.to_thread(self._retire, record, before)
+            self._on_built(made)
+        await asyncio.to_thread(self._retire, made, before)
         return snapshot
+
+    @contextlib.asynccontextmanager
+    async def _nothing_unnamed(self, key: str) -> AsyncIterator[None]:
+        """What fails or is cancelled in here leaves no template that no record names, however far it has come."""
+        try:
+            yield
+        except BaseException:
+            # Whether it was committed, or written down, who was cancelled over it has not heard.
+            await to_its_end(lambda: self._discard_unnamed(key), None)
+            raise
+
+    def _discard_unnamed(self, key: str) -> None:
+        """Remove this template's snapshots that its record does not name: while it is ours to build, nobody else is
+        about to write one down. Blocks."""
+        try:
+            found = [one for one in self._snapshots.list() if one.manifest.kind is Kind.TEMPLATE]
+        except SandboxGatewayError as error:  # they are collected later
+            log.warning("what was saved for a template may be left: %s", error.message)
+            return
+        for snapshot in found:
+            if snapshot.manifest.template_key == key and self._records.orphaned(key, snapshot.id):
+                self.discard(snapshot.id)
 
     async def _make(self, plan: Plan, say: Say) -> tuple[Snapshot, Preparation]:
         profile = plan.profile

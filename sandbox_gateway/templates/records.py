@@ -124,9 +124,9 @@ class TemplateRecords:
             raise storage_error(error, f"cannot write in {self.directory}") from error
 
     def failed(self, record: TemplateRecord, reason: str) -> TemplateRecord:
-        """Note that it could not be built; never raises."""
+        """Note that it could not be built; never raises. One that was there before goes on being used."""
         known = self.get(record.key) or record
-        known = replace(known, snapshot=None, failures=known.failures + 1, failed=time.time(), reason=reason[:1000])
+        known = replace(known, failures=known.failures + 1, failed=time.time(), reason=reason[:1000])
         with contextlib.suppress(SandboxGatewayError):
             self.put(known)
         return known
@@ -141,10 +141,26 @@ class TemplateRecords:
             return None
         known = replace(known, suspicions=known.suspicions + 1, reason=reason[:1000])
         if useless or known.suspicions >= SUSPICIONS:
-            known = replace(known, snapshot=None, suspicions=0)
+            # Builds that failed while it was good must not keep it from being built anew.
+            known = replace(known, snapshot=None, suspicions=0, failures=0)
         with contextlib.suppress(SandboxGatewayError):
             self.put(known)
         return known
+
+    def orphaned(self, key: str, snapshot: str) -> bool:
+        """Whether a snapshot of the template with this key is surely not the one that its record names: what cannot be
+        read now may name it, what makes no sense does not, since that template is built again."""
+        try:
+            with open(self._path(key), "rb") as file:
+                data = file.read(_LIMIT)
+        except FileNotFoundError:
+            return True
+        except (OSError, ValueError):
+            return False
+        try:
+            return bool(json.loads(data)["snapshot"] != snapshot)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return True
 
     def remove(self, key: str) -> None:
         """Forget it; the snapshot is the caller's."""

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
+from snapshot_helpers import make
 
 from sandbox_gateway.cursors import NAME
 from sandbox_gateway.host.machine import boot_id
@@ -18,6 +19,9 @@ from sandbox_gateway.images.store import HANDED_OUT_FOR, LayerStore, Recipe, Sto
 from sandbox_gateway.images.tree import Tree
 from sandbox_gateway.lifecycle import Lifecycle
 from sandbox_gateway.model import SandboxRecord, State
+from sandbox_gateway.snapshots import Kind
+from sandbox_gateway.snapshots.collect import TEMPLATE_GRACE
+from sandbox_gateway.templates import TemplateRecord
 
 ID = "a-kernel"
 
@@ -58,6 +62,24 @@ async def test_a_suspended_sandbox_without_an_owner_keeps_its_directory_and_an_e
     lifecycle.store.put(replace(record, state=State.TERMINATED, snapshot=None))
     await lifecycle.sweep()
     assert not directory.exists()
+
+
+async def test_a_template_whose_builder_was_killed_before_it_was_written_down_goes_in_time(
+    lifecycle: Lifecycle,
+) -> None:
+    """Else it would keep its room on the disk for as long as there is a budget for it."""
+    key, other = "a" * 64, "b" * 64
+    built, nobodys = [
+        await make(lifecycle.snapshots, Kind.TEMPLATE, template_key=template) for template in (key, other)
+    ]
+    lifecycle.templates.records.put(TemplateRecord(key, "c" * 64, "p", "fake", snapshot=built.id))
+    here = (lifecycle.paths, lifecycle.store, lifecycle.snapshots, lifecycle.images)
+    await asyncio.to_thread(tidy, *here)
+    assert {snapshot.id for snapshot in lifecycle.snapshots.list()} == {built.id, nobodys.id}
+    for snapshot in (built, nobodys):
+        os.utime(snapshot.directory / "lock", (time.time() - TEMPLATE_GRACE - 10,) * 2)
+    await asyncio.to_thread(tidy, *here)
+    assert [snapshot.id for snapshot in lifecycle.snapshots.list()] == [built.id]
 
 
 def layer(paths: Paths, text: str) -> StoredLayer:

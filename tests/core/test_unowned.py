@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.host import processes
 from sandbox_gateway.host.machine import boot_id
 from sandbox_gateway.host.paths import Paths
+from sandbox_gateway.host.processes import ProcessRef
 from sandbox_gateway.lifecycle import Lifecycle
 from sandbox_gateway.model import BLANK, STANDBY, Death, DeathKind, SandboxRecord, State
 from sandbox_gateway.owner import OwnerLock
+from sandbox_gateway.runtimes import gvisor_probe
+from sandbox_gateway.runtimes.base import Handle
+from sandbox_gateway.runtimes.gvisor import GvisorRuntime
 from sandbox_gateway.snapshots import Facts, Kind, Snapshot
 
 ID = "a-kernel"
@@ -131,6 +141,109 @@ async def test_the_directory_of_a_probe_under_way_is_left_alone(lifecycle: Lifec
     await lifecycle.sweep()
     assert (directory / "bundle").exists()
     assert not lifecycle.paths.sandbox(ID).exists()
+
+
+KILLED = """
+import asyncio, sys
+from pathlib import Path
+from sandbox_gateway.host.paths import discover
+from sandbox_gateway.runtimes import gvisor_probe, gvisor_trial
+from sandbox_gateway.runtimes.gvisor import GvisorRuntime
+
+async def stop_here(*given, **more):
+    print("here", flush=True)
+    await asyncio.sleep(1000)
+
+class Stopping(GvisorRuntime):
+    snapshot = stop_here
+
+async def main():
+    home, runsc, trial = sys.argv[1:]
+    paths, binary = discover({"SANDBOX_GATEWAY_HOME": home}), Path(runsc)
+    if trial == "run":
+        gvisor_probe.runsc.run = stop_here
+        await gvisor_probe._trial(paths, binary)
+    await gvisor_trial.capabilities(paths, binary, lambda place, argv: Stopping(place, binary, argv=argv))
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(("trial", "found"), [("run", True), ("saving", True), ("saving", False)])
+async def test_what_a_process_left_that_was_killed_over_a_trial_is_removed(
+    lifecycle: Lifecycle, runsc_binary: Path, monkeypatch: pytest.MonkeyPatch, trial: str, found: bool
+) -> None:
+    """A detached sandbox too, which nothing else would ever end, be its runsc still there or not; while the process is
+    alive, all is left alone."""
+    paths = lifecycle.paths
+    if found:
+        monkeypatch.setenv("SANDBOX_GATEWAY_RUNSC", str(runsc_binary))
+    else:
+        monkeypatch.delenv("SANDBOX_GATEWAY_RUNSC", raising=False)
+    command = [sys.executable, "-c", KILLED, str(paths.home), str(runsc_binary), trial]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert await asyncio.to_thread(process.stdout.readline) == "here\n"
+        (place,) = paths.runtime.glob("trial-*")
+        left = GvisorRuntime(Paths(paths.home, place / "run"), runsc_binary)
+
+        def processes_of_it() -> list[ProcessRef]:
+            return processes.find(lambda argv, environment: str(place) in " ".join((*argv, *environment)))
+
+        await lifecycle.sweep()
+        assert place.exists()
+        if trial == "saving":
+            assert await left.list() == ["t"] and processes_of_it()
+    finally:
+        process.kill()
+        process.communicate()
+    await lifecycle.sweep()
+    assert not place.exists()
+    assert processes_of_it() == []
+    assert not left.tree.names(left.cgroup_parent)
+    assert not any((root / left.cgroup_parent).exists() for root in left.tree.roots.values())
+
+
+async def test_a_trial_under_way_is_left_alone_however_old_its_directory_is(lifecycle: Lifecycle) -> None:
+    """A machine may sleep in the middle of it."""
+    with gvisor_probe.trial_directory(lifecycle.paths) as place:
+        os.utime(place, (0, 0))
+        await lifecycle.sweep()
+        assert (place / "root").exists()
+    assert not place.exists()
+
+
+@pytest.mark.parametrize("old", [False, True])
+async def test_the_directory_of_a_trial_that_nobody_has_locked_is_removed_when_it_is_old(
+    lifecycle: Lifecycle, old: bool
+) -> None:
+    """Its process was killed before it could lock it, or was of an earlier version."""
+    directory = lifecycle.paths.runtime / "trial-12345678"
+    (directory / "bundle").mkdir(parents=True)
+    if old:
+        os.utime(directory, (time.time() - gvisor_probe.GRACE - 10,) * 2)
+    await lifecycle.sweep()
+    assert directory.exists() is not old
+
+
+async def test_a_trial_whose_sandbox_will_not_end_keeps_its_directory_and_ends_no_sweep(
+    lifecycle: Lifecycle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next sweep has to find it again."""
+
+    async def refuse(self: GvisorRuntime, handle: Handle) -> None:
+        raise SandboxGatewayError("runtime_failed", f"processes of sandbox {handle.id} will not end: 1")
+
+    directory = lifecycle.paths.runtime / "trial-12345678"
+    directory.mkdir()
+    (directory / gvisor_probe.LOCK).touch()
+    monkeypatch.setattr(GvisorRuntime, "destroy", refuse)
+    await lifecycle.sweep()
+    assert directory.exists()
+    monkeypatch.undo()
+    await lifecycle.sweep()
+    assert not directory.exists()
 
 
 async def test_what_another_sweep_has_brought_back_to_its_snapshot_meanwhile_is_left_alone(

@@ -22,7 +22,7 @@ from sandbox_gateway.snapshots import (
     removable,
     runsc_in_use,
 )
-from sandbox_gateway.snapshots.collect import FORK_GRACE
+from sandbox_gateway.snapshots.collect import FORK_GRACE, TEMPLATE_GRACE
 
 
 def record(sandbox_id: str = "a-kernel", state: State = State.RUNNING, **changes: Any) -> SandboxRecord:
@@ -92,6 +92,25 @@ async def test_a_fork_goes_when_nobody_has_held_it_for_a_while(store: SnapshotSt
     assert collect(store, list) == (), "who restores it may be about to begin"
     used(made, FORK_GRACE + 10)
     assert ids(collect(store, list)) == [made.id]
+
+
+async def test_a_template_that_no_record_names_goes_when_nobody_has_held_it_for_a_while(store: SnapshotStore) -> None:
+    named, nobodys, keyless = [await make(store, Kind.TEMPLATE, template_key=key) for key in ("n" * 64, "o" * 64, None)]
+    for snapshot in (named, nobodys, keyless):
+        used(snapshot, TEMPLATE_GRACE + 10)
+
+    def orphaned(key: str, snapshot: str) -> bool:
+        return snapshot != named.id
+
+    with store.hold(nobodys):
+        assert collect(store, list, orphaned=orphaned) == ()
+    assert collect(store, list, orphaned=orphaned) == (), "who builds it may be about to write it down"
+    used(nobodys, TEMPLATE_GRACE + 10)
+    assert collect(store, list) == (), "nobody has said which are named"
+    assert collect(store, list, orphaned=orphaned, keep={nobodys.id}) == ()
+    assert ids(removable(store, list, orphaned=orphaned)) == [nobodys.id]
+    gone = collect(store, list, orphaned=orphaned)
+    assert ids(gone) == [nobodys.id] and "nobody names" in gone[0].reason
 
 
 async def test_without_a_budget_saved_snapshots_and_templates_stay(store: SnapshotStore) -> None:
