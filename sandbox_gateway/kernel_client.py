@@ -325,6 +325,7 @@ class KernelClient:
         if self._dead() is None:
             # Somebody else has restarted it meanwhile; what was sent since then is the new one's.
             self._cut_off_some(ended, why)
+            self._watching = self._task(self._watch())
             return
         self.cut_off(why)
         if self.live.death is not None:

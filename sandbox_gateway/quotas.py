@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Final
 
 from sandbox_gateway.errors import SandboxGatewayError
@@ -434,7 +434,7 @@ class Quotas:
             # What ends while the usage is read counts too: the reading may be from before it was on record.
             held = tuple(account.held)
             usage = await read() if _matters(quota, demand) else Usage()
-            admit(quota, usage, demand, _pending(usage, held))
+            admit(quota, usage, _beyond(demand, ids, usage, held), _pending(usage, held))
             now = self._clock()
             account.rate.admit(quota.creates_per_minute, demand.creates, now)
             if quota.creates_per_minute is not None:
@@ -458,6 +458,13 @@ def _matters(quota: Quota, demand: Demand) -> bool:
     return any(limit is not None for limit in kinds)
 
 
+def _beyond(demand: Demand, ids: Collection[str], usage: Usage, held: Sequence[Reservation]) -> Demand:
+    """What ``demand`` takes more than what counts already: a sandbox that is live, or that somebody has reserved the
+    place of, has it (two requests may wake one, and one that is made anew keeps its place)."""
+    counted = {it.id for it in usage.live}.union(*(each.ids for each in held if each.demand.live))
+    return replace(demand, live=max(0, demand.live - len(counted.intersection(ids))))
+
+
 def _ids(usage: Usage) -> set[str]:
     return {it.id for it in usage.live} | {it.id for it in usage.stored}
 
@@ -468,13 +475,16 @@ def _pending(usage: Usage, held: Sequence[Reservation]) -> Demand:
     An id that is in the usage now and was not when a reservation began, and that nobody else made, is its own.
     """
     live, stored = {it.id for it in usage.live}, {it.id for it in usage.stored}
+    counted = set(live)
     named: set[str] = set().union(*(each.ids for each in held))
     strange = [it for it in (*live, *stored) if it not in named]
     sandboxes = gpus = suspended = disk = 0
     memory: int | None = 0
     for each in held:
         wanted = each.demand
-        more = wanted.live - len(each.ids & live)
+        more = wanted.live - len(each.ids & counted)
+        if wanted.live:
+            counted |= each.ids
         unknown = [it for it in strange if it not in each.before and it in live][: max(0, wanted.live - len(each.ids))]
         strange = [it for it in strange if it not in unknown]
         more = max(0, more - len(unknown))

@@ -18,6 +18,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
+from weakref import WeakValueDictionary
 
 from sandbox_gateway.choices import chosen
 from sandbox_gateway.clones import ForkOutcome
@@ -44,6 +45,8 @@ from sandbox_gateway.snapshots import Kind, Snapshot
 log = logging.getLogger(__name__)
 
 ADOPT_AT_A_TIME: Final = 4
+DEAD_KEPT: Final = 16
+"""Kernels of one owner whose sandboxes have died, and that he can still restart."""
 _LEFT = frozenset({State.RUNNING, State.PAUSED, State.SUSPENDED, State.SUSPENDING, State.RESUMING, State.RESTARTING})
 """States in which a sandbox whose owner is gone can go on."""
 ALIASES: Final = ("python", "python3")
@@ -99,6 +102,7 @@ class Gateway:
         """Every kernel that this server has, by its id."""
         self.quotas = Quotas(settings.quota, quota_of)
         self._hubs: dict[str, Hub] = {}
+        self._taking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._listeners: list[Callable[[ServedKernel, bool], None]] = []
         self.before_close: list[Callable[[], Awaitable[object]]] = []
         """Awaited before any sandbox is left."""
@@ -177,6 +181,16 @@ class Gateway:
         if not record.owner or not caller.may_use(record.owner):
             raise _unknown(sandbox_id)
         return self._now(record)
+
+    async def on_record(self, sandbox_id: str) -> bool:
+        """Whether there is a record of it."""
+        try:
+            await asyncio.to_thread(self.lifecycle.store.get, sandbox_id)
+        except SandboxGatewayError as error:
+            if error.code != "unknown_sandbox":
+                raise
+            return False
+        return True
 
     def _now(self, record: SandboxRecord) -> SandboxRecord:
         live = self.lifecycle.live.get(record.id)
@@ -282,20 +296,20 @@ class Gateway:
 
     async def delete(self, caller: Caller, sandbox_id: str) -> None:
         """End a sandbox: kernel, memory, files, snapshot. Its record stays as a tombstone; harmless when it ended."""
-        record = await self.record(caller, sandbox_id)
-        kernel = self.kernels.get(sandbox_id)
-        if kernel is not None:
+        if sandbox_id in self.kernels:
+            kernel = self.kernel(caller, sandbox_id)  # of one that died long ago nothing else may be left
             await kernel.shutdown(
                 "deleted by its owner" if caller.name == kernel.owner else "deleted by an administrator"
             )
             self._leave(kernel)
-        elif record.state in LIVE or record.state is State.SUSPENDED:
+        elif (await self.record(caller, sandbox_id)).state in {*LIVE, State.SUSPENDED}:
             await self.lifecycle.stop(sandbox_id)
 
     async def forget(self, caller: Caller, sandbox_id: str) -> None:
         """As :meth:`delete`, the record too."""
         await self.delete(caller, sandbox_id)
-        await self.lifecycle.remove(sandbox_id)
+        if await self.on_record(sandbox_id):
+            await self.lifecycle.remove(sandbox_id)
 
     # Doing
 
@@ -309,14 +323,16 @@ class Gateway:
         if kernel is None:
             if record.state not in LIVE and record.state is not State.SUSPENDED:
                 raise record.over()
-            kernel = self._enter(await self._taken(sandbox_id))
+            kernel = await self._taken(sandbox_id)
         return await kernel.ours()
 
-    async def _taken(self, sandbox_id: str) -> LiveSandbox:
+    async def _taken(self, sandbox_id: str) -> ServedKernel:
         from sandbox_gateway.keeper import take_over
 
-        live: LiveSandbox = await take_over(self.lifecycle, sandbox_id)
-        return live
+        # Two requests at once would take it from each other.
+        async with self._taking.setdefault(sandbox_id, asyncio.Lock()):
+            kernel = self.kernels.get(sandbox_id)
+            return kernel or self._enter(await take_over(self.lifecycle, sandbox_id))
 
     async def suspend(self, caller: Caller, sandbox_id: str, reason: str = "") -> SandboxRecord:
         """Save it to disk and release its memory."""
@@ -538,6 +554,17 @@ class Gateway:
     def gone(self, kernel: ServedKernel) -> None:
         """A kernel is over, and nobody restarts it."""
         self._leave(kernel)
+
+    def died(self, kernel: ServedKernel) -> None:
+        """A kernel's sandbox has died. It stays until its owner restarts or deletes it; the first of many do not, as
+        no quota counts them."""
+        if self.kernels.get(kernel.id) is kernel:
+            self.kernels[kernel.id] = self.kernels.pop(kernel.id)  # behind those that died before
+        his = [one for one in self.kernels.values() if one.owner == kernel.owner]
+        dead = [one for one in his if one.live.death is not None and not one.restarting]
+        for one in dead[:-DEAD_KEPT]:
+            log.info("kernel %s died some time ago, and is listed no longer", one.id)
+            self._leave(one)
 
     def _announce(self, kernel: ServedKernel, here: bool) -> None:
         for listener in self._listeners:

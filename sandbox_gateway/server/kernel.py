@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import secrets
 import time
 from collections import deque
@@ -20,7 +21,7 @@ from sandbox_gateway.images.service import Progress
 from sandbox_gateway.kernelspecs import kernel_argv
 from sandbox_gateway.live import LiveSandbox
 from sandbox_gateway.model import Death, DeathKind, KernelSpec, State
-from sandbox_gateway.profiles import Profile, load_profiles
+from sandbox_gateway.profiles import WORKSPACE, Profile, load_profiles
 from sandbox_gateway.request import CreateRequest
 from sandbox_gateway.seat import Seat
 from sandbox_gateway.server.hub import Hub
@@ -78,6 +79,11 @@ class ServedKernel:
     def alive(self) -> bool:
         """Whether the kernel lives; one that is paused or suspended does."""
         return self.live.left or self.live.poll() is None
+
+    @property
+    def restarting(self) -> bool:
+        """Whether it is being started again, or asked back from another process."""
+        return self._order.locked()
 
     @property
     def reason(self) -> str:
@@ -146,18 +152,27 @@ class ServedKernel:
         live = self.live
         if live.death is None:
             live = await self.ours()
-        comes_back = live.death is not None or live.state is State.SUSPENDED
-        async with self._order, self._gateway.admission(live) if comes_back else contextlib.nullcontext():
-            self._unwatch()
-            try:
-                if clean and live.death is None:
-                    await self._again(live)  # what cannot be made again is not ended
-                    await live.destroy(Death(DeathKind.STOPPED, "restarted clean"))
-                if live.death is not None or not await self._rebooted(live):
-                    self.hub.publish_restart()
-                    await self._make_again(live)
-            finally:
-                self._watch()
+        async with self._order:
+            self._stays()
+            if self.live is not live:
+                return  # somebody else has just restarted it
+            takes_a_place = clean or live.death is not None or live.state is State.SUSPENDED
+            async with self._gateway.admission(live) if takes_a_place else contextlib.nullcontext():
+                self._unwatch()
+                try:
+                    if clean and live.death is None:
+                        # What cannot be made again is not ended.
+                        requests.identity(await self._again(live), root=os.geteuid() == 0)
+                        await live.destroy(Death(DeathKind.STOPPED, "restarted clean"))
+                    if live.death is not None or not await self._rebooted(live):
+                        self.hub.publish_restart()
+                        await self._make_again(live)
+                finally:
+                    self._watch()
+
+    def _stays(self) -> None:
+        if self.muted:
+            raise SandboxGatewayError("unknown_sandbox", f"sandbox {self.id} is being ended", "")
 
     async def _rebooted(self, live: LiveSandbox) -> bool:
         try:
@@ -175,7 +190,9 @@ class ServedKernel:
         if death.kind is DeathKind.EXPIRED:
             raise dead.record.over()
         await dead.ended.wait()
-        self._live = await self._gateway.lifecycle.create(await self._again(dead), self.seat)
+        wanted = await self._again(dead)
+        self._stays()
+        self._live = await self._gateway.lifecycle.create(wanted, self.seat)
         self._subject_to_quota(self._live)
         text = f"[sandbox] A new sandbox was made ({death.describe()}); variables and earlier files are lost\n"
         self.seat.channels.notice(text)
@@ -183,6 +200,9 @@ class ServedKernel:
     async def _again(self, dead: LiveSandbox) -> CreateRequest:
         """What makes another like it, as its profile is by now; raises ``unknown_profile``, ``invalid_profile``."""
         launch = dead.launch
+        directory = self._directory or next(
+            (Path(it.source) for it in launch.spec.mounts if it.destination == WORKSPACE), None
+        )
         profiles = await asyncio.to_thread(load_profiles, self._gateway.paths)
         profile = replace(profiles.get(dead.record.profile), limits=launch.spec.limits, required_limits=frozenset())
         if launch.spec.image.name in images(profile):
@@ -195,7 +215,7 @@ class ServedKernel:
             replace(profile, client_environment=(*profile.client_environment, *environment)),
             KernelSpec(kernel_argv(profile), interrupt_mode=profile.interrupt_mode),
             self.seat.key,
-            self._directory,
+            directory,
             environment,
             dead.record.name,
             self._gateway.settings.private,
@@ -221,7 +241,9 @@ class ServedKernel:
             return
         if live.death is not None:
             await live.ended.wait()
-            if live.death.kind in _ON_PURPOSE and not self.muted:
+            if live.death.kind not in _ON_PURPOSE:
+                self._gateway.died(self)
+            elif not self.muted:
                 self._gateway.gone(self)
             return
         await asyncio.sleep(LAST_WORDS)
@@ -248,11 +270,22 @@ class ServedKernel:
         """End it for good."""
         self.muted = True
         self._unwatch()
-        live = self.live
-        if live.left:
-            await self._gateway.lifecycle.stop(self.id)
-        else:
-            await live.destroy(Death(DeathKind.STOPPED, reason))
+        try:
+            await self._end(reason)
+            async with self._order:  # a restart that is under way may make another one
+                await self._end(reason)
+        except BaseException:
+            self.muted = False
+            self._watch()
+            raise
+
+    async def _end(self, reason: str) -> None:
+        lifecycle = self._gateway.lifecycle
+        for live in {self.live, lifecycle.live.get(self.id, self.live)}:
+            if not live.left:
+                await live.destroy(Death(DeathKind.STOPPED, reason))
+            elif await self._gateway.on_record(self.id):
+                await lifecycle.stop(self.id)
 
     def close(self, *, remove: bool) -> None:
         """Give everything of this process up."""

@@ -193,6 +193,32 @@ async def test_what_is_being_made_and_is_on_record_already_counts_once() -> None
         unnamed.made("child")
 
 
+async def test_one_that_is_made_anew_keeps_its_place_while_it_is_not_on_record() -> None:
+    user, quotas = User(), Quotas(Quota(live=1, memory=GIB))
+    user.live = ["a"]
+    async with quotas.resume("ann", user.read, "a", memory=GIB):
+        user.live.clear()  # ended, for another one under its id
+        with pytest.raises(SandboxGatewayError):
+            async with quotas.create("ann", user.read, memory=GIB):
+                pass
+        user.live = ["a"]
+
+
+async def test_two_who_wake_one_sandbox_take_one_place() -> None:
+    user, quotas = User(), Quotas(Quota(live=2, memory=2 * GIB))
+    user.live = ["other"]
+    async with (
+        quotas.resume("ann", user.read, "a", memory=GIB),
+        quotas.resume("ann", user.read, "a", memory=GIB),
+    ):
+        with pytest.raises(SandboxGatewayError):
+            async with quotas.resume("ann", user.read, "b", memory=GIB):
+                pass
+        user.live.append("a")
+        async with quotas.resume("ann", user.read, "a", memory=GIB):
+            pass
+
+
 async def test_a_fork_that_is_half_done_counts_as_a_whole_and_once() -> None:
     user, quotas = User(), Quotas(Quota(live=4))
     async with quotas.create("ann", user.read, count=2) as fork:

@@ -194,6 +194,15 @@ async def test_a_restart_ends_the_cell_that_runs(gateway: Served) -> None:
     assert (await run(gateway, one, "1"))[-1]["status"] == "ok"
 
 
+async def test_a_cell_sent_right_after_a_restart_ends_when_its_kernel_dies(gateway: Served) -> None:
+    one = await gateway.create()
+    assert (await run(gateway, one, "1"))[-1]["status"] == "ok"
+    await gateway.ok("POST", f"/api/sandboxes/{one}/restart")
+    async with asyncio.timeout(60):
+        told = await run(gateway, one, "import os\nos._exit(1)")
+    assert told[-1]["status"] == "failed" and told[-1]["code"] == "kernel_died"
+
+
 async def test_input_over_plain_http(gateway: Served) -> None:
     one = await gateway.create()
     told = []
