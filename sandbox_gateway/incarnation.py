@@ -17,7 +17,7 @@ from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host.machine import boot_id
 from sandbox_gateway.ledger import Ledger
 from sandbox_gateway.link.host import Link
-from sandbox_gateway.model import SandboxRecord, SandboxSpec
+from sandbox_gateway.model import Death, SandboxRecord, SandboxSpec
 from sandbox_gateway.runtimes.base import Handle, Runtime, Stats
 from sandbox_gateway.seat import Seat
 from sandbox_gateway.suspension import Saved, Suspension
@@ -191,6 +191,12 @@ class Incarnation:
         """Tell the agent what becomes of the sandbox when its owner is gone."""
         await self.link.call("policy", on_owner_exit=str(self._record.on_owner_exit), grace=self._record.grace)
         self.policy_told = True
+
+    async def ended(self) -> Death | None:
+        """Why its processes are gone, where they are."""
+        if await self._runtime.alive(self.made):
+            return None
+        return await self._runtime.wait(self.made)
 
     async def stats(self) -> Stats:
         """Resource use now."""

@@ -57,16 +57,19 @@ class Ledger:
             await asyncio.to_thread(self._store.put, moved)
             self._moved(before, moved)
 
-    async def insist(self, state: State, **changes: Any) -> None:
-        """Become ``state`` also where that cannot be written down: it is so. The next change writes it."""
-        before = self.record
+    async def insist(self, state: State, **changes: Any) -> bool:
+        """Become ``state`` also where that cannot be written down: it is so. The next change writes it. Whether it was
+        written."""
+        before, written = self.record, True
         if state is not before.state:
             moved = before.moved(state, time.time(), **changes)
             try:
                 await asyncio.to_thread(self._store.put, moved)
             except SandboxGatewayError as error:
                 log.error("sandbox %s is %s, which could not be written down: %s", moved.id, state, error.message)
+                written = False
             self._moved(before, moved)
+        return written
 
     def _moved(self, before: SandboxRecord, moved: SandboxRecord) -> None:
         self.record = moved

@@ -47,6 +47,8 @@ L = TypeVar("L", bound=LiveSandbox)
 
 SWEPT = 2.0
 """Seconds that a new id is waited for, while another process looks at its directory."""
+HANDED_OVER = 5.0
+"""Seconds that a sandbox may be between two owners."""
 SWEEP_DELAY = 0.3
 """Seconds after a claim until what others left is looked for: what is started now needs the processor first."""
 SWEEP_INTERVAL = 5.0
@@ -250,8 +252,9 @@ class Lifecycle:
 
         Raises ``owned_elsewhere``, ``unknown_sandbox``, ``illegal_transition`` when it has ended, or what went wrong.
         """
-        if sandbox_id in self.live:
-            return self.live[sandbox_id]
+        found = self.live.get(sandbox_id)
+        if found is not None and not found.left:
+            return found
         record = await asyncio.to_thread(self.store.get, sandbox_id)
         lock = await self.claim(record.id)
         try:
@@ -289,11 +292,15 @@ class Lifecycle:
     async def hand_over(self, sandbox_id: str) -> None:
         """Give a sandbox up for another owner: flushed, detached, endpoints closed, lock free."""
         sandbox = self.owned(sandbox_id)
-        await sandbox.detach()
-        self.events.note(sandbox_id, EventKind.HANDED_OVER)
-        self.live.pop(sandbox_id, None)
-        self._seats.pop(sandbox_id, None)
-        sandbox.seat.release(remove=False)
+        try:
+            await sandbox.detach()
+        finally:
+            # Of several who asked at once one does this, and whoever is its next owner here has nothing to do with it.
+            if sandbox.left and self.live.get(sandbox_id) is sandbox:
+                self.events.note(sandbox_id, EventKind.HANDED_OVER)
+                del self.live[sandbox_id]
+                self._seats.pop(sandbox_id, None)
+                sandbox.seat.release(remove=False)
 
     def entrust(self, sandbox_id: str) -> Seat:
         """The place of an adopted sandbox, for a caller who keeps it beyond the sandbox's end, and releases it.
@@ -446,13 +453,27 @@ class Lifecycle:
         record = await asyncio.to_thread(self.store.get, sandbox_id)
         if record.state not in LIVE and record.state is not State.SUSPENDED:
             return record
-        try:
-            await ask(self.paths, record.id, "stop", timeout=60.0)
-        except NoOwner:
-            if not await self._unowned.end(record.id, Death(DeathKind.STOPPED, "stopped by `jupyter sandbox stop`")):
-                hint = "Another process took it meanwhile; try again."
-                raise SandboxGatewayError("owned_elsewhere", f"sandbox {sandbox_id} is being removed", hint) from None
+        await self._stop(record.id)
         return await asyncio.to_thread(self.store.get, sandbox_id)
+
+    async def _stop(self, sandbox_id: str) -> None:
+        deadline = time.monotonic() + HANDED_OVER
+        while True:
+            try:
+                await ask(self.paths, sandbox_id, "stop", timeout=60.0)
+            except NoOwner:
+                if not await self._unowned.end(
+                    sandbox_id, Death(DeathKind.STOPPED, "stopped by `jupyter sandbox stop`")
+                ):
+                    hint = "Another process took it meanwhile; try again."
+                    text = f"sandbox {sandbox_id} is being removed"
+                    raise SandboxGatewayError("owned_elsewhere", text, hint) from None
+            except SandboxGatewayError as error:
+                if error.code != "unknown_sandbox" or time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(0.1)  # between two owners there is no event to wait for
+                continue
+            return
 
     async def remove(self, sandbox_id: str) -> None:
         """End a sandbox and forget it."""

@@ -42,7 +42,7 @@ from sandbox_gateway.model import (
     SandboxRecord,
     State,
 )
-from sandbox_gateway.runtimes.base import Runtime, Stats
+from sandbox_gateway.runtimes.base import Handle, Runtime, Stats
 from sandbox_gateway.seat import Seat
 from sandbox_gateway.snapshots import Kind, Snapshot
 from sandbox_gateway.store import Store
@@ -107,7 +107,9 @@ class LiveSandbox:
         self._waking: asyncio.Task[None] | None = None
         self._progress = Progress(seat.cursors, seat.channels.served, self._numbers)
         seat.channels.on_served = self._progress.moved
+        self._leaving: asyncio.Task[None] | None = None
         self._saved: Saved | None = None
+        self._left_off: Remains | None = None
         self._sealing: asyncio.Task[None] | None = None
         self._order = InOrder()
 
@@ -312,7 +314,7 @@ class LiveSandbox:
                 self._go_on()
             raise
         attachment = self._incarnation.let_go()
-        remains = Remains(self.seat.cursors.read(), None)
+        remains = self._remains()
         try:
             if attachment is not None:
                 if before is State.RUNNING:
@@ -334,7 +336,7 @@ class LiveSandbox:
             self._ledger.why = str(error)
             await self._stay(before, remains)
             raise
-        self._saved = Saved(snapshot, remains)
+        self._saved, self._left_off = Saved(snapshot, remains), None
         # From here on the snapshot counts; what cannot be removed now is swept later.
         await self._incarnation.drop()
         self._sealing = asyncio.create_task(self._suspension.seal(snapshot))
@@ -353,9 +355,15 @@ class LiveSandbox:
                 await self._suspension.thaw(self._incarnation.made)
                 await self._incarnation.attach(self.record.epoch, remains)
                 self._connect()
+            elif remains.outbox is not None:
+                self._left_off = remains
             await self._ledger.insist(before)
         except SandboxGatewayError as error:
             self._died(Death(DeathKind.FAILED, f"it could not be suspended, and does not go on: {error.message}"))
+
+    def _remains(self) -> Remains:
+        """Where the link was left off; of what an earlier owner had, as far as clients have been served."""
+        return self._left_off or Remains(self.seat.cursors.read(), None)
 
     async def resume(self) -> None:
         """Let a paused or suspended one go on; harmless when it runs.
@@ -374,9 +382,16 @@ class LiveSandbox:
         if self.state in _AWAKE:
             return
         if self.state is State.PAUSED:
-            await self._suspension.thaw(self._incarnation.made)
+            try:
+                await self._suspension.thaw(self._incarnation.made)
+            except SandboxGatewayError:
+                # Without an attachment nobody saw it end.
+                if (death := await self._incarnation.ended()) is not None:
+                    self._died(death)
+                raise
             if self._incarnation.attachment is None:
-                await self._incarnation.attach(self.record.epoch, Remains(self.seat.cursors.read(), None))
+                await self._incarnation.attach(self.record.epoch, self._remains())
+                self._left_off = None
             self._go_on()
             await self._ledger.insist(State.RUNNING)
             if not self._incarnation.policy_told:
@@ -403,9 +418,11 @@ class LiveSandbox:
             raise
         self._saved = None
         # On record before anybody hears of it: a crash in between must not go back behind what clients have seen.
-        await self._ledger.insist(State.RUNNING, snapshot=None)
+        written = await self._ledger.insist(State.RUNNING, snapshot=None)
         self._begin()
-        self._suspension.done_with(saved, self._incarnation.made)
+        if written:
+            # Where it is not, the record on disk names the snapshot still, and is what a crash would go back to.
+            self._suspension.done_with(saved, self._incarnation.made)
 
     def _as_served(self, saved: Saved) -> Saved:
         """What an earlier owner had taken and its clients had not: the agent has to send it again."""
@@ -459,7 +476,7 @@ class LiveSandbox:
         try:
             if running:
                 await self._suspension.freeze(handle)
-            received = self.seat.cursors.read() if attachment is None else attachment.link.received()
+            received = self._remains().received if attachment is None else attachment.link.received()
             launch = replace(self.launch, facts=inherited(self.seat.channels.facts()))
             snapshot = await self._suspension.save(
                 handle, self.record, launch, received, kind, name=name, template_key=template_key, among=among
@@ -469,9 +486,16 @@ class LiveSandbox:
             return snapshot
         finally:
             if running:
-                await self._suspension.thaw(handle)
+                await self._goes_on(handle)
                 if attachment is not None:
                     attachment.thaw()
+
+    async def _goes_on(self, handle: Handle) -> None:
+        try:
+            await self._suspension.thaw(handle)
+        except SandboxGatewayError as error:
+            self._died(Death(DeathKind.FAILED, f"it was saved, and does not go on: {error.message}"))
+            raise
 
     def _wake(self) -> None:
         """A client wants something that needs the kernel."""
@@ -628,10 +652,13 @@ class LiveSandbox:
     async def destroy(self, death: Death) -> None:
         """End and remove everything; idempotent. ``death`` is recorded unless there is an earlier reason.
 
-        Goes on to its end when the caller is cancelled: nobody else would finish what is half removed.
+        Goes on to its end when the caller is cancelled: nobody else would finish what is half removed. One that is
+        being left to another owner is that one's to end; who asks hears it from :attr:`left`.
         """
         self.unwanted = self.unwanted or death.kind in {DeathKind.STOPPED, DeathKind.OWNER_GONE}
         if self._removal is None:
+            if self._leaving is not None:
+                await asyncio.wait({self._leaving})
             if self._ending:
                 return
             self._ending = self.kernel.muted = True
@@ -646,11 +673,15 @@ class LiveSandbox:
         await self.destroy(Death(DeathKind.EXPIRED, reason))
 
     async def detach(self) -> None:
-        """Leave the sandbox as it is for its next owner."""
-        if self._ending:
+        """Leave the sandbox as it is for its next owner. It is left, or at its end, when this
+        returns, whoever began it."""
+        if self._removal is not None:
+            await asyncio.wait({self._removal})
             return
-        self._ending = self.kernel.muted = True
-        await self._shielded(self._detach())
+        if self._leaving is None:
+            self._ending = self.kernel.muted = True
+            self._leaving = asyncio.create_task(self._order.serially(self._detach()))
+        await asyncio.shield(self._leaving)
 
     async def _detach(self) -> None:
         await self._sealed()
@@ -664,7 +695,8 @@ class LiveSandbox:
             await self.seat.channels.settle(SETTLE)
             if (served := self.seat.channels.served(received)) is not None:
                 self.seat.cursors.write(served)
-        await self._ledger.save(owner_pid=None)
+        with contextlib.suppress(SandboxGatewayError):  # the lock tells it too
+            await self._ledger.save(owner_pid=None)
         self.kernel.gone.set()
 
     async def _finish(self, death: Death, final: State) -> None:
@@ -673,11 +705,11 @@ class LiveSandbox:
                 await raw_log.keep(self._incarnation.link, self._log_file)
             self.death = self.death or death
             # Live until all of it is gone: whoever comes after a crash of ours still finds something to remove.
-            if self.death.kind is DeathKind.EXPIRED and self.state is State.SUSPENDED:
-                final = State.EXPIRED
-                await self._ledger.save(death=self.death)
-            else:
-                with contextlib.suppress(SandboxGatewayError):
+            with contextlib.suppress(SandboxGatewayError):
+                if self.death.kind is DeathKind.EXPIRED and self.state is State.SUSPENDED:
+                    final = State.EXPIRED
+                    await self._ledger.save(death=self.death)
+                else:
                     await self._ledger.insist(State.TERMINATING, death=self.death)
             self.seat.channels.disconnect()
             self._progress.stop()
@@ -728,7 +760,7 @@ class LiveSandbox:
         if attachment is not None:
             # What is held back was not given to any client.
             return None if attachment.holding else attachment.link.received()
-        remains = self._saved.remains if self._saved is not None else None
+        remains = self._saved.remains if self._saved is not None else self._left_off
         return remains.received if remains is not None else None
 
     async def _shielded(self, work: Coroutine[Any, Any, T]) -> T:

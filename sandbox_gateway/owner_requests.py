@@ -22,6 +22,8 @@ async def carry_out(
     match op:
         case "stop":
             await sandbox.destroy(Death(DeathKind.STOPPED, reason or "stopped by `jupyter sandbox stop`"))
+            if sandbox.left:
+                raise SandboxGatewayError("unknown_sandbox", f"sandbox {sandbox.id} was handed over at this moment")
         case "suspend":
             await sandbox.suspend(reason or "by `jupyter sandbox suspend`")
         case "resume":

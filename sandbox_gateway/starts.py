@@ -235,7 +235,11 @@ class Starts:
         maker = self._maker
         stood = member.sandbox.record
         # While both records would name it, a sweep could end it for the sake of the old one; its lock is still ours.
-        await asyncio.to_thread(maker.store.delete, stood.id)
+        try:
+            await asyncio.to_thread(maker.store.delete, stood.id)
+        except BaseException:
+            await asyncio.shield(member.sandbox.vanish())
+            raise
         attachment = member.sandbox.surrender()
         maker.live.pop(stood.id, None)
         record = replace(record, handle=stood.handle, step=stood.step, epoch=stood.epoch)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -11,12 +13,14 @@ from typing import Any
 
 import pytest
 
+from sandbox_gateway.attachment import Remains
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host.paths import Paths
+from sandbox_gateway.host.processes import ProcessRef, wait_exit
 from sandbox_gateway.lifecycle import Lifecycle
 from sandbox_gateway.live import LiveSandbox
-from sandbox_gateway.model import Death, DeathKind, Image, KernelSpec, State
-from sandbox_gateway.owner_lock import OwnerLock
+from sandbox_gateway.model import Death, DeathKind, Image, KernelSpec, SandboxRecord, State
+from sandbox_gateway.owner_lock import OwnerLock, holder
 from sandbox_gateway.profiles import Profile
 from sandbox_gateway.request import CreateRequest
 from sandbox_gateway.runtimes.base import Handle
@@ -117,3 +121,145 @@ async def test_a_new_id_is_had_although_a_sweep_of_another_process_looks_at_its_
             await lifecycle.claim("other")
         assert caught.value.code == "owned_elsewhere"
     lifecycle.store.delete("other")
+
+
+# Between two owners
+
+
+async def test_of_two_who_ask_for_it_at_once_neither_has_it_before_it_is_left(
+    slow: tuple[Lifecycle, SlowToRemove],
+) -> None:
+    lifecycle, runtime = slow
+    runtime.go.set()
+    sandbox = await started(lifecycle)
+    async with sandbox._order.lock:  # it is in the middle of something
+        asked = [asyncio.create_task(lifecycle.hand_over(ID)) for _ in range(2)]
+        await asyncio.wait(asked, timeout=0.1)
+        assert not any(task.done() for task in asked) and holder(lifecycle.paths.sandbox(ID)) is not None
+    await asyncio.gather(*asked)
+    assert ID not in lifecycle.live and holder(lifecycle.paths.sandbox(ID)) is None
+    again = await lifecycle.adopt(ID)
+    assert again is not sandbox and lifecycle.store.get(ID).owner_pid is not None
+    await again.destroy(Death(DeathKind.STOPPED))
+
+
+async def test_a_stop_while_it_is_handed_over_ends_it_all_the_same(slow: tuple[Lifecycle, SlowToRemove]) -> None:
+    lifecycle, runtime = slow
+    runtime.go.set()
+    sandbox = await started(lifecycle)
+    async with sandbox._order.lock:
+        handed_over = asyncio.create_task(lifecycle.hand_over(ID))
+        await asyncio.sleep(0)
+        stopped = asyncio.create_task(lifecycle.stop(ID))
+        await asyncio.wait({stopped}, timeout=0.2)
+    await handed_over
+    assert (await stopped).state is State.TERMINATED
+    assert await runtime.list() == []
+
+
+def full(lifecycle: Lifecycle, monkeypatch: pytest.MonkeyPatch, *states: State) -> None:
+    """From now on no record can be written, or none in these states."""
+    put = lifecycle.store.put
+
+    def refuse(record: SandboxRecord) -> None:
+        if not states or record.state in states:
+            raise SandboxGatewayError("disk_full", "no space left on device")
+        put(record)
+
+    monkeypatch.setattr(lifecycle.store, "put", refuse)
+
+
+async def test_it_is_left_also_where_that_cannot_be_written_down(
+    slow: tuple[Lifecycle, SlowToRemove], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lifecycle, runtime = slow
+    runtime.go.set()
+    await started(lifecycle)
+    with monkeypatch.context() as patched:
+        full(lifecycle, patched)
+        await lifecycle.hand_over(ID)
+    assert ID not in lifecycle.live and holder(lifecycle.paths.sandbox(ID)) is None
+    assert (await lifecycle.stop(ID)).state is State.TERMINATED
+
+
+# Suspended, on a disk that fills up
+
+
+async def test_one_whose_time_is_over_ends_also_on_a_full_disk(
+    slow: tuple[Lifecycle, SlowToRemove], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lifecycle, runtime = slow
+    runtime.go.set()
+    sandbox = await started(lifecycle)
+    await sandbox.suspend()
+    full(lifecycle, monkeypatch)
+    await sandbox.expire("nobody came")
+    assert sandbox.ended.is_set() and not lifecycle.live
+    assert not lifecycle.snapshots.list()
+
+
+async def test_a_snapshot_stays_while_the_record_on_disk_names_it(
+    slow: tuple[Lifecycle, SlowToRemove], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lifecycle, runtime = slow
+    runtime.go.set()
+    sandbox = await started(lifecycle)
+    await sandbox.suspend()
+    with monkeypatch.context() as patched:
+        full(lifecycle, patched, State.RUNNING)
+        await sandbox.resume()
+    assert sandbox.state is State.RUNNING
+    named = lifecycle.store.get(ID).snapshot
+    assert named is not None and lifecycle.snapshots.get(named).id == named
+    await sandbox.destroy(Death(DeathKind.STOPPED))
+
+
+async def test_a_paused_one_that_could_not_be_suspended_goes_on_where_its_link_was_left(
+    slow: tuple[Lifecycle, SlowToRemove], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not where the slowest client is: all the others would have everything since then twice."""
+    lifecycle, runtime = slow
+    runtime.go.set()
+    sandbox = await started(lifecycle)
+    await sandbox.pause()
+    with monkeypatch.context() as patched:
+        full(lifecycle, patched, State.SUSPENDED)
+        with pytest.raises(SandboxGatewayError):
+            await sandbox.suspend()
+    assert sandbox.state is State.PAUSED
+    attached: list[Remains | None] = []
+    attach = sandbox._incarnation.attach
+
+    async def spy(epoch: int, remains: Remains | None = None, **options: Any) -> None:
+        attached.append(remains)
+        await attach(epoch, remains, **options)
+
+    monkeypatch.setattr(sandbox._incarnation, "attach", spy)
+    await sandbox.resume()
+    assert sandbox.state is State.RUNNING
+    [remains] = attached
+    assert remains is not None and remains.outbox is not None
+    await sandbox.destroy(Death(DeathKind.STOPPED))
+
+
+async def test_one_that_ended_while_it_was_paused_and_nobody_watched_is_dead_when_it_is_woken(
+    slow: tuple[Lifecycle, SlowToRemove], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lifecycle, runtime = slow
+    runtime.go.set()
+    await (await started(lifecycle)).pause()
+    await lifecycle.hand_over(ID)
+    sandbox = await lifecycle.adopt(ID)  # a paused one is left alone by who adopts it
+    process = ProcessRef.from_json(sandbox.record.handle["data"]["sandbox"])
+    assert process is not None and sandbox.state is State.PAUSED
+    os.kill(process.pid, signal.SIGKILL)
+    await wait_exit(process)
+
+    async def resume(handle: Handle) -> None:
+        raise SandboxGatewayError("runtime_failed", "there is no such container")
+
+    monkeypatch.setattr(runtime, "resume", resume)
+    with pytest.raises(SandboxGatewayError):
+        await sandbox.resume()
+    await sandbox.ended.wait()
+    assert lifecycle.store.get(ID).state is State.FAILED

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from acceptance import until
 from faulty import Faults, Subject
 
 from sandbox_gateway import attachment
@@ -155,3 +156,17 @@ def test_a_fork_whose_restore_fails_leaves_its_parent_alone_and_no_child(
     subject.no_more_snapshots_than(before)
     faults.clear()
     subject.works(cell)
+
+
+def test_a_kernel_that_does_not_go_on_after_it_was_saved_is_told_as_dead(subject: Subject, faults: Faults) -> None:
+    """A frozen one that counts as running would answer nobody for ever; what was saved is there."""
+    subject.long_cell()
+    faults.set("resume", "fails")
+    try:
+        said = subject.refused("snapshot", "create", subject.id, "--name", "last")
+        assert "injected fault" in said, said
+        until(lambda: subject.state == "failed", found=lambda: subject.state)
+    finally:
+        faults.clear()
+    until(subject.sleeps)
+    subject.ask("snapshot", "rm", "last")
