@@ -63,6 +63,14 @@ async def slow(paths: Paths) -> AsyncIterator[tuple[Lifecycle, SlowToRemove]]:
         _seats.pop().release()
 
 
+@pytest.fixture
+def quick(slow: tuple[Lifecycle, SlowToRemove]) -> Lifecycle:
+    """With removals that wait for nothing."""
+    lifecycle, runtime = slow
+    runtime.go.set()
+    return lifecycle
+
+
 _seats: list[Seat] = []
 """Those of the test's kernels, which an application gives up itself."""
 
@@ -127,34 +135,30 @@ async def test_a_new_id_is_had_although_a_sweep_of_another_process_looks_at_its_
 
 
 async def test_of_two_who_ask_for_it_at_once_neither_has_it_before_it_is_left(
-    slow: tuple[Lifecycle, SlowToRemove],
+    quick: Lifecycle,
 ) -> None:
-    lifecycle, runtime = slow
-    runtime.go.set()
-    sandbox = await started(lifecycle)
+    sandbox = await started(quick)
     async with sandbox._order.lock:  # it is in the middle of something
-        asked = [asyncio.create_task(lifecycle.hand_over(ID)) for _ in range(2)]
+        asked = [asyncio.create_task(quick.hand_over(ID)) for _ in range(2)]
         await asyncio.wait(asked, timeout=0.1)
-        assert not any(task.done() for task in asked) and holder(lifecycle.paths.sandbox(ID)) is not None
+        assert not any(task.done() for task in asked) and holder(quick.paths.sandbox(ID)) is not None
     await asyncio.gather(*asked)
-    assert ID not in lifecycle.live and holder(lifecycle.paths.sandbox(ID)) is None
-    again = await lifecycle.adopt(ID)
-    assert again is not sandbox and lifecycle.store.get(ID).owner_pid is not None
+    assert ID not in quick.live and holder(quick.paths.sandbox(ID)) is None
+    again = await quick.adopt(ID)
+    assert again is not sandbox and quick.store.get(ID).owner_pid is not None
     await again.destroy(Death(DeathKind.STOPPED))
 
 
-async def test_a_stop_while_it_is_handed_over_ends_it_all_the_same(slow: tuple[Lifecycle, SlowToRemove]) -> None:
-    lifecycle, runtime = slow
-    runtime.go.set()
-    sandbox = await started(lifecycle)
+async def test_a_stop_while_it_is_handed_over_ends_it_all_the_same(quick: Lifecycle) -> None:
+    sandbox = await started(quick)
     async with sandbox._order.lock:
-        handed_over = asyncio.create_task(lifecycle.hand_over(ID))
+        handed_over = asyncio.create_task(quick.hand_over(ID))
         await asyncio.sleep(0)
-        stopped = asyncio.create_task(lifecycle.stop(ID))
+        stopped = asyncio.create_task(quick.stop(ID))
         await asyncio.wait({stopped}, timeout=0.2)
     await handed_over
     assert (await stopped).state is State.TERMINATED
-    assert await runtime.list() == []
+    assert await FakeRuntime(quick.paths).list() == []
 
 
 def full(lifecycle: Lifecycle, monkeypatch: pytest.MonkeyPatch, *states: State) -> None:
@@ -170,60 +174,52 @@ def full(lifecycle: Lifecycle, monkeypatch: pytest.MonkeyPatch, *states: State) 
 
 
 async def test_it_is_left_also_where_that_cannot_be_written_down(
-    slow: tuple[Lifecycle, SlowToRemove], monkeypatch: pytest.MonkeyPatch
+    quick: Lifecycle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lifecycle, runtime = slow
-    runtime.go.set()
-    await started(lifecycle)
+    await started(quick)
     with monkeypatch.context() as patched:
-        full(lifecycle, patched)
-        await lifecycle.hand_over(ID)
-    assert ID not in lifecycle.live and holder(lifecycle.paths.sandbox(ID)) is None
-    assert (await lifecycle.stop(ID)).state is State.TERMINATED
+        full(quick, patched)
+        await quick.hand_over(ID)
+    assert ID not in quick.live and holder(quick.paths.sandbox(ID)) is None
+    assert (await quick.stop(ID)).state is State.TERMINATED
 
 
 # Suspended, on a disk that fills up
 
 
 async def test_one_whose_time_is_over_ends_also_on_a_full_disk(
-    slow: tuple[Lifecycle, SlowToRemove], monkeypatch: pytest.MonkeyPatch
+    quick: Lifecycle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lifecycle, runtime = slow
-    runtime.go.set()
-    sandbox = await started(lifecycle)
+    sandbox = await started(quick)
     await sandbox.suspend()
-    full(lifecycle, monkeypatch)
+    full(quick, monkeypatch)
     await sandbox.expire("nobody came")
-    assert sandbox.ended.is_set() and not lifecycle.live
-    assert not lifecycle.snapshots.list()
+    assert sandbox.ended.is_set() and not quick.live
+    assert not quick.snapshots.list()
 
 
 async def test_a_snapshot_stays_while_the_record_on_disk_names_it(
-    slow: tuple[Lifecycle, SlowToRemove], monkeypatch: pytest.MonkeyPatch
+    quick: Lifecycle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lifecycle, runtime = slow
-    runtime.go.set()
-    sandbox = await started(lifecycle)
+    sandbox = await started(quick)
     await sandbox.suspend()
     with monkeypatch.context() as patched:
-        full(lifecycle, patched, State.RUNNING)
+        full(quick, patched, State.RUNNING)
         await sandbox.resume()
     assert sandbox.state is State.RUNNING
-    named = lifecycle.store.get(ID).snapshot
-    assert named is not None and lifecycle.snapshots.get(named).id == named
+    named = quick.store.get(ID).snapshot
+    assert named is not None and quick.snapshots.get(named).id == named
     await sandbox.destroy(Death(DeathKind.STOPPED))
 
 
 async def test_a_paused_one_that_could_not_be_suspended_goes_on_where_its_link_was_left(
-    slow: tuple[Lifecycle, SlowToRemove], monkeypatch: pytest.MonkeyPatch
+    quick: Lifecycle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not where the slowest client is: all the others would have everything since then twice."""
-    lifecycle, runtime = slow
-    runtime.go.set()
-    sandbox = await started(lifecycle)
+    sandbox = await started(quick)
     await sandbox.pause()
     with monkeypatch.context() as patched:
-        full(lifecycle, patched, State.SUSPENDED)
+        full(quick, patched, State.SUSPENDED)
         with pytest.raises(SandboxGatewayError):
             await sandbox.suspend()
     assert sandbox.state is State.PAUSED
@@ -243,23 +239,21 @@ async def test_a_paused_one_that_could_not_be_suspended_goes_on_where_its_link_w
 
 
 async def test_one_that_ended_while_it_was_paused_and_nobody_watched_is_dead_when_it_is_woken(
-    slow: tuple[Lifecycle, SlowToRemove], monkeypatch: pytest.MonkeyPatch
+    quick: Lifecycle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lifecycle, runtime = slow
-    runtime.go.set()
-    await (await started(lifecycle)).pause()
-    await lifecycle.hand_over(ID)
-    sandbox = await lifecycle.adopt(ID)  # a paused one is left alone by who adopts it
+    await (await started(quick)).pause()
+    await quick.hand_over(ID)
+    sandbox = await quick.adopt(ID)  # a paused one is left alone by who adopts it
     process = ProcessRef.from_json(sandbox.record.handle["data"]["sandbox"])
     assert process is not None and sandbox.state is State.PAUSED
     os.kill(process.pid, signal.SIGKILL)
     await wait_exit(process)
 
-    async def resume(handle: Handle) -> None:
+    async def resume(runtime: SlowToRemove, handle: Handle) -> None:
         raise SandboxGatewayError("runtime_failed", "there is no such container")
 
-    monkeypatch.setattr(runtime, "resume", resume)
+    monkeypatch.setattr(SlowToRemove, "resume", resume)
     with pytest.raises(SandboxGatewayError):
         await sandbox.resume()
     await sandbox.ended.wait()
-    assert lifecycle.store.get(ID).state is State.FAILED
+    assert quick.store.get(ID).state is State.FAILED

@@ -205,6 +205,26 @@ async def test_one_that_died_while_it_stood_ready_is_not_given_away(driver: Driv
     assert member.sandbox.id not in standing(driver)
 
 
+async def test_one_whose_record_cannot_be_removed_is_not_left_behind(
+    driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = await looked_at(driver, tmp_path, 1)
+    stood = driver.lifecycle.pool._members[0].sandbox
+    refused: list[str] = []
+    delete = driver.lifecycle.store.delete
+
+    def refuse(sandbox_id: str) -> None:
+        if sandbox_id == stood.id and not refused:
+            refused.append(sandbox_id)
+            raise SandboxGatewayError("disk_full", "no space left on device")
+        delete(sandbox_id)
+
+    monkeypatch.setattr(driver.lifecycle.store, "delete", refuse)
+    kernel = await driver.start(profile, tmp_path)
+    assert refused and await kernel.value("print(6 * 7)") == 42
+    assert stood.death is not None and stood.id not in driver.lifecycle.live
+
+
 @pytest.mark.parametrize("ready", [0, 1], ids=["template", "pool"])
 async def test_a_start_gets_what_the_image_is_now_not_what_the_last_one_got(
     driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ready: int
