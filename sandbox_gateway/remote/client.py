@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from http.client import responses
 from typing import Any, Final
 
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest, HTTPResponse
@@ -39,6 +40,7 @@ _ENDED = frozenset({"terminated", "failed", "expired"})
 _ASLEEP = frozenset({"paused", "suspending", "suspended"})
 _GOING_ON = frozenset({"pending", "queued", "running", "started"})
 _TRANSIENT = frozenset({429, 502, 503, 504})
+"""What something on the way answers for a while; statuses above 500 that no standard knows are its own as well."""
 
 
 class Unreachable(SandboxGatewayError):
@@ -102,6 +104,17 @@ class RemoteSandbox:
     def asleep(self) -> bool:
         """Whether it is paused or suspended: a request would wake it."""
         return self.state in _ASLEEP
+
+    @property
+    def falling_asleep(self) -> bool:
+        """Whether it is being saved: the last that the kernel says may still be on its way."""
+        return self.state == "suspending"
+
+    @property
+    def busy(self) -> bool:
+        """Whether the kernel works on a request, or did when it was put to sleep."""
+        kernel = self.data.get("kernel")
+        return isinstance(kernel, Mapping) and kernel.get("execution_state") == "busy"
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RemoteSandbox:
@@ -371,7 +384,7 @@ class GatewayClient:
         code = problem.get("code")
         if isinstance(code, str) and code in ERRORS:
             return SandboxGatewayError.from_dict(problem)
-        said = _text(problem, "message") or _text(problem, "detail") or HTTPStatus(error.code).phrase
+        said = _text(problem, "message") or _text(problem, "detail") or responses.get(error.code, "a status of its own")
         if error.code in {401, 403}:
             text = (
                 f"{self.address.place} does not take the token" if self.token else f"{self.address.place} wants a token"
@@ -381,7 +394,7 @@ class GatewayClient:
         if 300 <= error.code < 400:
             to = error.response.headers.get("Location", "") if error.response is not None else ""
             return Unreachable(self.address, f"it sends us to {to[:200]}", "Give the address that it names.")
-        if error.code in _TRANSIENT:
+        if error.code in _TRANSIENT or (error.code > 500 and error.code not in responses):
             return Unreachable(self.address, f"{error.code} {said}")
         fallback = {404: "not_found", 410: "expired", 409: "illegal_transition"}.get(error.code, "internal")
         return SandboxGatewayError(fallback, f"{self.address.place} answers {error.code}: {said}")

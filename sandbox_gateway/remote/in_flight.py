@@ -5,6 +5,10 @@ cell twice is worse than anything, so nothing is sent again on a guess. A kernel
 in order: after a reconnect a harmless question (the *barrier*) goes first, and when its answer comes, a request of
 which nothing was ever heard (no ``busy`` under its header, no reply) was never received, and is sent again. One that
 was heard of but has no reply has lost it, and is answered with an error.
+
+A kernel that sleeps answers no barrier. Where it fell asleep with nothing to do, it had received nothing more. Where it
+was put to sleep in the middle of a cell, what came behind that lies in its queue, saved with its memory: nothing can be
+told before it is awake.
 """
 
 from __future__ import annotations
@@ -35,6 +39,8 @@ class Pending:
     """To be sent again; empty when something was heard of it."""
     apart: bool = False
     """Whether it goes to a subshell: it keeps no order with the others."""
+    wakes: bool = False
+    """Whether it wakes a kernel that sleeps."""
 
     @property
     def heard(self) -> bool:
@@ -68,6 +74,10 @@ class InFlight:
     def unheard(self) -> bool:
         """Whether there are shell requests of which nothing was heard yet."""
         return any(item.channel == Channel.SHELL and not item.heard for item in self._pending.values())
+
+    def begun(self, msg_ids: Sequence[str]) -> bool:
+        """Whether the kernel is known to have one of ``msg_ids`` that it has not answered, as far as was heard."""
+        return any(self._pending[name].heard for name in msg_ids if name in self._pending)
 
     def sent(self, item: Pending) -> None:
         """A message goes out. An input is kept until the kernel goes on, all else until its reply."""
@@ -108,14 +118,17 @@ class InFlight:
     def judge(self, msg_ids: Sequence[str], *, settled: bool, forgotten: bool) -> Verdict:
         """What became of ``msg_ids``, the shell requests that went out before a break.
 
-        ``settled``: the barrier's answer has come, so that no reply to them is under way. Without it (the kernel
-        sleeps, and would not if it had received a request) only of those that nothing was heard of is anything known.
+        ``settled``: the barrier's answer has come, so that no reply to them is under way. Without it the kernel sleeps,
+        and fell asleep with nothing to do, so that what nothing was heard of never came: it would have woken it. Where
+        it had begun with one of them that is not so, and nothing is said of any.
         ``forgotten``: the gateway may have forgotten the session meanwhile, and what it had for it, so that silence
         proves nothing. All that the verdict names are pending no longer.
         """
+        if not settled and self.begun(msg_ids):
+            return Verdict((), ())
         again, lost = [], []
         for item in [self._pending[name] for name in msg_ids if name in self._pending]:
-            if item.heard and (item.apart or not settled):
+            if item.heard and item.apart:
                 continue
             if item.heard or item.apart or forgotten:
                 lost.append(item)

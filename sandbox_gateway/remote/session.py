@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, Final, Protocol
 
-from sandbox_gateway import host_replies, messages
+from sandbox_gateway import host_replies, messages, waking
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.messages import Buffer
 from sandbox_gateway.remote import frames
@@ -49,7 +49,9 @@ LONGEST_PAUSE: Final = 10.0
 SETTLING: Final = 15.0
 """Seconds that a gateway which has just started may not know its kernels."""
 LOOK: Final = 15.0
-"""Seconds between two looks at a kernel that does not answer the barrier: it may sleep."""
+"""Seconds between two looks at a kernel that does not answer the barrier, or sleeps in the middle of a cell."""
+A_MOMENT: Final = 0.5
+"""Seconds until the next look at a kernel that is just falling asleep or waking up."""
 SEEN: Final = 20_000
 """Ids of messages that are remembered, to pass none on twice: more than a gateway repeats after a break."""
 SESSION_HEADER: Final = "Sandbox-Session"
@@ -112,8 +114,11 @@ class RemoteSession:
         self._waiting = 0
         self._wake = asyncio.Event()
         self._barred = False
-        self._barrier: asyncio.Future[None] | None = None
+        self._barrier: asyncio.Future[str] | None = None
+        self._wanted = asyncio.Event()
         self._own: deque[str] = deque(maxlen=16)
+        self._asked: set[str] = set()
+        """Of our own questions those since the last reconnect: older ones were asked before what was sent since."""
         self._seen: dict[str, int] = {}
         self._running: asyncio.Task[None] | None = None
         self._error: SandboxGatewayError | None = None
@@ -178,8 +183,14 @@ class RemoteSession:
             messages.Request(request.msg_type, request.identities, request.header, messages.EMPTY),
             frames.encode(channel, parts[at:]),
             apart=bool(header.get("subshell_id")),
+            wakes=waking.effect(channel, request.msg_type, request.content) is waking.Effect.WAKE,
         )
-        (self._shell if channel == Channel.SHELL else self._urgent).append(item)
+        if channel != Channel.SHELL or (self._barred and _harmless(item)):
+            self._urgent.append(item)
+        else:
+            self._shell.append(item)
+            if self._barred and item.wakes:
+                self._wanted.set()
         self._waiting += len(item.frame)
         if self._waiting > HOLD:
             self._applications.hold(True)
@@ -214,8 +225,9 @@ class RemoteSession:
             return
         request, kind = str(parent.get("msg_id", "")), str(header.get("msg_type", ""))[: messages.MAX_TYPE]
         if request in self._own:
-            if channel == Channel.SHELL and self._barrier is not None and not self._barrier.done():
-                self._barrier.set_result(None)
+            barrier = self._barrier if channel == Channel.SHELL and request in self._asked else None
+            if barrier is not None and not barrier.done():
+                barrier.set_result("" if _refused(body[3]) else kind)
             return
         identities = self._in_flight.heard(channel, request)
         signed: list[Buffer] = [messages.DELIMITER, messages.sign(self._key, body[:4]), *body]
@@ -309,6 +321,10 @@ class RemoteSession:
             return await self._client.get(self._sandbox_id)
         except SandboxGatewayError:
             return None
+        except Exception:
+            # A kernel that may be well is not given up, and its requests are not held back, for what is wrong here.
+            log.exception("sandbox %s could not be asked for", self._sandbox_id)
+            return None
 
     async def _pump(self, connection: Connection) -> None:
         while True:
@@ -339,8 +355,8 @@ class RemoteSession:
             self._fail(item, error.message)
         self._listener.given_up(error)
 
-    def _fail(self, item: Pending, why: str) -> None:
-        self._answer(host_replies.failure(self._key, item.channel, item.request, LOST, why))
+    def _fail(self, item: Pending, why: str, ename: str = LOST) -> None:
+        self._answer(host_replies.failure(self._key, item.channel, item.request, ename, why))
 
     # After a break
 
@@ -353,14 +369,26 @@ class RemoteSession:
         sent = self._in_flight.shell()
         # Until it is known what is to be sent again, nothing may overtake that.
         self._barred = self._in_flight.unheard
+        self._wanted.clear()
+        self._asked.clear()
+        if self._barred:
+            self._let_by()
+            if any(item.wakes for item in self._shell):
+                self._wanted.set()
         if sent and (forgotten or self._barred):
             self._finding = asyncio.create_task(self._find_out(connection, sent, forgotten))
 
     async def _find_out(self, connection: Connection, sent: Sequence[str], forgotten: bool) -> None:
-        try:
-            settled = await self._barrier_passed(connection)
-        except ConnectionLost:
-            return  # all of this begins anew
+        while True:
+            try:
+                settled = await self._barrier_passed(connection, sent)
+                break
+            except ConnectionLost:
+                return  # all of this begins anew
+            except Exception:
+                # Without a verdict every request would wait for ever.
+                log.exception("what kernel %s has is not known yet; it is asked again", self._sandbox_id)
+                await asyncio.sleep(LOOK)
         verdict = self._in_flight.judge(sent, settled=settled, forgotten=forgotten)
         for item in reversed(verdict.again):
             self._shell.appendleft(item)
@@ -370,23 +398,86 @@ class RemoteSession:
         self._barred = False
         self._wake.set()
 
-    async def _barrier_passed(self, connection: Connection) -> bool:
-        """True: the kernel has answered all that it had. False: it sleeps, and all that it said before has come."""
-        question, asked, answered = "comm_info_request", "", asyncio.get_running_loop().create_future()
-        while not answered.done():
+    def _let_by(self) -> None:
+        """What is harmless passes the bar, also what came during the break."""
+        waiting = tuple(self._shell)
+        self._urgent.extend(item for item in waiting if _harmless(item))
+        self._shell = deque(item for item in waiting if not _harmless(item))
+
+    async def _barrier_passed(self, connection: Connection, sent: Sequence[str]) -> bool:
+        """True: the kernel has answered all that it had. False: it fell asleep with nothing to do, and all that it said
+        before has come.
+
+        One that was put to sleep in a cell has what was sent behind that in its queue, perhaps: it is waited for.
+        """
+        asked, answered = "", asyncio.get_running_loop().create_future()
+        while True:
             sandbox = await self._sandbox()
-            if sandbox is not None and sandbox.asleep:
-                # The gateway answers this one by itself, behind what it still has for us, and wakes nobody.
-                question = "kernel_info_request"
+            if sandbox is not None and sandbox.falling_asleep:
+                await asyncio.sleep(A_MOMENT)
+                continue
+            asleep = sandbox if sandbox is not None and sandbox.asleep else None
+            if sandbox is not None and asleep is None:
+                # Somebody who puts it to sleep from now on does so in spite of what was asked for before.
+                self._wanted.clear()
+            # The gateway answers the second one by itself, behind what it still has for us, and wakes nobody.
+            question = "comm_info_request" if asleep is None else "kernel_info_request"
             if question != asked:
                 asked, answered = question, await self._ask(connection, question)
             await asyncio.wait((answered,), timeout=LOOK)
-        return asked == "comm_info_request"
+            if not answered.done():
+                continue
+            if answered.result() == "comm_info_reply":
+                return True
+            asked = ""
+            if asleep is None:
+                await asyncio.sleep(A_MOMENT)
+            elif asleep.busy or self._in_flight.begun(sent):
+                await self._awake()
+            else:
+                return False
 
-    async def _ask(self, connection: Connection, question: str) -> asyncio.Future[None]:
-        """Ask the kernel something of our own; the future is done when its answer comes."""
+    async def _awake(self) -> None:
+        """Return when the kernel does not sleep any more. It is woken for a request that is new, by the same rule as at
+        the gateway, which does not get to see it before the bar is gone; never for what the kernel may have."""
+        while (sandbox := await self._sandbox()) is None or sandbox.asleep:
+            if self._wanted.is_set():
+                # Once for each: somebody may put it to sleep again.
+                self._wanted.clear()
+                await self._resume()
+                continue
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK):
+                    await self._wanted.wait()
+
+    async def _resume(self) -> None:
+        try:
+            await self._client.resume(self._sandbox_id)
+        except Unreachable:
+            await asyncio.sleep(A_MOMENT)
+            self._wanted.set()
+        except SandboxGatewayError as error:
+            log.warning("kernel %s could not be woken: %s", self._sandbox_id, error)
+            self._refuse_waiting(error.message)
+
+    def _refuse_waiting(self, why: str) -> None:
+        """It cannot be woken: who waits for a reply gets the reason, as from the gateway; what has none waits on."""
+        waiting, self._shell = self._shell, deque()
+        for item in waiting:
+            if item.request.reply_type is None:
+                self._shell.append(item)
+                continue
+            self._waiting -= len(item.frame)
+            self._fail(item, why, host_replies.ASLEEP)
+        if self._waiting <= HOLD // 2:
+            self._applications.hold(False)
+
+    async def _ask(self, connection: Connection, question: str) -> asyncio.Future[str]:
+        """Ask the kernel something of our own; the future gets the type of the first answer to anything of ours, or
+        nothing where it could not be brought to the kernel."""
         msg_id = secrets.token_hex(16)
         self._own.append(msg_id)
+        self._asked.add(msg_id)
         if self._barrier is None or self._barrier.done():
             self._barrier = asyncio.get_running_loop().create_future()
         message = messages.build(b"", question, {}, session=self.id, msg_id=msg_id)
@@ -398,6 +489,20 @@ def ended(sandbox: RemoteSandbox) -> SandboxGatewayError:
     """The error for a kernel that its gateway says is dead."""
     code = "expired" if sandbox.state == "expired" else "kernel_died"
     return SandboxGatewayError(code, sandbox.reason or f"its sandbox is {sandbox.state}")
+
+
+def _harmless(item: Pending) -> bool:
+    """Whether a request changes nothing, and may overtake others: front ends wait for its answer on loading a page,
+    before they send what would wake the kernel."""
+    return item.request.msg_type == "kernel_info_request"
+
+
+def _refused(content: Buffer) -> bool:
+    """Whether a reply is the gateway's word that the kernel could not take the request."""
+    try:
+        return _object(content).get("ename") in (host_replies.ASLEEP, host_replies.UNAVAILABLE)
+    except ValueError:
+        return False
 
 
 def _object(raw: Buffer) -> dict[str, Any]:

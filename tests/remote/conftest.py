@@ -94,7 +94,7 @@ def remote(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_
         assert not left, f"sandboxes are left on the gateway: {left}"
     finally:
         if made.fake is not None:
-            made.fake.confirming, made.fake.forgetting = True, False
+            made.fake.confirming, made.fake.forgetting, made.fake.in_its_place = True, False, 0
             made.fake.clear()
         elif made.sandboxes:
             for sandbox in made.sandboxes:

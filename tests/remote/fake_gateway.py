@@ -186,6 +186,8 @@ class FakeGateway:
         """Whether clients' pongs count; else everything comes again after a reconnect."""
         self.forgetting = False
         """Whether a session is forgotten with its connection."""
+        self.in_its_place = 0
+        """The status that a tunnel on the way answers everything with; 0: it lets everything through."""
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._turn, daemon=True)
 
@@ -256,6 +258,10 @@ class Base(RequestHandler):
         return found
 
     def prepare(self) -> None:
+        if self.gateway.in_its_place:
+            self.set_status(self.gateway.in_its_place, "Somebody Else")
+            self.finish("<html>error code: 1033</html>")
+            return
         if self.request.headers.get("Authorization") != f"token {self.gateway.token}":
             raise HTTPError(403, "Forbidden")
 

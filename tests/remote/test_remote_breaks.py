@@ -75,6 +75,20 @@ def test_requests_while_the_gateway_is_out_of_reach_wait_for_it(remote: Remote, 
     assert manager.is_alive()
 
 
+def test_a_tunnel_that_answers_in_the_gateways_place_for_a_while_ends_no_kernel(remote: Remote, start: Start) -> None:
+    if remote.fake is None:
+        pytest.skip("the real gateway's way has no tunnel")
+    manager, client = start()
+    run(client, "kept = 'still there'")
+    remote.fake.in_its_place = 530
+    before = remote.proxy.connections
+    remote.proxy.cut()
+    until(lambda: remote.proxy.connections >= before + 3)
+    remote.fake.in_its_place = 0
+    assert run(client, "print(kept)")[1] == "still there\n"
+    assert manager.is_alive()
+
+
 def test_nothing_runs_twice_or_never_whenever_it_breaks(
     remote: Remote, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,6 +154,32 @@ def test_a_request_lost_on_the_way_to_a_suspended_kernel_wakes_it_later(remote: 
     while client.get_shell_msg(timeout=60)["parent_header"].get("msg_id") != msg_id:
         pass
     assert run(client, "print(ran)")[1] == "[1]\n"
+
+
+@pytest.mark.parametrize("how", ["suspend?wait=60", "pause"])
+def test_one_that_was_put_to_sleep_in_a_cell_sleeps_on_when_the_connection_comes_back(
+    remote: Remote, start: Start, how: str
+) -> None:
+    if remote.real is None:
+        pytest.skip("the fake gateway's kernels do not wake")
+    _, client = start()
+    run(client, "import time; ran = []")
+    sent = [client.execute("print('go', flush=True); time.sleep(3); ran.append(1)"), client.execute("ran.append(2)")]
+    while client.get_iopub_msg(timeout=30)["msg_type"] != "stream":
+        pass
+    (sandbox,) = remote.sandboxes
+    remote.ask("POST", f"/api/sandboxes/{sandbox['id']}/{how}", {})
+    before = remote.proxy.connections
+    remote.proxy.cut()
+    until(lambda: remote.proxy.connections > before)
+    time.sleep(2)
+    (sandbox,) = remote.sandboxes
+    assert sandbox["state"] in ("suspended", "paused"), "nobody wants anything new of it"
+    sent.append(client.execute("ran.append(3)"))
+    for msg_id in sent:
+        while client.get_shell_msg(timeout=60)["parent_header"].get("msg_id") != msg_id:
+            pass
+    assert run(client, "print(ran)")[1] == "[1, 2, 3]\n"
 
 
 def test_a_gateway_that_is_killed_and_started_again_goes_on_with_the_cell(remote: Remote, start: Start) -> None:

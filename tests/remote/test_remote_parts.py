@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import stat
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tornado.httpclient import HTTPClientError, HTTPRequest, HTTPResponse
 
-from sandbox_gateway import messages
+from sandbox_gateway import host_replies, messages
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.remote import credentials, frames
+from sandbox_gateway.remote import session as session_module
 from sandbox_gateway.remote.address import parse
-from sandbox_gateway.remote.client import GatewayClient, RemoteProfile
+from sandbox_gateway.remote.client import GatewayClient, RemoteProfile, RemoteSandbox, Unreachable
 from sandbox_gateway.remote.in_flight import MAX_KEPT, InFlight, Pending
 from sandbox_gateway.remote.kernelspecs import kernel_json, name_of
 from sandbox_gateway.remote.provisioner import chosen
@@ -152,8 +156,17 @@ def test_a_sleeping_kernel_says_nothing_of_what_it_had_begun() -> None:
     for name in ("heard", "never"):
         flight.sent(item(name))
     flight.heard(IOPUB, "heard")
+    assert flight.begun(flight.shell())
     verdict = flight.judge(flight.shell(), settled=False, forgotten=False)
-    assert (ids(verdict.again), ids(verdict.lost), flight.shell()) == (["never"], [], ("heard",))
+    assert (ids(verdict.again), ids(verdict.lost), flight.shell()) == ([], [], ("heard", "never"))
+
+
+def test_a_kernel_that_fell_asleep_with_nothing_to_do_never_received_what_it_did_not_begin() -> None:
+    flight = InFlight()
+    flight.sent(item("never"))
+    assert not flight.begun(flight.shell())
+    verdict = flight.judge(flight.shell(), settled=False, forgotten=False)
+    assert (ids(verdict.again), ids(verdict.lost)) == (["never"], [])
 
 
 def test_nothing_is_sent_again_when_the_session_may_be_forgotten() -> None:
@@ -292,3 +305,334 @@ def test_only_signed_requests_are_taken_and_a_shutdown_goes_no_further(session: 
     assert told.shutdowns == [True]
     (reply,) = (parts for channel, parts in told.delivered if channel == CONTROL)
     assert reply[0] == b"me" and json.loads(bytes(reply[-1])) == {"status": "ok", "restart": True}
+
+
+def refused(status: int, body: bytes = b"") -> SandboxGatewayError:
+    """What the client makes of an answer with this status."""
+    response = HTTPResponse(HTTPRequest("http://127.0.0.1:1"), status, buffer=BytesIO(body))
+    return GatewayClient(parse("http://127.0.0.1:1")).explained(HTTPClientError(status, response=response))
+
+
+@pytest.mark.parametrize("status", [520, 525, 529, 530, 561])
+@pytest.mark.parametrize("body", [b"", b"<html>error code: 1033</html>", b'{"message": "no tunnel"}', b"[]"])
+def test_a_server_error_that_no_standard_knows_is_of_something_on_the_way(status: int, body: bytes) -> None:
+    error = refused(status, body)
+    assert isinstance(error, Unreachable) and str(status) in error.message
+
+
+def test_what_the_gateway_itself_says_counts_whatever_its_status_is() -> None:
+    error = refused(520, b'{"code": "disk_full", "message": "no place", "hint": ""}')
+    assert (error.code, error.message) == ("disk_full", "no place")
+
+
+def test_a_clients_error_that_no_standard_knows_is_a_clear_error() -> None:
+    error = refused(460)
+    assert error.code == "internal" and "460" in error.message
+
+
+class Gateway:
+    """A gateway with one kernel, as far as a session that has just connected again sees it: it is the client that asks
+    and the connection that carries, and a kernel in a sandbox that may sleep."""
+
+    def __init__(self, state: str, execution_state: str = "idle") -> None:
+        self.state = state
+        self.execution_state = execution_state
+        self.arrived: list[str] = []
+        """The types of the requests that came, in order."""
+        self.looks = self.resumed = 0
+        self.failing: list[Exception] = []
+        """What the next questions for the sandbox raise."""
+        self.stuck: SandboxGatewayError | None = None
+        """Why it cannot be woken."""
+        self.unanswered: list[tuple[str, str, str]] = []
+        self.session: RemoteSession | None = None
+        self.address = parse("http://127.0.0.1:1")
+
+    async def get(self, sandbox_id: str) -> RemoteSandbox:
+        self.looks += 1
+        if self.failing:
+            raise self.failing.pop(0)
+        kernel = {"execution_state": self.execution_state}
+        return RemoteSandbox.from_dict({"id": sandbox_id, "state": self.state, "kernel": kernel})
+
+    async def resume(self, sandbox_id: str) -> RemoteSandbox:
+        self.resumed += 1
+        if self.stuck is not None:
+            for _, kind, msg_id in self.unanswered:
+                error = {"status": "error", "ename": host_replies.ASLEEP, "evalue": "no"}
+                self.say(SHELL, kind.replace("_request", "_reply"), error, msg_id)
+            self.unanswered.clear()
+            raise self.stuck
+        self.wake()
+        return await self.get(sandbox_id)
+
+    def wake(self) -> None:
+        """The kernel goes on, with what it has to do."""
+        self.state, self.execution_state = "running", "busy"
+
+    def header(self, name: str) -> str:
+        return "resumed"
+
+    async def write(self, frame: bytes) -> None:
+        channel, body = frames.decode(frame)
+        header = json.loads(bytes(body[0]))
+        kind, msg_id = header["msg_type"], header["msg_id"]
+        self.arrived.append(kind)
+        if kind == "kernel_info_request" and self.state in ("paused", "suspending", "suspended"):
+            self.say(channel, "kernel_info_reply", {"status": "ok"}, msg_id)
+        else:
+            self.unanswered.append(("shell", kind, msg_id))
+
+    def answer(self) -> None:
+        """The kernel has done all that it has, and takes what came meanwhile."""
+        waiting, self.unanswered = self.unanswered, []
+        for _, kind, msg_id in waiting:
+            self.say(SHELL, kind.replace("_request", "_reply"), {"status": "ok"}, msg_id)
+        self.execution_state = "idle"
+
+    def say(self, channel: int, kind: str, content: dict[str, object], parent: str) -> None:
+        told = json.dumps({"msg_id": parent}).encode()
+        assert self.session is not None
+        self.session._received(frames.encode(channel, messages.build(b"g", kind, content, parent=told)[3:]))
+
+    def busy(self, msg_id: str) -> None:
+        """The kernel begins with a request."""
+        self.say(IOPUB, "status", {"execution_state": "busy"}, msg_id)
+
+
+def asked(msg_id: str, kind: str = "execute_request") -> list[bytes]:
+    """An application's request."""
+    return [bytes(part) for part in (b"me", *messages.build(KEY, kind, {"code": msg_id}, msg_id=msg_id)[1:])]
+
+
+async def eventually(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looks follow one another at once."""
+    monkeypatch.setattr(session_module, "LOOK", 0.05)
+    monkeypatch.setattr(session_module, "FIRST_PAUSE", 0.01)
+
+
+class Again:
+    """A session that sent ``sent``, of which the kernel began with ``begun``, and connects again to ``gateway``."""
+
+    def __init__(self, gateway: Gateway, told: Told, sent: Sequence[str], begun: str = "") -> None:
+        self.gateway, self.told = gateway, told
+        self.session = RemoteSession(gateway, "an-id", KEY, told, told)  # type: ignore[arg-type]
+        gateway.session = self.session
+        for name in sent:
+            self.session.request(SHELL, asked(name))
+            self.session._in_flight.sent(self.session._shell.popleft())
+        if begun:
+            gateway.busy(begun)
+
+    async def __aenter__(self) -> Again:
+        self.session._recover(self.gateway, 0.0)  # type: ignore[arg-type]
+        self._pump = asyncio.create_task(self.session._pump(self.gateway))  # type: ignore[arg-type]
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        tasks = [task for task in (self._pump, self.session._finding) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def looked(self, times: int) -> None:
+        """Return when the session has asked for the sandbox so many times more."""
+        before = self.gateway.looks
+        await eventually(lambda: self.gateway.looks >= before + times)
+
+    def count(self, kind: str = "execute_request") -> int:
+        return self.gateway.arrived.count(kind)
+
+    @property
+    def replies(self) -> list[dict[str, object]]:
+        return [json.loads(bytes(parts[-1])) for channel, parts in self.told.delivered if channel == SHELL]
+
+
+@pytest.mark.parametrize("state", ["suspended", "paused"])
+@pytest.mark.parametrize("begun", ["R1", ""])
+def test_a_kernel_that_was_put_to_sleep_in_a_cell_sleeps_on_and_gets_nothing_twice(
+    quick: None, told: Told, state: str, begun: str
+) -> None:
+    """Without ``begun`` it was another client's cell, which the gateway's record tells alone."""
+
+    async def scenario() -> None:
+        gateway = Gateway(state, "idle" if begun else "busy")
+        async with Again(gateway, told, ["R1", "R2"], begun) as again:
+            await again.looked(4)
+            assert again.count() == 0 and gateway.resumed == 0 and "comm_info_request" not in gateway.arrived
+            assert again.session._in_flight.shell() == ("R1", "R2")
+            # A person lets it go on: it has had both all the time.
+            gateway.wake()
+            await eventually(lambda: again.count("comm_info_request"))
+            for name in ("R1", "R2"):
+                gateway.say(SHELL, "execute_reply", {"status": "ok", "of": name}, name)
+            gateway.answer()
+            await eventually(lambda: not again.session._barred)
+            await asyncio.sleep(0.02)
+            assert again.count() == 0
+            assert [reply["of"] for reply in again.replies] == ["R1", "R2"]
+
+    asyncio.run(scenario())
+
+
+def test_a_new_request_wakes_a_kernel_that_sleeps_in_a_cell_and_overtakes_nothing(quick: None, told: Told) -> None:
+    async def scenario() -> None:
+        gateway = Gateway("suspended")
+        async with Again(gateway, told, ["R1", "R2"], "R1") as again:
+            await again.looked(2)
+            again.session.request(SHELL, asked("K", "kernel_info_request"))
+            await eventually(lambda: again.count("kernel_info_request") == 2)
+            assert gateway.resumed == 0, "a page that is loaded is answered, and wakes nobody"
+            again.session.request(SHELL, asked("N"))
+            await eventually(lambda: again.count("comm_info_request"))
+            assert gateway.resumed == 1 and again.count() == 0
+            # R2 was lost on the way: the kernel answers R1, and then at once the question that came behind both.
+            gateway.say(SHELL, "execute_reply", {"status": "ok"}, "R1")
+            gateway.answer()
+            await eventually(lambda: again.count() == 2)
+            assert [msg_id for _, kind, msg_id in gateway.unanswered if kind == "execute_request"] == ["R2", "N"]
+            gateway.answer()
+            assert [reply["status"] for reply in again.replies] == ["ok"] * 4 and gateway.resumed == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_request_that_was_made_during_the_break_wakes_a_kernel_that_sleeps_in_a_cell(quick: None, told: Told) -> None:
+    async def scenario() -> None:
+        gateway = Gateway("suspended", "busy")
+        made = Again(gateway, told, ["R1"])
+        made.session.request(SHELL, asked("N"))
+        made.session.request(SHELL, asked("K", "kernel_info_request"))
+        async with made as again:
+            await eventually(lambda: again.count("comm_info_request"))
+            gateway.say(SHELL, "execute_reply", {"status": "ok"}, "R1")
+            gateway.answer()
+            await eventually(lambda: again.count() == 1)
+            assert gateway.resumed == 1
+
+    asyncio.run(scenario())
+
+
+def test_one_that_is_put_to_sleep_again_is_not_woken_again_for_the_same_request(quick: None, told: Told) -> None:
+    async def scenario() -> None:
+        gateway = Gateway("suspended")
+        async with Again(gateway, told, ["R1", "R2"], "R1") as again:
+            again.session.request(SHELL, asked("N"))
+            await eventually(lambda: again.count("comm_info_request"))
+            gateway.state = "suspended"
+            await again.looked(4)
+            assert gateway.resumed == 1 and again.count() == 0
+            again.session.request(SHELL, asked("M"))
+            await eventually(lambda: gateway.resumed == 2)
+
+    asyncio.run(scenario())
+
+
+def test_one_that_is_put_to_sleep_after_a_request_was_made_is_not_woken_for_it(quick: None, told: Told) -> None:
+    """Without the break it would lie in the kernel's queue."""
+
+    async def scenario() -> None:
+        gateway = Gateway("running", "busy")
+        async with Again(gateway, told, ["R1", "R2"], "R1") as again:
+            again.session.request(SHELL, asked("N"))
+            await again.looked(2)
+            gateway.state = "paused"
+            await again.looked(4)
+            assert gateway.resumed == 0 and again.count() == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_new_request_to_a_kernel_that_cannot_be_woken_is_answered_and_what_it_has_is_not_sent_again(
+    quick: None, told: Told
+) -> None:
+    async def scenario() -> None:
+        gateway = Gateway("running", "busy")
+        async with Again(gateway, told, ["R1", "R2"], "R1") as again:
+            # It is put to sleep just when the session's question is on its way, which waits there then.
+            await eventually(lambda: again.count("comm_info_request"))
+            gateway.state = "suspended"
+            gateway.stuck = SandboxGatewayError("restore_failed", "the snapshot is gone")
+            await again.looked(2)
+            again.session.request(SHELL, asked("N"))
+            await eventually(lambda: again.replies)
+            (reply,) = again.replies
+            assert (reply["ename"], reply["evalue"]) == (host_replies.ASLEEP, "the snapshot is gone")
+            await again.looked(3)
+            assert again.session._in_flight.shell() == ("R1", "R2") and again.count() == 0 and gateway.resumed == 1
+            gateway.stuck = None
+            again.session.request(SHELL, asked("M"))
+            await eventually(lambda: gateway.resumed == 2)
+
+    asyncio.run(scenario())
+
+
+def test_a_request_that_a_kernel_never_got_before_it_fell_asleep_idle_is_sent_again(quick: None, told: Told) -> None:
+    async def scenario() -> None:
+        gateway = Gateway("suspending")
+        async with Again(gateway, told, ["R1"]) as again:
+            await again.looked(2)
+            assert again.count() == 0, "until it sleeps, what it says is still on its way"
+            gateway.state = "suspended"
+            await eventually(lambda: again.count() == 1)
+            assert gateway.resumed == 0, "the gateway wakes it for that"
+
+    asyncio.run(scenario())
+
+
+def test_an_answer_to_what_was_asked_before_another_break_settles_nothing(quick: None, told: Told) -> None:
+    async def scenario() -> None:
+        gateway = Gateway("running")
+        async with Again(gateway, told, ["R1"]) as again:
+            await eventually(lambda: again.count("comm_info_request"))
+            ((_, _, msg_id),) = gateway.unanswered
+        async with again:
+            await eventually(lambda: again.count("comm_info_request") == 2)
+            gateway.say(SHELL, "comm_info_reply", {"status": "ok"}, msg_id)
+            await again.looked(3)
+            assert again.session._barred and again.count() == 0
+
+    asyncio.run(scenario())
+
+
+def test_an_unexpected_failure_to_ask_for_the_sandbox_leaves_no_request_behind_the_bar(
+    quick: None, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        gateway = Gateway("running")
+        gateway.failing = [ValueError("530 is not a valid HTTPStatus")]
+        async with Again(gateway, told, ["R1"]) as again:
+            await eventually(lambda: again.count("comm_info_request"))
+            gateway.answer()
+            await eventually(lambda: again.count() == 1)
+
+    asyncio.run(scenario())
+
+
+def test_an_unexpected_failure_after_a_reconnect_is_tried_again(
+    quick: None, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        gateway = Gateway("running")
+        made = Again(gateway, told, ["R1"])
+        ask, failures = made.session._ask, [RuntimeError("never thought of")]
+
+        async def failing(*args: object) -> object:
+            if failures:
+                raise failures.pop()
+            return await ask(*args)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(made.session, "_ask", failing)
+        async with made as again:
+            await eventually(lambda: again.count("comm_info_request"))
+            gateway.answer()
+            await eventually(lambda: again.count() == 1)
+
+    asyncio.run(scenario())
