@@ -10,6 +10,8 @@ process. Here the calling thread writes the frame itself. What must hold all the
 - messages leave in the order in which they were made, from whatever thread;
 - a KeyboardInterrupt may be raised between any two bytecodes of the main thread, and neither tears a frame nor loses
   or doubles text: what was written is recorded by C code in the same call that writes it (``list.extend(map(...))``);
+- a signal's handler may print between any two of them, and inside a write that waits: what it flushes there is in the
+  pipe when the code that it has interrupted goes on;
 - forked children use ipykernel's own way (they never touch the pipe, nor a lock that another thread held);
 - a full pipe makes the writer wait, not the agent;
 - whoever else subscribes to the kernel's IOPub socket inside the sandbox gets everything too.
@@ -30,6 +32,7 @@ import time
 import traceback
 import types
 from collections import defaultdict
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -49,6 +52,8 @@ def _sibling(name: str) -> Any:
     return module
 
 
+_PIECE = 16 * 1024 * 1024
+"""Characters of a text that one message carries: they fit into a frame whatever they are (at most 7 bytes each)."""
 _STARTED = time.time()
 _shelf: Any = None
 if "SANDBOX_MODULES" in os.environ:  # for a template: what is imported from here on comes from one file
@@ -174,7 +179,7 @@ class PipeOutStream(iostream.OutStream):  # type: ignore[misc]
             with lock:
                 try:
                     super()._flush()
-                except UnicodeError:  # stock, this is raised in the IOPub thread, where it ends nobody's cell
+                except (ValueError, MemoryError):  # stock raises it in the IOPub thread, where it ends nobody's cell
                     traceback.print_exc(file=sys.__stderr__)
             return
         # Both streams share the lock, and it is held until the text is in the queue: lines keep their order.
@@ -182,36 +187,72 @@ class PipeOutStream(iostream.OutStream):  # type: ignore[misc]
             self._flush_pending = self._subprocess_flush_pending = False
             self._publish(pipe)
 
+    def _flush_buffers(self) -> Iterator[tuple[Any, str]]:
+        """What stock makes its messages of, in pieces."""
+        for parent, text in super()._flush_buffers():
+            for start in range(0, len(text), _PIECE):
+                yield parent, text[start : start + _PIECE]
+
     def _publish(self, pipe: Any) -> None:
         taken: Any = None
-        queued: dict[Any, list[Any]] = {}
+        begun: dict[Any, tuple[str, list[Any]]] = {}
         try:
             with self._buffer_lock:
-                taken = self._buffers
-                self._buffers = defaultdict(StringIO)
+                fresh: Any = defaultdict(StringIO)
+                # No call in between, hence no signal's handler, which might publish the same text.
+                taken, self._buffers = self._buffers, fresh
             for parent, buffer in taken.items():
-                text = buffer.getvalue()
-                if text:
-                    message = self._encode(parent, text)
-                    done: list[Any] = []
-                    queued[parent] = done
-                    pipe.writer.put(pipe.writer.entry(message), done)
+                text = _text(buffer)
+                done: list[Any] = []
+                begun[parent] = (text, done)
+                for start in range(0, len(text), _PIECE):
+                    message, entry = self._made(pipe, parent, text, start)
+                    pipe.writer.put(entry, done)
                     self.pub_thread.after_put(pipe, message)
         except BaseException:
-            self._give_back(taken, queued)
+            self._give_back(taken, begun)
             raise
 
-    def _give_back(self, taken: Any, queued: dict[Any, list[Any]]) -> None:
-        """An interrupt came while text was on its way: what is not queued goes to the front of the buffers."""
+    def _give_back(self, taken: Any, begun: dict[Any, tuple[str, list[Any]]]) -> None:
+        """An interrupt came while text was on its way: the pieces not queued yet go to the front of the buffers.
+
+        So they do when a signal's handler has raised an error of its own. What fails by itself never comes here.
+        """
         with self._buffer_lock:
             if taken is None or taken is self._buffers:
                 return
-            newer, self._buffers = self._buffers, defaultdict(StringIO)
+            fresh: Any = defaultdict(StringIO)
+            newer, self._buffers = self._buffers, fresh
             for parent, buffer in taken.items():
-                if not queued.get(parent):
+                if parent in begun:
+                    text, done = begun[parent]
+                    self._buffers[parent].write(text[len(done) * _PIECE :])
+                else:
                     self._buffers[parent].write(buffer.getvalue())
             for parent, buffer in newer.items():
                 self._buffers[parent].write(buffer.getvalue())
+
+    def _made(self, pipe: Any, parent: Any, text: str, start: int) -> tuple[list[bytes], Any]:
+        """The message of a piece of text and its entry; in the place of one that cannot be made, one that says so."""
+        try:
+            return self._make(pipe, parent, text, start)
+        except Exception:
+            try:
+                self._make(pipe, parent, text, start)
+            except Exception as error:
+                # Given back, it would fail at each flush from now on, and with it all that flushes: cells, replies.
+                traceback.print_exc(file=sys.__stderr__)
+                note = _left_out(min(len(text) - start, _PIECE), error)
+            else:
+                raise  # it can be made: a signal's handler has raised that
+        try:
+            return self._make(pipe, parent, note, 0)
+        except Exception:  # nor can the note; then it is what the text belongs to
+            return self._make(pipe, frozenset(), note, 0)
+
+    def _make(self, pipe: Any, parent: Any, text: str, start: int) -> tuple[list[bytes], Any]:
+        message = self._encode(parent, text[start : start + _PIECE])
+        return message, pipe.writer.entry(message)
 
     def _is_plain(self) -> bool:
         """Whether nobody changed how stream messages are made, so that we may make them the short way."""
@@ -248,6 +289,18 @@ class PipeOutStream(iostream.OutStream):  # type: ignore[misc]
             content = f'{{"name": "{self.name}", "text": {encode_basestring(text)}}}'.encode()
         parts = [header, self._cached[1], b"{}", content]
         return [self.topic, b"<IDS|MSG>", session.sign(parts), *parts]
+
+
+def _text(buffer: StringIO) -> str:
+    size = buffer.tell()
+    try:
+        return buffer.getvalue()
+    except MemoryError as error:  # the buffer is not to be used again
+        return _left_out(size, error)
+
+
+def _left_out(size: int, error: Exception) -> str:
+    return f"[sandbox] {size} characters of output were left out: they cannot be sent ({type(error).__name__})\n"
 
 
 def _clear_shelf() -> None:

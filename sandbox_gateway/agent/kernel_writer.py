@@ -42,12 +42,13 @@ class Writer:
         self.broken = False
         self._queue: deque[Entry] = deque()
         self._lock = threading.RLock()
+        self._writing = False  # the thread that holds the lock is inside a write
 
     def entry(self, parts: list[Any], magic: bytes = IOPUB) -> Entry:
         """A queue entry for a message; ``magic`` is the channel's."""
         if len(parts) > _MAX_PARTS:
             raise ValueError(f"a message of {len(parts)} parts; at most {_MAX_PARTS} can leave the sandbox")
-        views = [part if isinstance(part, bytes) else memoryview(part).cast("B") for part in parts]
+        views = [part if isinstance(part, bytes) else _octets(memoryview(part)) for part in parts]
         lengths = [len(view) for view in views]
         total = 4 + 4 * len(lengths) + sum(lengths)
         if total > _MAX_MESSAGE:
@@ -65,36 +66,58 @@ class Writer:
     def drain(self) -> list[list[Any]]:
         """Write everything that is queued; waits while the pipe is full.
 
+        The interpreter may call a signal's handler inside a write, and goes on with the same bytes when that returns.
+        A handler that comes here meanwhile gets back at once: the call that it has interrupted writes, in its turn,
+        what the handler has queued.
+
         Returns the IOPub messages that could not be written because the pipe is gone (normally none). Who sent a
         reply asks :func:`whole`.
         """
-        queue = self._queue
+        lost: list[list[Any]] = []
         with self._lock:
-            while queue:
-                entry = queue[0]
-                buffers, total, done, _, _ = entry
-                written = sum(done)
-                if written >= total:
-                    # No bytecode between the test and the call lets a signal handler in that would drain as well.
-                    if queue and queue[0] is entry:
-                        queue.popleft()
-                    continue
+            if self._writing:
+                return lost
+            # The queue is looked at while the mark is off: nothing is left behind that was queued while it was on.
+            while self._queue:
                 try:
-                    if len(buffers) == 1:
-                        rest = buffers[0] if not written else memoryview(buffers[0])[written:]
-                        done.extend(map(os.write, (self.fd,), (rest,)))
-                    else:
-                        done.extend(map(os.writev, (self.fd,), (_rest(buffers, written),)))
-                except BlockingIOError:  # somebody has made it so, perhaps for all descriptors that he found
-                    _await_room(self.fd)
-                except OSError as error:
-                    self.broken = True
-                    if sys.__stderr__ is not None:
-                        print(f"[sandbox] no more output by the pipe: {error}", file=sys.__stderr__, flush=True)
-                    left = [parts for *_, parts, magic in queue if magic == IOPUB]
-                    queue.clear()
-                    return left
+                    self._writing = True
+                    lost += self._write_some()
+                finally:
+                    self._writing = False
+        return lost
+
+    def _write_some(self) -> list[list[Any]]:
+        """Write what fits into the pipe of the first entry, or remove that; what is lost where the pipe is gone."""
+        if not self._queue:  # a handler has written it all, just before the mark was on
+            return []
+        buffers, total, done, _, _ = self._queue[0]
+        written = sum(done)
+        try:
+            if written >= total:
+                self._queue.popleft()
+            elif len(buffers) == 1:
+                rest = buffers[0] if not written else memoryview(buffers[0])[written:]
+                done.extend(map(os.write, (self.fd,), (rest,)))
+            else:
+                done.extend(map(os.writev, (self.fd,), (_rest(buffers, written),)))
+        except OSError as error:
+            if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
+                raise  # not the write's: a signal's handler, called inside it, has raised that (a TimeoutError, say)
+            if not isinstance(error, BlockingIOError):
+                return self._give_up(error)
+            _await_room(self.fd)  # somebody has made it so, perhaps for all descriptors that he found
         return []
+
+    def _give_up(self, error: OSError) -> list[list[Any]]:
+        self.broken = True
+        if sys.__stderr__ is not None:
+            print(f"[sandbox] no more output by the pipe: {error}", file=sys.__stderr__, flush=True)
+        left = []
+        while self._queue:
+            *_, parts, magic = self._queue.popleft()
+            if magic == IOPUB:
+                left.append(parts)
+        return left
 
     def close(self) -> None:
         """The agent sees the end of the pipe and listens to the socket instead."""
@@ -102,6 +125,11 @@ class Writer:
         fd, self.fd = self.fd, -1
         with contextlib.suppress(OSError):
             os.close(fd)
+
+
+def _octets(view: memoryview) -> memoryview | bytes:
+    """What lies in memory, as ZMQ would send it; only views without gaps, in C's order, can be cast."""
+    return view.cast("B") if view.c_contiguous and view.nbytes else view.tobytes("A")
 
 
 def _await_room(fd: int) -> None:

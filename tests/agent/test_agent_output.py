@@ -2,15 +2,124 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import signal
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import zmq
 from agent_host import AgentProcess, Host
+
+from sandbox_gateway.agent.kernel_shell import ReplySocket
+from sandbox_gateway.agent.kernel_writer import SHELL, Writer, whole
+from sandbox_gateway.agent.outpipe import PipeReader
+
+SMALL_LIMITS = """
+import sys
+names, frames = type(sys.stdout)._publish.__globals__, sys.modules["_sandbox_writer"]
+names["_PIECE"], frames._MAX_MESSAGE = 10_000, 100_000
+"""
+"""In the kernel: what would take gigabytes otherwise."""
+
+INTERRUPTED = """
+import contextlib
+
+class Meddling:
+    def __init__(self, at, raised):
+        self.left, self.raised, self.entry, self.put = at, raised, frames.Writer.entry, frames.Writer.put
+        frames.Writer.entry = lambda *given: self.count(self.entry(*given))
+        frames.Writer.put = lambda *given: self.count(self.put(*given))
+
+    def count(self, value):
+        self.left -= 1
+        if not self.left:
+            frames.Writer.entry, frames.Writer.put = self.entry, self.put
+            raise self.raised
+        return value
+
+def meddle(at, raised):
+    sys.stdout.flush()
+    with names["_pipe"].flush_lock:
+        sys.stdout.write("".join(f"{number}\\n" for number in range(10_000)))
+        Meddling(at, raised)
+        with contextlib.suppress(type(raised)):
+            sys.stdout.flush()
+            missed.append(at)
+    sys.stdout.flush()
+
+missed = []
+"""
+"""In the kernel: raise something when a piece has been made, or has just been queued."""
+
+
+class BlockedPipe:
+    """A full pipe; what stands behind what has filled it is read once the test says so."""
+
+    def __init__(self) -> None:
+        self.read_fd, write_fd = os.pipe()
+        os.set_blocking(write_fd, False)
+        self.filling = 0
+        with pytest.raises(BlockingIOError):
+            while True:
+                self.filling += os.write(write_fd, b"x" * 65536)
+        os.set_blocking(write_fd, True)
+        self.writer = Writer(write_fd)
+        self.data = b""
+        self.open = threading.Event()
+        self.reading = threading.Thread(target=self._read)
+        self.reading.start()
+
+    def _read(self) -> None:
+        assert self.open.wait(20)
+        while data := os.read(self.read_fd, 1 << 20):
+            self.data += data
+
+    def messages(self) -> list[tuple[str, list[bytes]]]:
+        """All that was written, once; the pipe is then closed."""
+        self.close()
+        found = []
+        for channel, parts in PipeReader().feed(self.data[self.filling :]):
+            found.append((channel, [bytes(part) for part in parts]))
+        return found
+
+    def close(self) -> None:
+        self.writer.close()
+        self.open.set()
+        self.reading.join()
+        read_fd, self.read_fd = self.read_fd, -1
+        with contextlib.suppress(OSError):
+            os.close(read_fd)
+
+
+@pytest.fixture
+def blocked() -> Iterator[BlockedPipe]:
+    pipe = BlockedPipe()
+    yield pipe
+    pipe.close()
+
+
+@pytest.fixture
+def alarm() -> Iterator[Callable[[Callable[[int], None]], None]]:
+    """Calls what it is given from a signal's handler, with the number of the call, some times in a second."""
+    before = signal.getsignal(signal.SIGALRM)
+
+    def alarm(function: Callable[[int], None]) -> None:
+        calls = iter(range(1, 1_000_000))
+        signal.signal(signal.SIGALRM, lambda *_: function(next(calls)))
+        signal.setitimer(signal.ITIMER_REAL, 0.2, 0.1)
+
+    yield alarm
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
 
 
 def lines(count: int) -> str:
@@ -146,6 +255,219 @@ def test_interrupts_lose_and_double_nothing(start: Callable[..., Any], host: Hos
         kernel.messages.clear()
 
 
+def test_a_text_larger_than_a_frame_is_sent_in_pieces_and_the_kernel_goes_on(
+    start: Callable[..., Any], host: Host
+) -> None:
+    """Each piece is a message of its own; and what stands in a piece, it fits into a frame."""
+    start(fast_iopub=True)
+    host.run(SMALL_LIMITS)
+    msg_id = host.execute("sys.stdout.write(''.join(f'{number}\\n' for number in range(50_000)))")
+    sent = [m["content"]["text"] for m in host.parsed("iopub", msg_id) if m["msg_type"] == "stream"]
+    assert "".join(sent) == lines(50_000)
+    assert {len(text) for text in sent[:-1]} == {10_000}
+    assert host.run("print(1)") == "1\n"
+
+
+def test_the_largest_piece_of_text_fits_into_a_frame(start: Callable[..., Any], host: Host) -> None:
+    """Whatever its characters are: a lone surrogate takes seven bytes, the most of all."""
+    start(fast_iopub=True)
+    code = (
+        "import sys\nnames = type(sys.stdout)._publish.__globals__\n"
+        "piece = sys.stdout._encode(frozenset(), '\\ud800' * 1000)\n"
+        "print(names['_PIECE'] // 1000 * len(piece[-1]) < sys.modules['_sandbox_writer']._MAX_MESSAGE)"
+    )
+    assert host.run(code) == "True\n"
+
+
+def test_a_text_larger_than_a_frame_is_sent_in_pieces_through_hooks_too(start: Callable[..., Any], host: Host) -> None:
+    """Where somebody changes how messages are made, and stock code makes them."""
+    start(fast_iopub=True)
+    host.run(SMALL_LIMITS + "sys.stdout.register_hook(lambda message: message)")
+    msg_id = host.execute("sys.stdout.write(''.join(f'{number}\\n' for number in range(50_000))); sys.stdout.flush()")
+    assert host.text(msg_id) == lines(50_000)
+    assert host.run("print(1)") == "1\n"
+
+
+@pytest.mark.parametrize("fault", ["ValueError('too much')", "MemoryError()"])
+def test_a_hook_that_fails_ends_nobodys_cell(start: Callable[..., Any], host: Host, fault: str) -> None:
+    """It does not in stock ipykernel, where a thread of its own calls it."""
+    start(fast_iopub=True)
+    host.run(
+        f"import sys\ndef fail(message):\n    raise {fault}\nsys.stdout.register_hook(fail)\n"
+        "print('to nobody', flush=True)\nsys.stdout.unregister_hook(fail)"
+    )
+    assert host.run("print(1)") == "1\n"
+
+
+@pytest.mark.parametrize("fault", ["ValueError", "MemoryError"])
+def test_text_that_cannot_be_sent_is_left_out_and_the_stream_says_so(
+    start: Callable[..., Any], host: Host, fault: str
+) -> None:
+    """The rest arrives, and nothing is tried for ever."""
+    start(fast_iopub=True)
+    host.run(
+        SMALL_LIMITS + "entry = frames.Writer.entry\n"
+        "def failing(writer, parts, *magic):\n"
+        f"    if parts[0] == b'stream.stdout' and b'bad' in parts[-1]: raise {fault}('no')\n"
+        "    return entry(writer, parts, *magic)\n"
+        "frames.Writer.entry = failing"
+    )
+    msg_id = host.execute("sys.stdout.write('a' * 10_000 + 'bad' * 2_000 + 'c' * 4_000 + 'end')")
+    assert host.text(msg_id) == (
+        "a" * 10_000 + f"[sandbox] 10000 characters of output were left out: they cannot be sent ({fault})\nend"
+    )
+    assert host.run("print(1)") == "1\n"
+
+
+def test_text_of_which_nothing_can_be_said_harms_nothing_else(start: Callable[..., Any], host: Host) -> None:
+    """As where the header of what it belongs to is none."""
+    start(fast_iopub=True)
+    assert (
+        host.run(
+            "import sys\nproper = sys.stdout.parent_header\nsys.stdout.parent_header = {'x': object()}\n"
+            "print('to nobody', flush=True)\nsys.stdout.parent_header = proper\nprint('here', flush=True)"
+        )
+        == "here\n"
+    )
+
+
+@pytest.mark.parametrize("raised", ["KeyboardInterrupt()", "TimeoutError()", "ValueError()"])
+def test_an_interrupt_between_the_pieces_of_a_text_loses_and_doubles_nothing(
+    start: Callable[..., Any], host: Host, raised: str
+) -> None:
+    """Nor does a handler's error, which reaches the code that was interrupted."""
+    start(fast_iopub=True)
+    host.run(SMALL_LIMITS + INTERRUPTED)
+    for at in range(1, 11):
+        msg_id = host.execute(f"meddle({at}, {raised})")
+        assert host.text(msg_id) == lines(10_000), at
+    assert host.run("print(missed)") == "[]\n"
+
+
+def test_a_handler_that_prints_while_text_is_taken_doubles_nothing(start: Callable[..., Any], host: Host) -> None:
+    """It may come at any moment, and returns."""
+    start(fast_iopub=True)
+    msg_id = host.execute(
+        "import itertools, signal, sys\nticks = itertools.count()\n"
+        "def tick(*_):\n    sys.stdout.write(f't {next(ticks)}\\n'); sys.stdout.flush()\n"
+        "signal.signal(signal.SIGALRM, tick); signal.setitimer(signal.ITIMER_REAL, .0002, .0002)\n"
+        "for i in range(20_000):\n    sys.stdout.write(f'm {i}\\n'); sys.stdout.flush()\n"
+        "signal.setitimer(signal.ITIMER_REAL, 0)\nprint(next(ticks))"
+    )
+    *printed, ticks = host.text(msg_id).splitlines()
+    assert sorted(line for line in printed if line[0] == "m") == sorted(f"m {i}" for i in range(20_000))
+    assert sorted(line for line in printed if line[0] == "t") == sorted(f"t {i}" for i in range(int(ticks)))
+
+
+@pytest.mark.parametrize("size", [100, 300_000])
+def test_a_handler_that_writes_inside_a_blocked_write_comes_next_and_tears_nothing(
+    blocked: BlockedPipe, alarm: Callable[[Callable[[int], None]], None], size: int
+) -> None:
+    """The interpreter calls a signal's handler in the midst of a write, and then goes on with the same bytes."""
+    writer, answers = blocked.writer, []
+
+    def handler(number: int) -> None:
+        if number <= 3:
+            writer.put(writer.entry([b"tick %d" % number]), [])
+            if number == 3:
+                blocked.open.set()
+            answers.append(writer.drain())
+
+    alarm(handler)
+    writer.put(writer.entry([b"first", b"f" * size]), [])
+    writer.put(writer.entry([b"second"]), [])
+    assert writer.drain() == []
+    assert answers == [[], [], []]
+    sent = [parts[0] for _, parts in blocked.messages()]
+    assert sent == [b"first", b"second", b"tick 1", b"tick 2", b"tick 3"]
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, TimeoutError, BlockingIOError])
+@pytest.mark.parametrize("size", [100, 300_000])
+def test_a_handler_that_writes_and_raises_inside_a_blocked_write_tears_nothing(
+    blocked: BlockedPipe,
+    alarm: Callable[[Callable[[int], None]], None],
+    size: int,
+    raised: type[BaseException],
+) -> None:
+    """What it raises reaches the caller, and is not taken for the pipe's own trouble; the next writes all the rest."""
+    writer = blocked.writer
+
+    def handler(number: int) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        writer.put(writer.entry([b"tick"]), [])
+        writer.drain()
+        raise raised
+
+    alarm(handler)
+    writer.put(writer.entry([b"first", b"f" * size]), [])
+    threading.Timer(1, blocked.open.set).start()  # ends a version that waits inside the handler
+    with pytest.raises(raised):
+        writer.drain()
+    assert not writer.broken
+    assert writer.drain() == []
+    assert [parts[0] for _, parts in blocked.messages()] == [b"first", b"tick"]
+
+
+def test_a_reply_that_a_handler_sends_inside_a_blocked_write_goes_one_way(
+    blocked: BlockedPipe, alarm: Callable[[Callable[[int], None]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not in the pipe yet when its sender looks, and is not lost either."""
+    from sandbox_gateway.agent import kernel_writer
+
+    monkeypatch.setitem(sys.modules, "_sandbox_writer", kernel_writer)
+    writer = blocked.writer
+    by_socket: list[Any] = []
+    stock = SimpleNamespace(send_multipart=by_socket.append)
+    pipe = SimpleNamespace(usable=True, writer=writer)
+
+    def write_out(_: Any) -> None:
+        assert writer.drain() == []
+
+    reply = ReplySocket(stock, pipe, write_out)
+
+    def handler(number: int) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        reply.send_multipart([b"agent", b"reply"])
+        blocked.open.set()
+
+    alarm(handler)
+    threading.Timer(1, blocked.open.set).start()  # ends a version that waits inside the handler
+    first = writer.entry([b"first"])
+    writer.put(first, [])
+    writer.drain()
+    assert whole(first)
+    assert by_socket == []
+    assert blocked.messages() == [("iopub", [b"first"]), ("shell", [b"reply"])]
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        "zeros((0, 3))",
+        "zeros(0)",
+        "arange(6).reshape(2, 3)",
+        "arange(6).reshape(2, 3).T",
+        "arange(60_000).reshape(200, 300).T",
+        "array(7)",
+        "arange(6, dtype='>i4')",
+    ],
+)
+def test_any_array_that_zmq_would_send_leaves_the_same_way(array: str) -> None:
+    """Arrays without elements and by columns too: what lies in memory, in its order."""
+    numpy = pytest.importorskip("numpy")
+    part = eval(f"numpy.{array}", {"numpy": numpy})
+    read_fd, write_fd = os.pipe()
+    fcntl.fcntl(write_fd, fcntl.F_SETPIPE_SZ, 1 << 20)
+    writer = Writer(write_fd)
+    writer.put(writer.entry([b"before", part, b"after"], SHELL), [])
+    assert writer.drain() == []
+    ((_, sent),) = PipeReader().feed(os.read(read_fd, 1 << 20))
+    os.close(read_fd)
+    writer.close()
+    assert [bytes(item) for item in sent] == [b"before", zmq.Frame(part).bytes, b"after"]
+
+
 def test_clear_output_and_updates_keep_their_place(kernel: Host) -> None:
     """Messages of different kinds leave in the order in which the cell made them."""
     msg_id = kernel.execute(
@@ -206,8 +528,6 @@ def test_another_subscriber_inside_gets_everything_too(kernel: Host) -> None:
 
 def test_a_flood_on_the_kernels_descriptors_stays_in_its_ring(start: Callable[..., Any], host: Host) -> None:
     """A program that writes without end to the raw stdout fills a ring of one megabyte, and the agent answers."""
-    import sys
-
     flood = "import os\nwhile True: os.write(1, b'x' * 65536)"
     number = host.request("start_kernel", argv=[sys.executable, "-c", flood], key="k", env={}, cwd="/")
     host.answer(number)
