@@ -83,6 +83,7 @@ class Lifecycle:
         self._starts = Starts(self)
         self._clones = Clones(self, clones)
         self._seats: dict[str, Seat] = {}
+        self._handing: set[asyncio.Task[None]] = set()
         self._make_runtime = runtimes
         self._runtimes: dict[str, tuple[Runtime, RuntimeReport]] = {}
         self.events = EventLog(self.store)
@@ -291,15 +292,21 @@ class Lifecycle:
 
     async def hand_over(self, sandbox_id: str) -> None:
         """Give a sandbox up for another owner: flushed, detached, endpoints closed, lock free."""
-        sandbox = self.owned(sandbox_id)
+        handing = asyncio.create_task(self._hand_over(self.owned(sandbox_id)))
+        # To its end whatever becomes of who asked: the lock is free when nothing of it is ours any more.
+        self._handing.add(handing)
+        handing.add_done_callback(self._handing.discard)
+        await asyncio.shield(handing)
+
+    async def _hand_over(self, sandbox: LiveSandbox) -> None:
         try:
             await sandbox.detach()
         finally:
             # Of several who asked at once one does this, and whoever is its next owner here has nothing to do with it.
-            if sandbox.left and self.live.get(sandbox_id) is sandbox:
-                self.events.note(sandbox_id, EventKind.HANDED_OVER)
-                del self.live[sandbox_id]
-                self._seats.pop(sandbox_id, None)
+            if sandbox.left and self.live.get(sandbox.id) is sandbox:
+                self.events.note(sandbox.id, EventKind.HANDED_OVER)
+                del self.live[sandbox.id]
+                self._seats.pop(sandbox.id, None)
                 sandbox.seat.release(remove=False)
 
     def entrust(self, sandbox_id: str) -> Seat:
@@ -436,6 +443,9 @@ class Lifecycle:
     async def _leave(self, sandbox: LiveSandbox) -> None:
         try:
             policy = sandbox.record.on_owner_exit
+            if sandbox.left:
+                await self.hand_over(sandbox.id)
+                return
             if policy is OnOwnerExit.SUSPEND and sandbox.state is not State.SUSPENDED:
                 await sandbox.suspend("its application ended")
             # Who suspended a kernel wants to find it again.

@@ -528,6 +528,8 @@ class LiveSandbox:
         if self.state is not State.SUSPENDED or error.code not in _FOR_GOOD:
             return False
         await self.destroy(Death(DeathKind.FAILED, f"it could not be woken: {error.message}"))
+        if self.left:
+            return False
         await self.ended.wait()
         return True
 
@@ -765,7 +767,8 @@ class LiveSandbox:
 
     async def _shielded(self, work: Coroutine[Any, Any, T]) -> T:
         """One after the other, and to its end whatever becomes of the caller."""
-        if self._ending and self._removal is not None:
+        if self._ending:
             work.close()
-            raise SandboxGatewayError("illegal_transition", f"sandbox {self.id} is {self.state}")
+            what = "another owner's by now" if self.left else str(self.state)
+            raise SandboxGatewayError("illegal_transition", f"sandbox {self.id} is {what}")
         return await self._order.to_its_end(work)

@@ -492,8 +492,8 @@ class Sandbox:
         asleep = self.state is State.SUSPENDED
         if not asleep and self._live.record.on_owner_exit is OnOwnerExit.TERMINATE:
             await self._live.amend(on_owner_exit=OnOwnerExit.KEEP)
-        self._client.has_seat = False
         await self._lifecycle.hand_over(self.id)
+        self._client.has_seat = self._client.has_seat and not self._live.left
         self._client.leave(left(self.id))
         if not asleep:
             await ask_keeper(self._lifecycle.paths, "adopt", self.id)

@@ -560,8 +560,7 @@ class Gateway:
         no quota counts them."""
         if self.kernels.get(kernel.id) is kernel:
             self.kernels[kernel.id] = self.kernels.pop(kernel.id)  # behind those that died before
-        his = [one for one in self.kernels.values() if one.owner == kernel.owner]
-        dead = [one for one in his if one.live.death is not None and not one.restarting]
+        dead = [one for one in self.kernels.values() if one.owner == kernel.owner and one.dead]
         for one in dead[:-DEAD_KEPT]:
             log.info("kernel %s died some time ago, and is listed no longer", one.id)
             self._leave(one)

@@ -86,6 +86,13 @@ class ServedKernel:
         return self._order.locked()
 
     @property
+    def dead(self) -> bool:
+        """Whether its sandbox has died, for good unless its owner restarts it, and all of it is removed."""
+        death = self.live.death
+        over = death is not None and death.kind not in _ON_PURPOSE and self.live.ended.is_set()
+        return over and not self.muted and not self.restarting
+
+    @property
     def reason(self) -> str:
         """Why it is dead; empty while it is not."""
         if self.alive:
@@ -164,6 +171,8 @@ class ServedKernel:
                         # What cannot be made again is not ended.
                         requests.identity(await self._again(live), root=os.geteuid() == 0)
                         await live.destroy(Death(DeathKind.STOPPED, "restarted clean"))
+                        if live.left:
+                            raise SandboxGatewayError("owned_elsewhere", f"another process has taken sandbox {self.id}")
                     if live.death is not None or not await self._rebooted(live):
                         self.hub.publish_restart()
                         await self._make_again(live)
@@ -276,7 +285,8 @@ class ServedKernel:
                 await self._end(reason)
         except BaseException:
             self.muted = False
-            self._watch()
+            if not self.restarting:  # that watches when it is done
+                self._watch()
             raise
 
     async def _end(self, reason: str) -> None:

@@ -149,6 +149,23 @@ async def test_of_two_who_ask_for_it_at_once_neither_has_it_before_it_is_left(
     await again.destroy(Death(DeathKind.STOPPED))
 
 
+async def test_it_is_ours_until_it_is_left_also_when_who_asked_for_it_has_given_up(quick: Lifecycle) -> None:
+    sandbox = await started(quick)
+    async with sandbox._order.lock:
+        asked = asyncio.create_task(quick.hand_over(ID))
+        await asyncio.wait({asked}, timeout=0.05)
+        asked.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
+        assert ID in quick.live and holder(quick.paths.sandbox(ID)) is not None
+        with pytest.raises(SandboxGatewayError, match="another owner's"):
+            await sandbox.pause()
+    async with asyncio.timeout(10):
+        while ID in quick.live:
+            await asyncio.sleep(0.01)  # nobody is told any more
+    assert holder(quick.paths.sandbox(ID)) is None
+    await quick.stop(ID)
+
+
 async def test_a_stop_while_it_is_handed_over_ends_it_all_the_same(quick: Lifecycle) -> None:
     sandbox = await started(quick)
     async with sandbox._order.lock:
