@@ -28,6 +28,7 @@ import contextlib
 import fcntl
 import os
 import stat
+import threading
 import time
 import traceback
 import types
@@ -106,7 +107,15 @@ class PipeIOPubThread(iostream.IOPubThread):  # type: ignore[misc]
 
     def write_out(self, pipe: Any) -> None:
         """Write what is queued, or publish it as usual where the pipe is gone."""
-        for lost in pipe.writer.drain():
+        try:
+            left = pipe.writer.drain()
+        except BaseException:
+            # A signal's handler has raised something inside a write: what it has printed before, or the rest of a
+            # frame, does not wait for the next output.
+            if threading.current_thread() is not self.thread:
+                self.schedule(lambda: self.write_out(pipe))
+            raise
+        for lost in left:
             super().send_multipart(lost)
         if pipe.writer.broken:
             pipe.writer.close()

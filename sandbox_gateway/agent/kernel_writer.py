@@ -42,7 +42,7 @@ class Writer:
         self.broken = False
         self._queue: deque[Entry] = deque()
         self._lock = threading.RLock()
-        self._writing = False  # the thread that holds the lock is inside a write
+        self._writing: Any = None  # the frame of the call that is inside a write
 
     def entry(self, parts: list[Any], magic: bytes = IOPUB) -> Entry:
         """A queue entry for a message; ``magic`` is the channel's."""
@@ -75,15 +75,16 @@ class Writer:
         """
         lost: list[list[Any]] = []
         with self._lock:
-            if self._writing:
+            if self._writing is not None and _runs(self._writing):
                 return lost
+            frame = sys._getframe()
             # The queue is looked at while the mark is off: nothing is left behind that was queued while it was on.
             while self._queue:
                 try:
-                    self._writing = True
+                    self._writing = frame
                     lost += self._write_some()
                 finally:
-                    self._writing = False
+                    self._writing = None
         return lost
 
     def _write_some(self) -> list[list[Any]]:
@@ -125,6 +126,15 @@ class Writer:
         fd, self.fd = self.fd, -1
         with contextlib.suppress(OSError):
             os.close(fd)
+
+
+def _runs(frame: Any) -> bool:
+    """Whether a frame of this thread has not ended: where it has, an error that a trace function raised kept its mark
+    from being taken back."""
+    caller: Any = sys._getframe()
+    while caller is not None and caller is not frame:
+        caller = caller.f_back
+    return caller is not None
 
 
 def _octets(view: memoryview) -> memoryview | bytes:

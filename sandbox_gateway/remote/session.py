@@ -381,7 +381,7 @@ class RemoteSession:
     async def _find_out(self, connection: Connection, sent: Sequence[str], forgotten: bool) -> None:
         while True:
             try:
-                settled = await self._barrier_passed(connection, sent)
+                settled = await self._barrier_passed(connection, sent, forgotten)
                 break
             except ConnectionLost:
                 return  # all of this begins anew
@@ -404,11 +404,12 @@ class RemoteSession:
         self._urgent.extend(item for item in waiting if _harmless(item))
         self._shell = deque(item for item in waiting if not _harmless(item))
 
-    async def _barrier_passed(self, connection: Connection, sent: Sequence[str]) -> bool:
+    async def _barrier_passed(self, connection: Connection, sent: Sequence[str], forgotten: bool) -> bool:
         """True: the kernel has answered all that it had. False: it fell asleep with nothing to do, and all that it said
         before has come.
 
-        One that was put to sleep in a cell has what was sent behind that in its queue, perhaps: it is waited for.
+        One that was put to sleep in a cell has what was sent behind that in its queue, perhaps: it is waited for. Where
+        the gateway has ``forgotten`` the session, one that sleeps with nothing to do will say nothing more either.
         """
         asked, answered = "", asyncio.get_running_loop().create_future()
         while True:
@@ -417,7 +418,7 @@ class RemoteSession:
                 await asyncio.sleep(A_MOMENT)
                 continue
             asleep = sandbox if sandbox is not None and sandbox.asleep else None
-            if sandbox is not None and asleep is None:
+            if sandbox is not None and sandbox.state == "running":
                 # Somebody who puts it to sleep from now on does so in spite of what was asked for before.
                 self._wanted.clear()
             # The gateway answers the second one by itself, behind what it still has for us, and wakes nobody.
@@ -431,11 +432,14 @@ class RemoteSession:
                 return True
             asked = ""
             if asleep is None:
+                # It could not be woken for somebody: who waits here has to be told, or tried for, as well.
+                if any(item.wakes for item in self._shell):
+                    self._wanted.set()
                 await asyncio.sleep(A_MOMENT)
-            elif asleep.busy or self._in_flight.begun(sent):
+            elif asleep.busy or (not forgotten and self._in_flight.begun(sent)):
                 await self._awake()
             else:
-                return False
+                return forgotten
 
     async def _awake(self) -> None:
         """Return when the kernel does not sleep any more. It is woken for a request that is new, by the same rule as at

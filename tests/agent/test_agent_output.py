@@ -409,6 +409,20 @@ def test_a_handler_that_writes_and_raises_inside_a_blocked_write_tears_nothing(
     assert [parts[0] for _, parts in blocked.messages()] == [b"first", b"tick"]
 
 
+def test_a_mark_that_was_not_taken_back_holds_nobody_up(blocked: BlockedPipe) -> None:
+    """As when a trace function raises an error at the one line that would take it back."""
+
+    def ended() -> Any:
+        return sys._getframe()
+
+    writer = blocked.writer
+    writer._writing = ended()
+    blocked.open.set()
+    writer.put(writer.entry([b"first"]), [])
+    assert writer.drain() == []
+    assert [parts[0] for _, parts in blocked.messages()] == [b"first"]
+
+
 def test_a_reply_that_a_handler_sends_inside_a_blocked_write_goes_one_way(
     blocked: BlockedPipe, alarm: Callable[[Callable[[int], None]], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -345,6 +345,8 @@ class Gateway:
         self.stuck: SandboxGatewayError | None = None
         """Why it cannot be woken."""
         self.unanswered: list[tuple[str, str, str]] = []
+        self.knows = "resumed"
+        """What it says of the session."""
         self.session: RemoteSession | None = None
         self.address = parse("http://127.0.0.1:1")
 
@@ -371,7 +373,7 @@ class Gateway:
         self.state, self.execution_state = "running", "busy"
 
     def header(self, name: str) -> str:
-        return "resumed"
+        return self.knows
 
     async def write(self, frame: bytes) -> None:
         channel, body = frames.decode(frame)
@@ -583,6 +585,38 @@ def test_a_request_that_a_kernel_never_got_before_it_fell_asleep_idle_is_sent_ag
             gateway.state = "suspended"
             await eventually(lambda: again.count() == 1)
             assert gateway.resumed == 0, "the gateway wakes it for that"
+
+    asyncio.run(scenario())
+
+
+def test_what_a_sleeping_kernel_had_begun_is_lost_where_the_gateway_has_forgotten_the_session(
+    quick: None, told: Told
+) -> None:
+    async def scenario() -> None:
+        gateway = Gateway("suspended")
+        gateway.knows = "new"
+        async with Again(gateway, told, ["R1", "R2"], "R1") as again:
+            await eventually(lambda: len(again.replies) == 2)
+            assert {reply["status"] for reply in again.replies} == {"error"}
+            assert not again.session._barred and gateway.resumed == 0 and again.count() == 0
+
+    asyncio.run(scenario())
+
+
+def test_who_waits_for_a_kernel_that_somebody_else_could_not_wake_is_tried_for_too(quick: None, told: Told) -> None:
+    async def scenario() -> None:
+        gateway = Gateway("suspended")
+        async with Again(gateway, told, ["R1", "R2"], "R1") as again:
+            await again.looked(2)
+            gateway.state = "resuming"  # for another client
+            await again.looked(2)
+            again.session.request(SHELL, asked("N"))
+            await eventually(lambda: again.count("comm_info_request"))
+            gateway.state = "suspended"
+            (msg_id,) = [found for _, kind, found in gateway.unanswered if kind == "comm_info_request"]
+            gateway.unanswered.clear()
+            gateway.say(SHELL, "comm_info_reply", {"status": "error", "ename": host_replies.ASLEEP}, msg_id)
+            await eventually(lambda: gateway.resumed == 1)
 
     asyncio.run(scenario())
 
