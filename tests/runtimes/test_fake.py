@@ -157,6 +157,8 @@ async def test_names_open_files_of_its_mounts(paths: Paths) -> None:
     with (workspace / "open").open() as file:
         beside = subprocess.Popen(["sleep", "60"], stdin=file, env=marked)
     try:
+        while not Path(f"/proc/{beside.pid}/environ").read_bytes():
+            await asyncio.sleep(0.01)  # it has only just been executed
         assert await runtime.host_files(last) == (str(workspace / "open"),)
     finally:
         beside.kill()
