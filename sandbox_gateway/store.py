@@ -144,6 +144,16 @@ class Store:
         with self._open_connection() as connection:
             return _read(connection, sandbox_id)
 
+    def has(self, sandbox_id: str) -> bool:
+        """Whether there is a record of exactly this id."""
+        try:
+            self.get(sandbox_id)
+        except SandboxGatewayError as error:
+            if error.code != "unknown_sandbox":
+                raise
+            return False
+        return True
+
     def find(self, prefix: str) -> SandboxRecord:
         """The record whose id is ``prefix``, or the only one whose id begins so.
 

@@ -100,7 +100,8 @@ def _read_in_parallel(source: Path) -> None:
     file = source / _PAGES / "pagesfile.go"
     text = file.read_text()
     if text.count(_READER[0]) != 1:
-        raise SandboxGatewayError("setup_failed", f"gVisor's {_PAGES / file.name} is not as expected")
+        hint = "`jupyter sandbox setup --file FILE` takes a runsc from elsewhere."
+        raise SandboxGatewayError("setup_failed", f"gVisor's {_PAGES / file.name} is not as expected", hint)
     file.write_text(text.replace(*_READER))
     shutil.copyfile(_ADDED / "reads.go", source / _PAGES / "sandbox_gateway.go")
 

@@ -108,7 +108,7 @@ class Gateway:
         """Awaited before any sandbox is left."""
         self._took: dict[str, float] = {}
         """Seconds of the last restore from the template of each profile as it is offered."""
-        self._ids = NewIds(lambda sandbox_id: self.lifecycle.store.get(sandbox_id))
+        self._ids = NewIds(lambda sandbox_id: self.lifecycle.store.has(sandbox_id))
         self._closers: list[Callable[[], object]] = []
         self._started: asyncio.Task[None] | None = None
         self._closed = False
@@ -181,16 +181,6 @@ class Gateway:
         if not record.owner or not caller.may_use(record.owner):
             raise _unknown(sandbox_id)
         return self._now(record)
-
-    async def on_record(self, sandbox_id: str) -> bool:
-        """Whether there is a record of it."""
-        try:
-            await asyncio.to_thread(self.lifecycle.store.get, sandbox_id)
-        except SandboxGatewayError as error:
-            if error.code != "unknown_sandbox":
-                raise
-            return False
-        return True
 
     def _now(self, record: SandboxRecord) -> SandboxRecord:
         live = self.lifecycle.live.get(record.id)
@@ -308,7 +298,7 @@ class Gateway:
     async def forget(self, caller: Caller, sandbox_id: str) -> None:
         """As :meth:`delete`, the record too."""
         await self.delete(caller, sandbox_id)
-        if await self.on_record(sandbox_id):
+        if await asyncio.to_thread(self.lifecycle.store.has, sandbox_id):
             await self.lifecycle.remove(sandbox_id)
 
     # Doing

@@ -181,7 +181,7 @@ class ServedKernel:
 
     def _stays(self) -> None:
         if self.muted:
-            raise SandboxGatewayError("unknown_sandbox", f"sandbox {self.id} is being ended", "")
+            raise SandboxGatewayError("unknown_sandbox", f"sandbox {self.id} is being ended", "Start a new one.")
 
     async def _rebooted(self, live: LiveSandbox) -> bool:
         try:
@@ -294,7 +294,7 @@ class ServedKernel:
         for live in {self.live, lifecycle.live.get(self.id, self.live)}:
             if not live.left:
                 await live.destroy(Death(DeathKind.STOPPED, reason))
-            elif await self._gateway.on_record(self.id):
+            elif await asyncio.to_thread(lifecycle.store.has, self.id):
                 await lifecycle.stop(self.id)
 
     def close(self, *, remove: bool) -> None:

@@ -11,10 +11,9 @@ from sandbox_gateway.errors import SandboxGatewayError
 
 
 class NewIds:
-    """Gives each id once. ``recorded`` reads the record of an id and raises ``unknown_sandbox`` where there is none;
-    it may block."""
+    """Gives each id once. ``recorded`` tells whether there is a record of an id; it may block."""
 
-    def __init__(self, recorded: Callable[[str], object]) -> None:
+    def __init__(self, recorded: Callable[[str], bool]) -> None:
         self._recorded = recorded
         self._making: set[str] = set()
 
@@ -39,17 +38,8 @@ class NewIds:
         self._making.add(asked)
         try:
             # Also one that has ended: its log and its reason would go over to another owner.
-            if await asyncio.to_thread(self._on_record, asked):
+            if await asyncio.to_thread(self._recorded, asked):
                 raise taken
             yield asked
         finally:
             self._making.discard(asked)
-
-    def _on_record(self, sandbox_id: str) -> bool:
-        try:
-            self._recorded(sandbox_id)
-        except SandboxGatewayError as error:
-            if error.code != "unknown_sandbox":
-                raise
-            return False
-        return True
