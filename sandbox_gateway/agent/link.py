@@ -9,7 +9,7 @@ from typing import Any, Final
 from sandbox_gateway.agent import relay
 from sandbox_gateway.agent.loop import READ, WRITE, Loop, Timer
 from sandbox_gateway.wire.endpoint import AgentEndpoint
-from sandbox_gateway.wire.events import Detached, Event
+from sandbox_gateway.wire.events import Attached, Detached, Event
 from sandbox_gateway.wire.frames import Buffer, Channel
 from sandbox_gateway.wire.reliable import Outbox
 from sandbox_gateway.wire.sizes import ReadSize
@@ -66,7 +66,10 @@ class Link:
 
     def send(self, channel: Channel, parts: Sequence[Buffer]) -> None:
         """Queue a message for the host; :meth:`flush` writes it."""
-        self.endpoint.send(channel, parts)
+        endpoint = self.endpoint
+        if not endpoint.unwritten and not endpoint.outbox.ready:
+            self._progress = self._loop.now()  # until now there was nothing to get on with
+        endpoint.send(channel, parts)
 
     def hungry(self) -> bool:
         """Whether a source that can wait should be read now.
@@ -144,7 +147,9 @@ class Link:
         self._reading.filled(len(data))
         self.heard()
         for event in self.endpoint.feed(data):
-            if isinstance(event, Detached):
+            if isinstance(event, Attached):
+                self._progress = self._loop.now()
+            elif isinstance(event, Detached):
                 self._reading = ReadSize()  # the next host, perhaps after a restore, begins with little
             self._on_event(event)
 

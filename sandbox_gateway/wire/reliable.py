@@ -68,10 +68,10 @@ class Outbox:
     """Messages of all channels in order of arrival, with a send cursor.
 
     ``limit_bytes`` bounds what is kept (parts and a fixed cost each): beyond it acknowledged messages go first,
-    oldest first, then messages that ``droppable(channel, parts)`` allows, oldest first; the newest only beyond
-    ``hard_limit_bytes``. Other messages are never dropped: beyond the hard limit :attr:`full` asks the caller to stop
-    reading where they come from. With ``keep_acked`` acknowledged messages stay, for a receiver that attaches with
-    older numbers: up to ``keep_bytes`` of them (default: the limit).
+    oldest first, then messages that ``droppable(channel, parts)`` allows, oldest first; the newest of those only
+    beyond ``hard_limit_bytes``. Other messages are never dropped: beyond the hard limit :attr:`full` asks the caller
+    to stop reading where they come from. With ``keep_acked`` acknowledged messages stay, for a receiver that attaches
+    with older numbers: up to ``keep_bytes`` of them (default: the limit).
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Outbox:
             self._may_drop[item.order] = item
         self.bytes += size
         if self.bytes > self._limit:
-            self._shrink(item)
+            self._shrink()
         return seq
 
     @property
@@ -274,13 +274,12 @@ class Outbox:
             self._kept_bytes -= self._charge(item)
             self._forget(item)
 
-    def _shrink(self, newest: _Item) -> None:
+    def _shrink(self) -> None:
         self._trim_kept()
         while self.bytes > self._limit and self._may_drop:
-            item = next(iter(self._may_drop.values()))
-            if item is newest and self.bytes <= self._hard:
-                return
-            self._drop(item)
+            if len(self._may_drop) == 1 and self.bytes <= self._hard:
+                return  # it may be larger than the limit by itself
+            self._drop(next(iter(self._may_drop.values())))
 
     def _drop(self, item: _Item) -> None:
         """Turn a message into a gap, or let the gap just before it grow over it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +21,7 @@ from sandbox_gateway.agent.owner import OwnerWatch
 from sandbox_gateway.agent.process import with_fast_iopub
 from sandbox_gateway.agent.sources import Pace
 from sandbox_gateway.wire.endpoint import HostEndpoint
+from sandbox_gateway.wire.events import Event, Message
 from sandbox_gateway.wire.frames import Channel
 from sandbox_gateway.wire.reliable import Outbox
 from sandbox_gateway.wire.sizes import LARGE, SMALL
@@ -50,10 +51,10 @@ def test_a_second_host_gets_what_the_first_did_not_acknowledge(
     second.close()
 
 
-def select_readable(fd: int) -> bool:
+def select_readable(fd: int, timeout: float = 5) -> bool:
     import select
 
-    return bool(select.select([fd], [], [], 5)[0])
+    return bool(select.select([fd], [], [], timeout)[0])
 
 
 def test_messages_of_a_time_without_a_host_wait_for_the_next(kernel: Host, agent: AgentProcess, tmp_path: Path) -> None:
@@ -70,6 +71,17 @@ def test_messages_of_a_time_without_a_host_wait_for_the_next(kernel: Host, agent
     second.done(msg_id)
     assert second.text(msg_id) == "meanwhile\n"
     second.close()
+
+
+def test_an_output_larger_than_all_that_is_kept_arrives_with_what_was_printed_behind_it(kernel: Host) -> None:
+    """A host that reads loses nothing, however much comes at once."""
+    for _ in range(3):
+        msg_id = kernel.execute(
+            "from IPython.display import display\n"
+            "display({'text/plain': 'x' * 100_000_000}, raw=True)\nprint('and')\ndisplay('more')\nprint('end')"
+        )
+        kinds = [message["msg_type"] for message in kernel.parsed("iopub", msg_id)]
+        assert kinds == ["status", "execute_input", "display_data", "stream", "display_data", "stream", "status"]
 
 
 def test_garbage_on_the_link_is_survived(kernel: Host, agent: AgentProcess) -> None:
@@ -176,7 +188,54 @@ def test_the_log_can_be_followed(kernel: Host) -> None:
     assert number not in kernel.closed_streams
 
 
-def test_after_much_has_come_the_next_host_is_read_with_a_small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+class Pair:
+    """The agent's end of a link and the pipes to it, in this process."""
+
+    def __init__(self) -> None:
+        self.passed = 0.0  # seconds that the agent's clock is ahead
+        self.down, self.up = os.pipe(), os.pipe()
+        os.set_blocking(self.down[1], False)
+        self.loop = Loop()
+        now = self.loop.now
+        self.loop.now = lambda: now() + self.passed  # type: ignore[method-assign]
+        self.agent = link.Link(self.loop, self.down[0], self.up[1], {}, lambda _event: None, lambda: None)
+
+    def attached(self, epoch: int) -> HostEndpoint:
+        """A new host."""
+        host = HostEndpoint(Outbox(), epoch=epoch)
+        host.attach(f"nonce{epoch:08}", None, owner="test")
+        self.spoken(host)
+        return host
+
+    def spoken(self, host: HostEndpoint) -> list[Event]:
+        """Let both say what they have to say; what the host has heard."""
+        heard: list[Event] = []
+        while host.wants_write or self.agent.busy:
+            if host.wants_write:
+                host.wrote(os.writev(self.down[1], host.output()))
+            self.loop.soon(self.agent.flush)
+            self.loop.turn()
+            while select_readable(self.up[0], 0):
+                heard += host.feed(os.read(self.up[0], 1 << 16))
+        return heard
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        self.loop.close()
+        for fd in (*self.down, *self.up):
+            os.close(fd)
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    made = Pair()
+    yield made
+    made.close()
+
+
+def test_after_much_has_come_the_next_host_is_read_with_a_small_buffer(
+    monkeypatch: pytest.MonkeyPatch, pair: Pair
+) -> None:
     """A large one is mapped and unmapped for each read, and a template's would be that of all its clones."""
     asked: list[int] = []
 
@@ -185,40 +244,52 @@ def test_after_much_has_come_the_next_host_is_read_with_a_small_buffer(monkeypat
         return os.read(fd, size)
 
     monkeypatch.setattr(link, "os", SimpleNamespace(**{**vars(os), "read": read}))
-    down, up = os.pipe(), os.pipe()
-    loop = Loop()
-    agent = link.Link(loop, down[0], up[1], {}, lambda _event: None, lambda: None)
+    host = pair.attached(1)
+    host.send(Channel.AGENT, [b"x" * (3 * SMALL)])
+    pair.spoken(host)
+    assert asked[-1] == LARGE
+    host.detach()
+    pair.spoken(host)
+    asked.clear()
+    pair.attached(2)
+    assert set(asked) == {SMALL}
 
-    def spoken(host: HostEndpoint) -> None:
-        while host.wants_write or agent.busy:
-            if host.wants_write:
-                host.wrote(os.writev(down[1], host.output()))
-                loop.turn()
-            agent.flush()
-            if select_readable(up[0]):
-                host.feed(os.read(up[0], 1 << 16))
 
-    def attached(epoch: int) -> HostEndpoint:
-        host = HostEndpoint(Outbox(), epoch=epoch)
-        host.attach(f"nonce{epoch:08}", None, owner="test")
-        spoken(host)
-        return host
+def of_kind(kind: str, text: bytes) -> list[bytes]:
+    return [b"topic", b"<IDS|MSG>", b"", b'{"msg_type": "%s"}' % kind.encode(), b"{}", b"{}", text]
 
-    try:
-        os.set_blocking(down[1], False)
-        host = attached(1)
-        host.send(Channel.AGENT, [b"x" * (3 * SMALL)])
-        spoken(host)
-        assert asked[-1] == LARGE
-        host.detach()
-        spoken(host)
-        asked.clear()
-        attached(2)
-        assert set(asked) == {SMALL}
-    finally:
-        loop.close()
-        for fd in (*down, *up):
-            os.close(fd)
+
+def test_an_output_larger_than_the_bound_after_a_long_silence_is_no_sign_of_a_host_that_stands_still(
+    pair: Pair,
+) -> None:
+    """What comes behind it waits in the kernel's pipe until it is on its way, else it would be dropped for that."""
+    host = pair.attached(1)
+    pair.passed += 100
+    large = b"x" * (link.LIMIT + 1)
+    pair.agent.send(Channel.IOPUB, of_kind("display_data", large))
+    assert not pair.agent.hungry()
+    heard = pair.spoken(host)
+    pair.agent.send(Channel.IOPUB, of_kind("status", b"{}"))
+    heard += pair.spoken(host)
+    assert [event.parts[-1] for event in heard if isinstance(event, Message)] == [large, b"{}"]
+
+
+def test_a_host_that_stands_still_holds_the_kernel_up_for_some_seconds(pair: Pair) -> None:
+    """From the moment at which there was something to read, or it came back."""
+    pair.attached(1)
+    pair.passed += 100
+    while pair.agent.hungry():
+        pair.agent.send(Channel.IOPUB, of_kind("stream", b"x" * 1_000_000))
+        pair.agent.flush()
+    pair.passed += 4
+    assert not pair.agent.hungry()
+    pair.passed += 2
+    assert pair.agent.hungry()
+    again = HostEndpoint(Outbox(), epoch=2)
+    again.attach("nonce00000002", {}, owner="test")
+    os.writev(pair.down[1], again.output())
+    pair.loop.turn()
+    assert not pair.agent.hungry()
 
 
 def test_only_streams_and_displays_may_be_dropped() -> None:

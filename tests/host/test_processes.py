@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from executed import wait_until_executed
 
 from sandbox_gateway.host import processes
 from sandbox_gateway.host.processes import ProcessRef
@@ -19,6 +20,7 @@ from sandbox_gateway.host.processes import ProcessRef
 def sleeper() -> Iterator[subprocess.Popen[bytes]]:
     """A process of ours that does nothing."""
     with subprocess.Popen(["sleep", "100"], env={"PATH": os.defpath, "SLEEPER": str(os.getpid())}) as process:
+        wait_until_executed(process.pid)
         yield process
         process.kill()
 

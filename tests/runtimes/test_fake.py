@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from executed import wait_until_executed
 
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host.paths import Paths
@@ -157,8 +158,7 @@ async def test_names_open_files_of_its_mounts(paths: Paths) -> None:
     with (workspace / "open").open() as file:
         beside = subprocess.Popen(["sleep", "60"], stdin=file, env=marked)
     try:
-        while not Path(f"/proc/{beside.pid}/environ").read_bytes():
-            await asyncio.sleep(0.01)  # it has only just been executed
+        wait_until_executed(beside.pid)
         assert await runtime.host_files(last) == (str(workspace / "open"),)
     finally:
         beside.kill()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from executed import wait_until_executed
 
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host import processes
@@ -59,6 +60,7 @@ async def test_a_launcher_that_is_told_nothing_is_gone_when_it_is_closed(directo
     """It starts while a sandbox is prepared, which may fail."""
     program = Launcher(directory)
     process = await asyncio.shield(program._program)
+    wait_until_executed(process.pid)
     assert processes.find(lambda argv, environment: f"{MARKER}={directory}" in environment)
     await program.close()
     assert process.returncode is not None

@@ -177,6 +177,22 @@ def test_a_single_message_longer_than_the_limit_is_not_dropped_at_once() -> None
     assert numbers(drained(outbox)) == [(2, 2)]
 
 
+def test_it_goes_for_the_next_that_may_be_dropped_and_for_no_status_or_reply() -> None:
+    outbox = Outbox(1000, 10_000, streams)
+    outbox.append(4, [b"stream", bytes(5000)])
+    outbox.append(4, [b"status"])
+    assert numbers(drained(outbox)) == [1, 2]
+    outbox = Outbox(1000, 10_000, streams)
+    outbox.append(4, [b"stream", bytes(5000)])
+    outbox.append(4, [b"status"])
+    outbox.append(4, [b"stream"])
+    assert numbers(drained(outbox)) == [(1, 1), 2, 3]
+    outbox = Outbox(1000, 10_000, streams)
+    outbox.append(4, [b"stream", bytes(5000)])
+    outbox.append(4, [b"status", bytes(6000)])
+    assert numbers(drained(outbox)) == [(1, 1), 2]
+
+
 def test_a_gap_that_was_sent_does_not_grow_over_a_message_that_was_not() -> None:
     outbox = Outbox(2 * COST, 100 * COST, streams)
     for _ in range(6):
