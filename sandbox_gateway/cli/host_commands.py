@@ -32,7 +32,8 @@ def add(commands: Commands) -> None:
         "put the pinned runsc into the product's own data directory",
         "Downloads a gVisor release, else builds it through the Go module proxy. Does nothing when it is there.",
     )
-    setup.add_argument(
+    way = setup.add_mutually_exclusive_group()
+    way.add_argument(
         "--runsc",
         "--file",
         "--from",
@@ -40,6 +41,11 @@ def add(commands: Commands) -> None:
         type=Path,
         metavar="FILE",
         help="take this runsc (or gVisor release tarball) instead: nothing is downloaded",
+    )
+    way.add_argument(
+        "--build",
+        action="store_true",
+        help="build it from gVisor's sources (a minute or two), for kernels that start and resume quicker",
     )
 
 
@@ -102,9 +108,11 @@ def _setup(options: argparse.Namespace) -> None:
     from sandbox_gateway.host.setup import ensure_runsc
 
     with ProgressLine() as progress:
-        install = ensure_runsc(discover(), source=options.source, progress=progress.update)
+        install = ensure_runsc(discover(), source=options.source, build=options.build, progress=progress.update)
     if options.json:
         write_json(install.as_dict())
         return
     state = "installed" if install.fresh else "already there"
     write_line(f"runsc is {state}: {install.path} ({install.origin})")
+    if install.fresh and install.origin.startswith("release"):
+        write_line("`jupyter sandbox setup --build` builds one whose kernels start and resume quicker.")

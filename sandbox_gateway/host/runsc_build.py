@@ -3,14 +3,14 @@
 Go's checksum database has checked what is built. What lies in ``gvisor_build/`` is added before. gVisor compiles the
 sandbox's filter for system calls at each start unless its build has done so, which that of gVisor's releases does and
 the published sources leave out: ``filters.go`` and ``main.go`` do it as its own build would, for the sandboxes that
-we make. ``gc.go`` sets Go's collector for programs that start often and live quietly, and ``reads.go`` says how many
-parts of a saved memory are read at once.
+we make. The other files make starts and restores quicker and change nothing that a sandbox may do; each says how.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -35,12 +35,29 @@ BUILD_SECONDS = 3600.0
 _MODULE = "gvisor.dev/gvisor"
 _ADDED = Path(__file__).parent / "gvisor_build"
 _FILTERS = Path("runsc/boot/filter")
-_PAGES = Path("pkg/sentry/state/stateio")
-_READER = (
-    "NewPagesFileFDReader(fd, pagesFileFDDefaultMaxIOBytes, pagesFileFDDefaultMaxParallel)",
-    "NewPagesFileFDReader(fd, pagesFileFDDefaultMaxIOBytes, parallelReads)",
-)
-"""The call in gVisor's ``pagesfile.go`` that ``reads.go`` is for: as it is, and as it is built."""
+_ENCODE = "\tl := obj.Len()\n\ta := &wire.Array{"
+_DECODE = "\tswitch x := encoded.(type) {\n\tcase wire.Nil: // Fast path: first.\n"
+_READER = "NewPagesFileFDReader(fd, pagesFileFDDefaultMaxIOBytes, "
+_CHANGES = {
+    "gc.go": (Path("runsc"), ()),
+    "reads.go": (
+        Path("pkg/sentry/state/stateio"),
+        (("pagesfile.go", f"{_READER}pagesFileFDDefaultMaxParallel)", f"{_READER}parallelReads)"),),
+    ),
+    "dentries.go": (Path("pkg/sentry/fsimpl/erofs"), ()),
+    "octets.go": (
+        Path("pkg/state"),
+        (
+            ("encode.go", _ENCODE, "\tif encodeOctets(obj, dest) {\n\t\treturn\n\t}\n" + _ENCODE),
+            ("decode.go", _DECODE, "\tif decodeOctets(obj, encoded) {\n\t\treturn\n\t}\n" + _DECODE),
+        ),
+    ),
+}
+"""What is added to gVisor, its package, and where that is called: file, text as it is, and text as it is built."""
+RECIPE = hashlib.sha256(
+    b"\0".join([repr(_CHANGES).encode(), *(file.read_bytes() for file in sorted(_ADDED.glob("*.go")))])
+).hexdigest()[:12]
+"""What is done to the sources, by one word."""
 _FLAGS = ("-trimpath", "-buildvcs=false", "-ldflags=-s -w")
 _GO_VERSION = re.compile(r"go(\d+)\.(\d+)(?:\.(\d+))?")
 
@@ -65,8 +82,8 @@ def from_source(into: Path, environment: Mapping[str, str], report: Report, keep
         # Out of the cache, which Go takes for unchanged.
         source = (work / "gopath" / "pkg" / "mod" / f"{_MODULE}@{PIN}").rename(work / "source")
         filtered = _compile_filters(source, run, report)
-        shutil.copyfile(_ADDED / "gc.go", source / "runsc" / "sandbox_gateway.go")
-        _read_in_parallel(source)
+        for added, (package, calls) in _CHANGES.items():
+            _change(source / package, added, calls)
         run("building runsc", "install", "-v", *_FLAGS, "./runsc", cwd=source)
         built = work / "bin" / "runsc"
         if not built.is_file():
@@ -95,15 +112,16 @@ def _compile_filters(source: Path, run: Callable[..., None], report: Report) -> 
     return True
 
 
-def _read_in_parallel(source: Path) -> None:
-    """Have gVisor read with as many readers as ``reads.go`` says."""
-    file = source / _PAGES / "pagesfile.go"
-    text = file.read_text()
-    if text.count(_READER[0]) != 1:
-        hint = "`jupyter sandbox setup --file FILE` takes a runsc from elsewhere."
-        raise SandboxGatewayError("setup_failed", f"gVisor's {_PAGES / file.name} is not as expected", hint)
-    file.write_text(text.replace(*_READER))
-    shutil.copyfile(_ADDED / "reads.go", source / _PAGES / "sandbox_gateway.go")
+def _change(package: Path, added: str, calls: Iterable[tuple[str, str, str]]) -> None:
+    """Put a file of ours into a package of gVisor's, and call it from there."""
+    for name, before, after in calls:
+        file = package / name
+        text = file.read_text() if file.is_file() else ""
+        if text.count(before) != 1:
+            hint = "`jupyter sandbox setup --file FILE` takes a runsc from elsewhere."
+            raise SandboxGatewayError("setup_failed", f"gVisor's {name} is not as expected", hint)
+        file.write_text(text.replace(before, after))
+    shutil.copyfile(_ADDED / added, package / "sandbox_gateway.go")
 
 
 def go_environment(work: Path, environment: Mapping[str, str]) -> dict[str, str]:

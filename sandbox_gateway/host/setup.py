@@ -23,7 +23,7 @@ from typing import Any
 
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host.paths import Paths
-from sandbox_gateway.host.runsc_build import from_source
+from sandbox_gateway.host.runsc_build import RECIPE, from_source
 from sandbox_gateway.host.runsc_sources import PIN, Report, WayClosed, from_file, from_release, remove_tree
 
 MANIFEST = "runsc.json"
@@ -44,6 +44,8 @@ class RunscInstall:
     """The pinned generation it was installed for."""
     files: Mapping[str, str]
     """SHA-256 of each installed file, by its path beside (and including) ``runsc``."""
+    recipe: str = ""
+    """What was done to gVisor's sources, for one that was built here; empty for any other."""
     fresh: bool = False
     """Whether this call installed it."""
 
@@ -87,12 +89,13 @@ def installed(paths: Paths) -> RunscInstall | None:
             return None
         sha256, origin, pin = str(data["sha256"]), str(data["origin"]), str(data["pin"])
         files = {str(name): str(digest) for name, digest in data["files"].items()}
+        recipe = str(data.get("recipe") or ("unknown" if origin.startswith("built with") else ""))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     path = paths.bin / sha256 / "runsc"
     if len(sha256) != 64 or not sha256.isalnum() or not os.access(path, os.X_OK):
         return None
-    return RunscInstall(path=path, sha256=sha256, origin=origin, pin=pin, files=files)
+    return RunscInstall(path=path, sha256=sha256, origin=origin, pin=pin, files=files, recipe=recipe)
 
 
 def verify(install: RunscInstall) -> str:
@@ -114,14 +117,17 @@ def ensure_runsc(
     paths: Paths,
     *,
     source: Path | None = None,
+    build: bool = False,
     progress: Report | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> RunscInstall:
     """Install the pinned runsc unless it is there and whole; ``source`` is a file to take instead (offline).
 
-    In order: what is installed; the file; gVisor's release; a build through the Go module proxy. One process at a
-    time works, the others wait for it. Raises ``setup_failed`` (naming every way that was tried), ``disk_full`` or
-    ``data_directory``; whatever happens, nothing half-made is left behind.
+    In order: what is installed; the file; gVisor's release; a build through the Go module proxy. With ``build`` only
+    what was built so will do. One that was built as another version of this application does it is built anew, and
+    goes on being used where that cannot be done. One process at a time works, the others wait for it. Raises
+    ``setup_failed`` (naming every way that was tried), ``disk_full`` or ``data_directory``; whatever happens, nothing
+    half-made is left behind.
     """
     report: Report = progress or (lambda line: None)
     env = dict(os.environ if environment is None else environment)
@@ -132,10 +138,13 @@ def ensure_runsc(
             current = installed(paths)
             if source is None and current is not None and current.pin == PIN:
                 trouble = verify(current)
-                if not trouble:
+                if trouble:
+                    report(f"the installed runsc is damaged: {trouble}; getting it again")
+                elif current.recipe == RECIPE or not (build or current.recipe):
                     return current
-                report(f"the installed runsc is damaged: {trouble}; getting it again")
-            return _install(paths, source, env, report, lock)
+                elif not build:
+                    return _renew(paths, current, env, report, lock)
+            return _install(paths, source, build, env, report, lock)
     except OSError as error:
         raise _storage_error(paths.home, error) from error
 
@@ -203,12 +212,29 @@ def _size_of(folder: Path) -> int:
     return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _install(paths: Paths, source: Path | None, env: Mapping[str, str], report: Report, lock: int) -> RunscInstall:
+def _renew(paths: Paths, current: RunscInstall, env: Mapping[str, str], report: Report, lock: int) -> RunscInstall:
+    report("the installed runsc was built by another version of this application; building it anew")
+    try:
+        return _install(paths, None, True, env, report, lock)
+    except SandboxGatewayError as error:
+        if error.code != "setup_failed":
+            raise
+        report(f"going on with the one that is installed: {error.message}")
+        return current
+
+
+def _install(
+    paths: Paths, source: Path | None, build: bool, env: Mapping[str, str], report: Report, lock: int
+) -> RunscInstall:
     # We hold the lock: what is staged belongs to a process that was killed.
     _sweep(paths.bin)
     staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=paths.bin))
     try:
-        origin = from_file(source, staging, report) if source is not None else _first_way(staging, env, report, lock)
+        origin, recipe = (
+            (from_file(source, staging, report), "")
+            if source is not None
+            else _first_way(staging, build, env, report, lock)
+        )
         _check_runs(staging / "runsc")
         files = {str(file.relative_to(staging)): _sha256(file) for file in sorted(staging.rglob("*")) if file.is_file()}
         sha256 = files["runsc"]
@@ -219,25 +245,26 @@ def _install(paths: Paths, source: Path | None, env: Mapping[str, str], report: 
             with (staging / file).open("rb") as handle:
                 os.fsync(handle.fileno())
         manifest = paths.bin / f"{_STAGING}{MANIFEST}"
-        _write(manifest, {"schema": SCHEMA, "sha256": sha256, "origin": origin, "pin": PIN, "files": files})
+        known = {"schema": SCHEMA, "sha256": sha256, "origin": origin, "pin": PIN, "recipe": recipe, "files": files}
+        _write(manifest, known)
         staging.chmod(0o755)  # a trial sandbox sees this folder as another uid; its parents stay private
         staging.rename(final)
         manifest.rename(paths.bin / MANIFEST)
     finally:
         _sweep(paths.bin)
     report(f"installed runsc {sha256[:12]} ({origin})")
-    return RunscInstall(final / "runsc", sha256, origin, PIN, files, fresh=True)
+    return RunscInstall(final / "runsc", sha256, origin, PIN, files, recipe, fresh=True)
 
 
-def _first_way(staging: Path, env: Mapping[str, str], report: Report, lock: int) -> str:
+def _first_way(staging: Path, build: bool, env: Mapping[str, str], report: Report, lock: int) -> tuple[str, str]:
+    """The origin of what was got, and its recipe."""
     closed: list[str] = []
-    ways: tuple[Callable[[], str], ...] = (
-        lambda: from_release(staging, env, report),
-        lambda: from_source(staging, env, report, keep=(lock,)),
-    )
-    for way in ways:
+    ways: list[tuple[Callable[[], str], str]] = [(lambda: from_source(staging, env, report, keep=(lock,)), RECIPE)]
+    if not build:
+        ways.insert(0, (lambda: from_release(staging, env, report), ""))
+    for way, recipe in ways:
         try:
-            return way()
+            return way(), recipe
         except WayClosed as why:
             closed.append(str(why))
             report(str(why))

@@ -27,6 +27,11 @@ def test_setup_takes_a_file_and_tells_where_it_is(run: Run, paths: Paths, fake_r
     assert done.stdout.startswith(f"runsc is installed: {paths.bin}/")
 
 
+def test_setup_is_told_one_way_at_most(run: Run, fake_runsc: Path) -> None:
+    done = run("setup", "--build", "--file", fake_runsc)
+    assert done.status == 2 and "not allowed with" in done.stderr
+
+
 def test_setup_as_json_names_path_and_hash(run: Run, paths: Paths, fake_runsc: Path) -> None:
     found = run("setup", "--runsc", fake_runsc, "--json").json
     assert Path(found["path"]).is_relative_to(paths.bin) and len(found["sha256"]) == 64

@@ -147,6 +147,24 @@ async def killed(sandbox: Answering, word: str, work: Awaitable[object], delay: 
     return False
 
 
+async def test_gvisor_brings_the_floating_point_registers_of_each_thread_back(
+    paths: Paths, runsc_binary: Path, agent_image: Image, tmp_path: Path
+) -> None:
+    """A thread that rounds upwards does so in the copy, and one that does not does not."""
+    upwards = {"x86_64": 0x800, "aarch64": 0x400000}[os.uname().machine]
+    rounds = "ROUNDS = __import__('ctypes').CDLL('libm.so.6')\n"
+    threads = "from concurrent.futures import ThreadPoolExecutor\nOTHER = ThreadPoolExecutor(1)\n"
+    runtime = GvisorRuntime(paths, runsc_binary, argv=(*AGENT_PYTHON, "-u", "-c", f"{rounds}{threads}{ANSWERS}", "1"))
+    here, there = "ROUNDS.fegetround()", "OTHER.submit(ROUNDS.fegetround).result()"
+    async with answering(runtime, agent_image) as sandbox:
+        usual = await sandbox.ask(here)
+        assert await sandbox.ask(f"OTHER.submit(ROUNDS.fesetround, {upwards}).result()") == "0"
+        image = await sandbox.save(tmp_path / "image")
+        async with copied(sandbox, image) as copy:
+            assert await copy.ask(here) == usual == "0"
+            assert await copy.ask(there) == str(upwards)
+
+
 async def test_gvisor_killed_checkpoint_leaves_a_sandbox_that_runs_on(
     paths: Paths, runsc_binary: Path, agent_image: Image
 ) -> None:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tarfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -35,15 +35,22 @@ mod)
     echo "go: downloading gvisor.dev/gvisor v0" >&2
     mkdir -p "$GOPATH/pkg/mod/$3/runsc/boot/filter/config" "$GOPATH/pkg/mod/cache"
     echo before > "$GOPATH/pkg/mod/$3/runsc/boot/filter/filter_precompiled.go"
-    mkdir -p "$GOPATH/pkg/mod/$3/pkg/sentry/state/stateio"
-    echo "return {reader}" > "$GOPATH/pkg/mod/$3/pkg/sentry/state/stateio/pagesfile.go"
+    cp -r {sources}/. "$GOPATH/pkg/mod/$3"
     touch "$GOPATH/pkg/mod/cache/file" && chmod 500 "$GOPATH/pkg/mod/cache"
     exit 0 ;;
 run) {filters} ;;
 install) {body} ;;
 esac
 """
-READER = "NewPagesFileFDReader(fd, pagesFileFDDefaultMaxIOBytes, pagesFileFDDefaultMaxParallel)"
+SOURCES = {
+    "pkg/sentry/state/stateio/pagesfile.go": (
+        "return NewPagesFileFDReader(fd, pagesFileFDDefaultMaxIOBytes, pagesFileFDDefaultMaxParallel)"
+    ),
+    "pkg/sentry/fsimpl/erofs/erofs.go": "",
+    "pkg/state/encode.go": "(wire.Object) {\n\tl := obj.Len()\n\ta := &wire.Array{\n",
+    "pkg/state/decode.go": "{\n\tswitch x := encoded.(type) {\n\tcase wire.Nil: // Fast path: first.\n",
+}
+"""The places of gVisor's sources that are changed."""
 FILTERS = "cat sandbox_gateway/main.go runsc/boot/filter/config/sandbox_gateway.go > /dev/null"
 BUILDS = 'printf "#!/bin/sh\\necho runsc version built\\n" > "$GOBIN/runsc"; chmod 755 "$GOBIN/runsc"'
 
@@ -74,7 +81,7 @@ def offline(
     *,
     go: str | None = None,
     filters: str = FILTERS,
-    reader: str = READER,
+    sources: Mapping[str, str] = SOURCES,
     version: str = "1.26.8",
     **more: str,
 ) -> dict[str, str]:
@@ -83,7 +90,11 @@ def offline(
     folder.mkdir(exist_ok=True)
     if go is not None:
         log = tmp_path / "go.log"
-        (folder / "go").write_text(GO.format(version=version, log=log, filters=filters, reader=reader, body=go))
+        beside = tmp_path / "gvisor"
+        for name, text in sources.items():
+            (beside / name).parent.mkdir(parents=True, exist_ok=True)
+            (beside / name).write_text(text)
+        (folder / "go").write_text(GO.format(version=version, log=log, filters=filters, sources=beside, body=go))
         (folder / "go").chmod(0o755)
     return {
         "PATH": f"{folder}:/usr/bin:/bin",
@@ -278,20 +289,62 @@ def test_a_build_whose_filters_cannot_be_compiled_goes_on_without(home: Paths, t
     assert left_behind(home) == []
 
 
-def test_a_build_reads_saved_memory_with_as_many_readers_as_there_are_processors_for(
-    home: Paths, tmp_path: Path
+@pytest.mark.parametrize(
+    ("package", "name", "called", "defined"),
+    [
+        ("pkg/sentry/state/stateio", "pagesfile.go", "MaxIOBytes,.parallelReads", "var.parallelReads"),
+        ("pkg/state", "encode.go", "if.encodeOctets", "func.encodeOctets"),
+        ("pkg/state", "decode.go", "if.decodeOctets", "func.decodeOctets"),
+        ("pkg/sentry/fsimpl/erofs", "sandbox_gateway.go", "PrepareSave", "PrepareSave"),
+    ],
+)
+def test_a_build_has_what_makes_starts_and_restores_quicker(
+    home: Paths, tmp_path: Path, package: str, name: str, called: str, defined: str
 ) -> None:
-    changed = "grep -q MaxIOBytes,.parallelReads pkg/sentry/state/stateio/pagesfile.go"
-    defined = "grep -q var.parallelReads pkg/sentry/state/stateio/sandbox_gateway.go"
-    env = offline(tmp_path, go=f"{changed} && {defined} || exit 1; {BUILDS}")
+    looks = f"grep -q {called} {package}/{name} && grep -q {defined} {package}/sandbox_gateway.go"
+    env = offline(tmp_path, go=f"{looks} || exit 1; {BUILDS}")
     assert ensure_runsc(home, environment=env).origin.startswith("built with Go")
 
 
-def test_sources_that_are_not_the_expected_ones_are_not_built(home: Paths, tmp_path: Path) -> None:
+def test_a_build_is_asked_for_where_a_release_could_be_had_or_is_installed(
+    home: Paths, tmp_path: Path, serve: Callable[..., str]
+) -> None:
+    url = serve(archive(("runsc", STAND_IN)))
+    env = offline(tmp_path, go=BUILDS) | {"SANDBOX_GATEWAY_RELEASES": url}
+    assert ensure_runsc(home, environment=env).origin.startswith("release")
+    built = ensure_runsc(home, build=True, environment=env)
+    assert built.fresh and built.origin.startswith("built with Go")
+    for build in (True, False):
+        again = ensure_runsc(home, build=build, environment=env)
+        assert again.sha256 == built.sha256 and not again.fresh
+
+
+@pytest.mark.parametrize("recorded", ["of another version", None])
+def test_what_another_version_of_the_application_has_built_is_built_anew(
+    home: Paths, tmp_path: Path, recorded: str | None
+) -> None:
+    """Else an upgrade would never bring what makes starts quicker; without it nothing is worse than before."""
+    env = offline(tmp_path, go=BUILDS)
+    first = ensure_runsc(home, environment=env)
+    manifest = home.bin / "runsc.json"
+    known = json.loads(manifest.read_text())
+    del known["recipe"]
+    manifest.write_text(json.dumps(known | ({"recipe": recorded} if recorded else {})))
+    lines: list[str] = []
+    kept = ensure_runsc(home, environment=offline(tmp_path, go="exit 1"), progress=lines.append)
+    assert kept.sha256 == first.sha256 and not kept.fresh
+    assert any("going on with the one that is installed" in line for line in lines)
+    assert ensure_runsc(home, environment=offline(tmp_path, go=BUILDS)).fresh
+    assert not ensure_runsc(home, environment=offline(tmp_path, go="exit 1")).fresh
+    assert left_behind(home) == []
+
+
+@pytest.mark.parametrize("name", [name for name, text in SOURCES.items() if text])
+def test_sources_that_are_not_the_expected_ones_are_not_built(home: Paths, tmp_path: Path, name: str) -> None:
     with pytest.raises(SandboxGatewayError) as caught:
-        ensure_runsc(home, environment=offline(tmp_path, go=BUILDS, reader="NewReader(fd)"))
+        ensure_runsc(home, environment=offline(tmp_path, go=BUILDS, sources=SOURCES | {name: "NewReader(fd)"}))
     assert caught.value.code == "setup_failed"
-    assert "pagesfile.go is not as expected" in caught.value.message
+    assert f"{Path(name).name} is not as expected" in caught.value.message
     assert left_behind(home) == []
 
 
