@@ -5,7 +5,7 @@ local key (the gateway's protocol carries no signatures), spliced into WebSocket
 known to have them; what comes is signed with the local key and led to the application that asked. Messages that the
 gateway sends twice are passed on once.
 
-Memory: above :data:`HOLD` bytes of waiting requests no more are read from applications; output that they do not take is
+Memory: above a bound of waiting requests no more are read from applications; output that they do not take is
 bounded by the bridge.
 """
 
@@ -31,12 +31,11 @@ from sandbox_gateway.remote.address import segment
 from sandbox_gateway.remote.client import GatewayClient, RemoteSandbox, Unreachable
 from sandbox_gateway.remote.connection import Connection, ConnectionLost, connect
 from sandbox_gateway.remote.in_flight import InFlight, Pending
+from sandbox_gateway.remote.waiting import Waiting
 from sandbox_gateway.wire.frames import Channel
 
 log = logging.getLogger(__name__)
 
-HOLD: Final = 64 << 20
-"""Bytes of requests that wait for the gateway, from where on applications have to wait."""
 PATIENCE: Final = 600.0
 """Seconds without a connection after which a kernel is given up: as long as a gateway keeps a session."""
 FORGOTTEN: Final = 540.0
@@ -109,13 +108,8 @@ class RemoteSession:
         self._listener = listener
         self._patience = patience
         self._in_flight = InFlight()
-        self._shell: deque[Pending] = deque()
-        self._urgent: deque[Pending] = deque()
-        self._waiting = 0
-        self._wake = asyncio.Event()
-        self._barred = False
+        self._waiting = Waiting(applications.hold)
         self._barrier: asyncio.Future[str] | None = None
-        self._wanted = asyncio.Event()
         self._own: deque[str] = deque(maxlen=16)
         self._asked: set[str] = set()
         """Of our own questions those since the last reconnect: older ones were asked before what was sent since."""
@@ -157,8 +151,7 @@ class RemoteSession:
         self._in_flight.clear()
         if self._finding is not None:
             self._finding.cancel()
-        self._barred = False
-        self._wake.set()
+        self._waiting.unbar()
 
     # What applications say
 
@@ -177,24 +170,16 @@ class RemoteSession:
             return
         at = len(request.identities) + 2
         header = json.loads(request.header)
-        item = Pending(
-            channel,
-            str(header.get("msg_id", "")),
-            messages.Request(request.msg_type, request.identities, request.header, messages.EMPTY),
-            frames.encode(channel, parts[at:]),
-            apart=bool(header.get("subshell_id")),
-            wakes=waking.effect(channel, request.msg_type, request.content) is waking.Effect.WAKE,
+        self._waiting.add(
+            Pending(
+                channel,
+                str(header.get("msg_id", "")),
+                messages.Request(request.msg_type, request.identities, request.header, messages.EMPTY),
+                frames.encode(channel, parts[at:]),
+                apart=bool(header.get("subshell_id")),
+                wakes=waking.effect(channel, request.msg_type, request.content) is waking.Effect.WAKE,
+            )
         )
-        if channel != Channel.SHELL or (self._barred and _harmless(item)):
-            self._urgent.append(item)
-        else:
-            self._shell.append(item)
-            if self._barred and item.wakes:
-                self._wanted.set()
-        self._waiting += len(item.frame)
-        if self._waiting > HOLD:
-            self._applications.hold(True)
-        self._wake.set()
 
     def _shutdown(self, channel: int, request: messages.Request) -> None:
         # The kernel is ended or started anew by the gateway, which would take its own end for a crash.
@@ -328,16 +313,8 @@ class RemoteSession:
 
     async def _pump(self, connection: Connection) -> None:
         while True:
-            queue = self._urgent or (self._shell if not self._barred else None)
-            if not queue:
-                self._wake.clear()
-                await self._wake.wait()
-                continue
-            item = queue.popleft()
-            frame = item.frame
-            self._waiting -= len(frame)
-            if self._waiting <= HOLD // 2:
-                self._applications.hold(False)
+            item = await self._waiting.next()
+            frame = item.frame  # which is let go of when anything is heard of it
             self._in_flight.sent(item)
             try:
                 await connection.write(frame)
@@ -346,12 +323,7 @@ class RemoteSession:
 
     def _give_up(self, error: SandboxGatewayError) -> None:
         self._error = error
-        left = (*self._in_flight.everything(), *self._urgent, *self._shell)
-        self._urgent.clear()
-        self._shell.clear()
-        self._waiting = 0
-        self._applications.hold(False)
-        for item in left:
+        for item in (*self._in_flight.everything(), *self._waiting.clear()):
             self._fail(item, error.message)
         self._listener.given_up(error)
 
@@ -363,19 +335,11 @@ class RemoteSession:
     def _recover(self, connection: Connection, gone_since: float) -> None:
         said = connection.header(SESSION_HEADER)
         forgotten = said == "new" if said else time.time() - gone_since > FORGOTTEN
-        for item in self._in_flight.repeatable():
-            self._urgent.appendleft(item)
-            self._waiting += len(item.frame)
         sent = self._in_flight.shell()
         # Until it is known what is to be sent again, nothing may overtake that.
-        self._barred = self._in_flight.unheard
-        self._wanted.clear()
+        self._waiting.bar(self._in_flight.unheard, self._in_flight.repeatable())
         self._asked.clear()
-        if self._barred:
-            self._let_by()
-            if any(item.wakes for item in self._shell):
-                self._wanted.set()
-        if sent and (forgotten or self._barred):
+        if sent and (forgotten or self._waiting.barred):
             self._finding = asyncio.create_task(self._find_out(connection, sent, forgotten))
 
     async def _find_out(self, connection: Connection, sent: Sequence[str], forgotten: bool) -> None:
@@ -390,19 +354,9 @@ class RemoteSession:
                 log.exception("what kernel %s has is not known yet; it is asked again", self._sandbox_id)
                 await asyncio.sleep(LOOK)
         verdict = self._in_flight.judge(sent, settled=settled, forgotten=forgotten)
-        for item in reversed(verdict.again):
-            self._shell.appendleft(item)
-            self._waiting += len(item.frame)
         for item in verdict.lost:
             self._fail(item, "the connection to the gateway broke, and the reply with it; the kernel may have run it")
-        self._barred = False
-        self._wake.set()
-
-    def _let_by(self) -> None:
-        """What is harmless passes the bar, also what came during the break."""
-        waiting = tuple(self._shell)
-        self._urgent.extend(item for item in waiting if _harmless(item))
-        self._shell = deque(item for item in waiting if not _harmless(item))
+        self._waiting.unbar(verdict.again)
 
     async def _barrier_passed(self, connection: Connection, sent: Sequence[str], forgotten: bool) -> bool:
         """True: the kernel has answered all that it had. False: it fell asleep with nothing to do, and all that it said
@@ -420,7 +374,7 @@ class RemoteSession:
             asleep = sandbox if sandbox is not None and sandbox.asleep else None
             if sandbox is not None and sandbox.state == "running":
                 # Somebody who puts it to sleep from now on does so in spite of what was asked for before.
-                self._wanted.clear()
+                self._waiting.wanted.clear()
             # The gateway answers the second one by itself, behind what it still has for us, and wakes nobody.
             question = "comm_info_request" if asleep is None else "kernel_info_request"
             if question != asked:
@@ -433,8 +387,7 @@ class RemoteSession:
             asked = ""
             if asleep is None:
                 # It could not be woken for somebody: who waits here has to be told, or tried for, as well.
-                if any(item.wakes for item in self._shell):
-                    self._wanted.set()
+                self._waiting.want_again()
                 await asyncio.sleep(A_MOMENT)
             elif asleep.busy or (not forgotten and self._in_flight.begun(sent)):
                 await self._awake()
@@ -445,36 +398,26 @@ class RemoteSession:
         """Return when the kernel does not sleep any more. It is woken for a request that is new, by the same rule as at
         the gateway, which does not get to see it before the bar is gone; never for what the kernel may have."""
         while (sandbox := await self._sandbox()) is None or sandbox.asleep:
-            if self._wanted.is_set():
+            if self._waiting.wanted.is_set():
                 # Once for each: somebody may put it to sleep again.
-                self._wanted.clear()
+                self._waiting.wanted.clear()
                 await self._resume()
                 continue
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK):
-                    await self._wanted.wait()
+                    await self._waiting.wanted.wait()
 
     async def _resume(self) -> None:
         try:
             await self._client.resume(self._sandbox_id)
         except Unreachable:
             await asyncio.sleep(A_MOMENT)
-            self._wanted.set()
+            self._waiting.wanted.set()
         except SandboxGatewayError as error:
             log.warning("kernel %s could not be woken: %s", self._sandbox_id, error)
-            self._refuse_waiting(error.message)
-
-    def _refuse_waiting(self, why: str) -> None:
-        """It cannot be woken: who waits for a reply gets the reason, as from the gateway; what has none waits on."""
-        waiting, self._shell = self._shell, deque()
-        for item in waiting:
-            if item.request.reply_type is None:
-                self._shell.append(item)
-                continue
-            self._waiting -= len(item.frame)
-            self._fail(item, why, host_replies.ASLEEP)
-        if self._waiting <= HOLD // 2:
-            self._applications.hold(False)
+            # Who waits gets the reason, as from the gateway.
+            for item in self._waiting.unanswerable():
+                self._fail(item, error.message, host_replies.ASLEEP)
 
     async def _ask(self, connection: Connection, question: str) -> asyncio.Future[str]:
         """Ask the kernel something of our own; the future gets the type of the first answer to anything of ours, or
@@ -493,12 +436,6 @@ def ended(sandbox: RemoteSandbox) -> SandboxGatewayError:
     """The error for a kernel that its gateway says is dead."""
     code = "expired" if sandbox.state == "expired" else "kernel_died"
     return SandboxGatewayError(code, sandbox.reason or f"its sandbox is {sandbox.state}")
-
-
-def _harmless(item: Pending) -> bool:
-    """Whether a request changes nothing, and may overtake others: front ends wait for its answer on loading a page,
-    before they send what would wake the kernel."""
-    return item.request.msg_type == "kernel_info_request"
 
 
 def _refused(content: Buffer) -> bool:

@@ -429,7 +429,7 @@ class Again:
         gateway.session = self.session
         for name in sent:
             self.session.request(SHELL, asked(name))
-            self.session._in_flight.sent(self.session._shell.popleft())
+            self.session._in_flight.sent(self.session._waiting._shell.popleft())
         if begun:
             gateway.busy(begun)
 
@@ -476,7 +476,7 @@ def test_a_kernel_that_was_put_to_sleep_in_a_cell_sleeps_on_and_gets_nothing_twi
             for name in ("R1", "R2"):
                 gateway.say(SHELL, "execute_reply", {"status": "ok", "of": name}, name)
             gateway.answer()
-            await eventually(lambda: not again.session._barred)
+            await eventually(lambda: not again.session._waiting.barred)
             await asyncio.sleep(0.02)
             assert again.count() == 0
             assert [reply["of"] for reply in again.replies] == ["R1", "R2"]
@@ -598,7 +598,7 @@ def test_what_a_sleeping_kernel_had_begun_is_lost_where_the_gateway_has_forgotte
         async with Again(gateway, told, ["R1", "R2"], "R1") as again:
             await eventually(lambda: len(again.replies) == 2)
             assert {reply["status"] for reply in again.replies} == {"error"}
-            assert not again.session._barred and gateway.resumed == 0 and again.count() == 0
+            assert not again.session._waiting.barred and gateway.resumed == 0 and again.count() == 0
 
     asyncio.run(scenario())
 
@@ -631,7 +631,7 @@ def test_an_answer_to_what_was_asked_before_another_break_settles_nothing(quick:
             await eventually(lambda: again.count("comm_info_request") == 2)
             gateway.say(SHELL, "comm_info_reply", {"status": "ok"}, msg_id)
             await again.looked(3)
-            assert again.session._barred and again.count() == 0
+            assert again.session._waiting.barred and again.count() == 0
 
     asyncio.run(scenario())
 
