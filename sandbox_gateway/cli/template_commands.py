@@ -200,7 +200,7 @@ def _ls(options: argparse.Namespace) -> None:
             (
                 record.key[:_SHORT],
                 record.profile,
-                f"{state}: {record.reason}" if state == "failed" else state,
+                _said(record, state),
                 size(disk),
                 age(record.built) if record.snapshot else "",
                 age(used) if used else "",
@@ -217,6 +217,12 @@ def _state(record: TemplateRecord, there: bool) -> str:
     if there:
         return "suspect" if record.suspicions else "ready"
     return "failed" if record.failures else "gone"
+
+
+def _said(record: TemplateRecord, state: str) -> str:
+    if state == "failed":
+        return f"failed: {record.reason}"
+    return f"{state}, not rebuilt: {record.reason}" if record.failures else state
 
 
 def _as_dict(record: TemplateRecord, state: str, disk: int | None, used: float | None) -> dict[str, Any]:

@@ -98,6 +98,11 @@ def test_the_commands_list_and_remove(product: Product, slow: str) -> None:
     listed = [row for row in json.loads(product.command("template", "ls", "--json").stdout) if row["profile"] == slow]
     assert [row["state"] for row in listed] == ["ready"]
     assert slow in product.command("template", "ls").stdout
+    records = TemplateRecords(discover({"SANDBOX_GATEWAY_HOME": str(product.home)}))
+    record = records.get(listed[0]["key"])
+    assert record is not None
+    records.failed(record, "no room at all")
+    assert "ready, not rebuilt: no room at all" in product.command("template", "ls").stdout
     removed = product.command("template", "rm", listed[0]["key"][:12], "--json")
     assert json.loads(removed.stdout)[0]["profile"] == slow
     assert slow not in product.command("template", "ls").stdout
