@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from sandbox_gateway.agent import relay
-from sandbox_gateway.agent.loop import Loop, Timer
+from sandbox_gateway.agent.loop import Loop
 from sandbox_gateway.agent.outpipe import PipeError, PipeReader
 from sandbox_gateway.agent.sources import Source
 from sandbox_gateway.wire.sizes import ReadSize
@@ -30,7 +30,6 @@ _LOOKS: Final = 64
 """Looks in a row at a pipe that a kernel may go on filling."""
 _WELCOME_WAIT: Final = 0.25
 _QUIET: Final = 0.03
-_WAIT: Final = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +62,6 @@ class KernelChannels:
         self._sockets: KernelSockets | None = None
         self._pipe = pipe
         self._reading = ReadSize()
-        self._held: list[tuple[str, list[bytes | memoryview]]] = []
-        self._questions: list[list[bytes]] = []
-        self._again: Timer | None = None
         self._reader: PipeReader | None = None
         self._output: Source | None = None
         self._heard = self._loop.now()
@@ -139,7 +135,7 @@ class KernelChannels:
     def last_words(self) -> bool:
         """Take what a kernel that has ended left behind; False while more may be on its way."""
         for _ in range(_LOOKS):
-            if self._pipe is None or not self._look_at_pipe(at_once=True)[0]:
+            if self._pipe is None or not self._look_at_pipe()[0]:
                 break
         if self._pipe is None and self._output is not None:
             self._output.relax()
@@ -153,8 +149,6 @@ class KernelChannels:
         """Give everything back."""
         self._closed = True
         self._close_pipe()
-        if self._again is not None:
-            self._again.cancel()
         if self._output is not None:
             self._output.close()
             self._output = None
@@ -193,13 +187,8 @@ class KernelChannels:
         for name, socket in sockets.requests.items():
             messages, rest = sockets.receive(socket, BATCH)
             more = more or rest
-            if name == "stdin":
-                messages = self._questions = self._questions + messages
-            if messages and not self._take_outputs() and name == "stdin":
-                self._ask_again()
-                continue
-            if name == "stdin":
-                self._questions = []
+            if messages:
+                self._take_outputs()
             for parts in messages:
                 if name != "control" or not self._own_reply(parts):
                     self._hooks.message(name, parts)
@@ -214,27 +203,14 @@ class KernelChannels:
         if more:
             self._loop.soon(self._service)
 
-    def _take_outputs(self) -> bool:
-        """Everything that was published before what came on another channel: it is in the pipe.
-
-        False: some of it may still be there, for the host is far behind.
-        """
+    def _take_outputs(self) -> None:
+        """Everything that was published before what came on another channel: it is in the pipe."""
         for _ in range(_LOOKS):
             if self._output is None:
-                return True
+                return
             self._output.relax()
             if not self._output.look() or self._pipe is None:
-                break
-        return self._pipe is None or self._hooks.hungry()
-
-    def _ask_again(self) -> None:
-        """A request for input waits for what was printed before it, unlike an answer on control."""
-        if self._again is None:
-            self._again = self._loop.later(_WAIT, self._asked)
-
-    def _asked(self) -> None:
-        self._again = None
-        self._service()
+                return
 
     def _look_at_iopub(self) -> tuple[int, bool]:
         if self._sockets is None:
@@ -246,15 +222,7 @@ class KernelChannels:
             self._heard = self._loop.now()
         return len(messages), more
 
-    def _look_at_pipe(self, at_once: bool = False) -> tuple[int, bool]:
-        """What the pipe holds, or what is left of the last look at it.
-
-        One read may complete a message as large as all that the link keeps, and bring others behind it. Unless all is
-        wanted ``at_once`` these wait until that one is on its way, like what is still in the pipe.
-        """
-        if self._held:
-            messages, self._held = self._held, []
-            return self._hand_on(messages, at_once), True
+    def _look_at_pipe(self) -> tuple[int, bool]:
         if self._pipe is None or self._reader is None:
             return 0, False
         room = self._reader.room()
@@ -279,22 +247,14 @@ class KernelChannels:
                 self._subscribe()
             return 0, False
         full = self._reading.filled(size) or (room is not None and size == len(room))
-        if messages:
-            self._heard = self._loop.now()
-            self._hand_on(messages, at_once)
-        return max(len(messages), 1), bool(self._reader.waiting or full or self._held)
-
-    def _hand_on(self, messages: list[tuple[str, list[bytes | memoryview]]], at_once: bool) -> int:
-        """Pass messages from the pipe on; how many. Only the first of a read can be longer than the read itself."""
-        for at, (channel, parts) in enumerate(messages):
-            if at == 1 and not at_once and not self._hooks.hungry():
-                self._held = messages[1:]
-                return 1
+        for channel, parts in messages:
             if channel == "iopub":
                 self._publish(parts)
             else:
                 self._hooks.message(channel, parts)
-        return len(messages)
+        if messages:
+            self._heard = self._loop.now()
+        return max(len(messages), 1), self._reader.waiting or full
 
     def _close_pipe(self) -> None:
         """Go on without the pipe: a kernel that closed it, or never used it, publishes on its socket."""

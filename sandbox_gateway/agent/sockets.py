@@ -16,8 +16,6 @@ from typing import Final
 import zmq
 
 IDENTITY: Final = b"agent"
-LONG: Final = 1024 * 1024
-"""Bytes of a message that gets on its way before the next one is taken."""
 MAX_PART: Final = 512 * 1024 * 1024
 """Bytes of one message part; a larger one costs the kernel that connection."""
 
@@ -79,7 +77,7 @@ class KernelSockets:
 
     @staticmethod
     def receive(socket: zmq.Socket[bytes], limit: int) -> tuple[list[list[bytes]], bool]:
-        """At most ``limit`` messages that are there already, and whether there may be more; a long one is the last.
+        """At most ``limit`` messages that are there already, and whether there may be more.
 
         ZMQ signals edges: unless this returned ``False``, the socket's descriptor need not become readable again.
         """
@@ -88,8 +86,6 @@ class KernelSockets:
         try:
             for _ in range(limit):
                 messages.append(take(zmq.NOBLOCK))
-                if sum(map(len, messages[-1])) >= LONG:
-                    break
         except zmq.Again:
             return messages, False
         return messages, True

@@ -99,6 +99,7 @@ def _compile_filters(source: Path, run: Callable[..., None], report: Report) -> 
     compiled = source / _FILTERS / "filter_precompiled.go"
     added = source / _FILTERS / "config" / "sandbox_gateway.go"
     before = compiled.read_bytes()
+    compiled.chmod(0o644)  # Go's module cache is read-only, for its files whatever its flags say
     try:
         shutil.copyfile(_ADDED / "filters.go", added)
         (source / "sandbox_gateway").mkdir()
@@ -120,6 +121,7 @@ def _change(package: Path, added: str, calls: Iterable[tuple[str, str, str]]) ->
         if text.count(before) != 1:
             hint = "`jupyter sandbox setup --file FILE` takes a runsc from elsewhere."
             raise SandboxGatewayError("setup_failed", f"gVisor's {name} is not as expected", hint)
+        file.chmod(0o644)
         file.write_text(text.replace(before, after))
     shutil.copyfile(_ADDED / added, package / "sandbox_gateway.go")
 

@@ -16,7 +16,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from sandbox_gateway.host.runsc_sources import PIN, Report, WayClosed, from_file
 MANIFEST = "runsc.json"
 SCHEMA = 1
 _STAGING = ".staging-"
+_RELEASE = "release"
+_BUILD = "build"
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -124,10 +126,10 @@ def ensure_runsc(
     """Install the pinned runsc unless it is there and whole; ``source`` is a file to take instead (offline).
 
     In order: what is installed; the file; gVisor's release; a build through the Go module proxy. With ``build`` only
-    what was built so will do. One that was built as another version of this application does it is built anew, and
-    goes on being used where that cannot be done. One process at a time works, the others wait for it. Raises
-    ``setup_failed`` (naming every way that was tried), ``disk_full`` or ``data_directory``; whatever happens, nothing
-    half-made is left behind.
+    what was built so will do. Where the last one was built, a build comes before the release; and one that was built as
+    another version of this application does it is built anew, and goes on being used where that cannot be done. One
+    process at a time works, the others wait for it. Raises ``setup_failed`` (naming every way that was tried),
+    ``disk_full`` or ``data_directory``; whatever happens, nothing half-made is left behind.
     """
     report: Report = progress or (lambda line: None)
     env = dict(os.environ if environment is None else environment)
@@ -136,15 +138,17 @@ def ensure_runsc(
         paths.bin.mkdir(mode=0o700, exist_ok=True)
         with _locked(paths.bin, report) as lock:
             current = installed(paths)
+            built = current is not None and current.recipe != ""
             if source is None and current is not None and current.pin == PIN:
                 trouble = verify(current)
                 if trouble:
                     report(f"the installed runsc is damaged: {trouble}; getting it again")
-                elif current.recipe == RECIPE or not (build or current.recipe):
+                elif current.recipe == RECIPE or not (build or built):
                     return current
                 elif not build:
                     return _renew(paths, current, env, report, lock)
-            return _install(paths, source, build, env, report, lock)
+            ways = (_BUILD,) if build else (_BUILD, _RELEASE) if built else (_RELEASE, _BUILD)
+            return _install(paths, source, ways, env, report, lock)
     except OSError as error:
         raise _storage_error(paths.home, error) from error
 
@@ -215,16 +219,14 @@ def _size_of(folder: Path) -> int:
 def _renew(paths: Paths, current: RunscInstall, env: Mapping[str, str], report: Report, lock: int) -> RunscInstall:
     report("the installed runsc was built by another version of this application; building it anew")
     try:
-        return _install(paths, None, True, env, report, lock)
-    except SandboxGatewayError as error:
-        if error.code != "setup_failed":
-            raise
-        report(f"going on with the one that is installed: {error.message}")
+        return _install(paths, None, (_BUILD,), env, report, lock)
+    except (SandboxGatewayError, OSError) as error:
+        report(f"going on with the one that is installed: {error}")
         return current
 
 
 def _install(
-    paths: Paths, source: Path | None, build: bool, env: Mapping[str, str], report: Report, lock: int
+    paths: Paths, source: Path | None, ways: Sequence[str], env: Mapping[str, str], report: Report, lock: int
 ) -> RunscInstall:
     # We hold the lock: what is staged belongs to a process that was killed.
     _sweep(paths.bin)
@@ -233,38 +235,42 @@ def _install(
         origin, recipe = (
             (from_file(source, staging, report), "")
             if source is not None
-            else _first_way(staging, build, env, report, lock)
+            else _first_way(staging, ways, env, report, lock)
         )
         _check_runs(staging / "runsc")
         files = {str(file.relative_to(staging)): _sha256(file) for file in sorted(staging.rglob("*")) if file.is_file()}
         sha256 = files["runsc"]
         final = paths.bin / sha256
-        if final.is_dir():
-            remove_tree(final)  # damaged, or without the sidecars that this one brings
+        got = RunscInstall(final / "runsc", sha256, origin, PIN, files, recipe, fresh=True)
+        there = final.is_dir() and not verify(got)  # and perhaps in use
         for file in files:
             with (staging / file).open("rb") as handle:
                 os.fsync(handle.fileno())
         manifest = paths.bin / f"{_STAGING}{MANIFEST}"
         known = {"schema": SCHEMA, "sha256": sha256, "origin": origin, "pin": PIN, "recipe": recipe, "files": files}
         _write(manifest, known)
-        staging.chmod(0o755)  # a trial sandbox sees this folder as another uid; its parents stay private
-        staging.rename(final)
+        if not there:
+            if final.is_dir():
+                remove_tree(final)  # damaged, or without the sidecars that this one brings
+            staging.chmod(0o755)  # a trial sandbox sees this folder as another uid; its parents stay private
+            staging.rename(final)
         manifest.rename(paths.bin / MANIFEST)
     finally:
         _sweep(paths.bin)
     report(f"installed runsc {sha256[:12]} ({origin})")
-    return RunscInstall(final / "runsc", sha256, origin, PIN, files, recipe, fresh=True)
+    return got
 
 
-def _first_way(staging: Path, build: bool, env: Mapping[str, str], report: Report, lock: int) -> tuple[str, str]:
+def _first_way(
+    staging: Path, ways: Sequence[str], env: Mapping[str, str], report: Report, lock: int
+) -> tuple[str, str]:
     """The origin of what was got, and its recipe."""
     closed: list[str] = []
-    ways: list[tuple[Callable[[], str], str]] = [(lambda: from_source(staging, env, report, keep=(lock,)), RECIPE)]
-    if not build:
-        ways.insert(0, (lambda: from_release(staging, env, report), ""))
-    for way, recipe in ways:
+    for way in ways:
         try:
-            return way(), recipe
+            if way == _RELEASE:
+                return from_release(staging, env, report), ""
+            return from_source(staging, env, report, keep=(lock,)), RECIPE
         except WayClosed as why:
             closed.append(str(why))
             report(str(why))

@@ -354,9 +354,9 @@ class RemoteSession:
                 log.exception("what kernel %s has is not known yet; it is asked again", self._sandbox_id)
                 await asyncio.sleep(LOOK)
         verdict = self._in_flight.judge(sent, settled=settled, forgotten=forgotten)
+        self._waiting.unbar(verdict.again)
         for item in verdict.lost:
             self._fail(item, "the connection to the gateway broke, and the reply with it; the kernel may have run it")
-        self._waiting.unbar(verdict.again)
 
     async def _barrier_passed(self, connection: Connection, sent: Sequence[str], forgotten: bool) -> bool:
         """True: the kernel has answered all that it had. False: it fell asleep with nothing to do, and all that it said

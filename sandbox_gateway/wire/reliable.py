@@ -68,10 +68,11 @@ class Outbox:
     """Messages of all channels in order of arrival, with a send cursor.
 
     ``limit_bytes`` bounds what is kept (parts and a fixed cost each): beyond it acknowledged messages go first,
-    oldest first, then messages that ``droppable(channel, parts)`` allows, oldest first; the newest of those only
-    beyond ``hard_limit_bytes``. Other messages are never dropped: beyond the hard limit :attr:`full` asks the caller
-    to stop reading where they come from. With ``keep_acked`` acknowledged messages stay, for a receiver that attaches
-    with older numbers: up to ``keep_bytes`` of them (default: the limit).
+    oldest first, then messages that ``droppable(channel, parts)`` allows, oldest first; the newest, and such as are
+    longer than the limit by themselves and do not count for it, only beyond ``hard_limit_bytes``. Other messages are
+    never dropped: beyond the hard limit :attr:`full` asks the caller to stop reading where they come from. With
+    ``keep_acked`` acknowledged messages stay, for a receiver that attaches with older numbers: up to ``keep_bytes`` of
+    them (default: the limit).
     """
 
     def __init__(
@@ -92,6 +93,8 @@ class Outbox:
         self._log: OrderedDict[int, _Item] = OrderedDict()
         self._unsent: OrderedDict[int, _Item] = OrderedDict()
         self._may_drop: OrderedDict[int, _Item] = OrderedDict()
+        self._long: OrderedDict[int, _Item] = OrderedDict()
+        self._long_bytes = 0
         self._kept: OrderedDict[int, _Item] = OrderedDict()
         self._pending: list[OrderedDict[int, _Item]] = [OrderedDict() for _ in range(CHANNELS)]
         self._gaps: list[_Item | None] = [None] * CHANNELS
@@ -114,11 +117,10 @@ class Outbox:
         self._log[item.order] = item
         self._unsent[item.order] = item
         self._pending[channel][seq] = item
-        if self._droppable is not None and self._droppable(channel, parts):
-            self._may_drop[item.order] = item
+        self._note_droppable(item)
         self.bytes += size
         if self.bytes > self._limit:
-            self._shrink()
+            self._shrink(item)
         return seq
 
     @property
@@ -173,7 +175,7 @@ class Outbox:
     def _acknowledged(self, item: _Item) -> None:
         item.acked = True
         self._unsent.pop(item.order, None)
-        self._may_drop.pop(item.order, None)
+        self._no_more_droppable(item)
         if self._gaps[item.channel] is item:
             self._gaps[item.channel] = None
         if self._keep:
@@ -196,11 +198,12 @@ class Outbox:
         self._log.clear()
         self._unsent.clear()
         self._may_drop.clear()
+        self._long.clear()
         self._kept.clear()
         self._pending = [OrderedDict() for _ in range(CHANNELS)]
         self._gaps = [None] * CHANNELS
         self._acked_to = list(start)
-        self.bytes = self._kept_bytes = 0
+        self.bytes = self._kept_bytes = self._long_bytes = 0
         # Orders are given anew, because gaps may have to be put in between.
         self._order = 0
         for item in items:
@@ -250,8 +253,8 @@ class Outbox:
         self._pending[item.channel][item.seq] = item
         if item.parts is None:
             self._gaps[item.channel] = item
-        elif self._droppable is not None and self._droppable(item.channel, item.parts):
-            self._may_drop[item.order] = item
+        else:
+            self._note_droppable(item)
 
     def _place_gap(self, channel: int, first: int, last: int) -> None:
         gap = _Item(0, channel, first, None, 0)
@@ -268,22 +271,41 @@ class Outbox:
         del self._log[item.order]
         self.bytes -= self._charge(item)
 
+    def _note_droppable(self, item: _Item) -> None:
+        if self._droppable is None or item.parts is None or not self._droppable(item.channel, item.parts):
+            return
+        if item.size > self._limit:
+            self._long[item.order] = item
+            self._long_bytes += item.size
+        else:
+            self._may_drop[item.order] = item
+
+    def _no_more_droppable(self, item: _Item) -> None:
+        if self._long.pop(item.order, None) is not None:
+            self._long_bytes -= item.size
+        else:
+            self._may_drop.pop(item.order, None)
+
     def _trim_kept(self) -> None:
-        while self._kept and (self._kept_bytes > self._keep or self.bytes > self._limit):
+        while self._kept and (self._kept_bytes > self._keep or self.bytes - self._long_bytes > self._limit):
             item = self._kept.popitem(last=False)[1]
             self._kept_bytes -= self._charge(item)
             self._forget(item)
 
-    def _shrink(self) -> None:
+    def _shrink(self, newest: _Item) -> None:
         self._trim_kept()
-        while self.bytes > self._limit and self._may_drop:
-            if len(self._may_drop) == 1 and self.bytes <= self._hard:
-                return  # it may be larger than the limit by itself
-            self._drop(next(iter(self._may_drop.values())))
+        while self.bytes - self._long_bytes > self._limit and self._may_drop:
+            item = next(iter(self._may_drop.values()))
+            if item is newest:
+                break
+            self._drop(item)
+        while self.bytes > self._hard and (self._may_drop or self._long):
+            oldest = [next(iter(items.values())) for items in (self._may_drop, self._long) if items]
+            self._drop(min(oldest, key=lambda item: item.order))
 
     def _drop(self, item: _Item) -> None:
         """Turn a message into a gap, or let the gap just before it grow over it."""
-        del self._may_drop[item.order]
+        self._no_more_droppable(item)
         size = item.size - MESSAGE_COST
         self.dropped_messages += 1
         self.dropped_bytes += size

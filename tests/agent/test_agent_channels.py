@@ -29,10 +29,9 @@ class Watched:
     def __init__(self) -> None:
         self.loop = Loop()
         self.told: list[tuple[str, int]] = []
-        self.hungry = True
         reading, self.writing = os.pipe()
         os.set_blocking(reading, False)
-        hooks = ChannelHooks(self._message, lambda: None, self._broken, lambda parts: None, lambda: self.hungry)
+        hooks = ChannelHooks(self._message, lambda: None, self._broken, lambda parts: None, lambda: True)
         self.channels = KernelChannels(self.loop, hooks, reading, None)
 
     def _message(self, channel: str, parts: Sequence[bytes | memoryview]) -> None:
@@ -40,25 +39,6 @@ class Watched:
 
     def _broken(self, reason: str) -> None:
         self.told.append(("broken", 0))
-
-    def turn_until(self, told: list[tuple[str, int]]) -> None:
-        """Turn the loop until that was handed on; the test's time limit ends a wait for more."""
-        while self.told != told:
-            assert self.told == told[: len(self.told)]
-            self.loop.turn()
-
-    def ask(self, text: bytes) -> None:
-        """There is a request for input on the kernel's stdin socket."""
-        waiting = [[text]]
-
-        def receive(socket: Any, limit: int) -> tuple[list[list[bytes]], bool]:
-            found, waiting[:] = list(waiting) if socket == "stdin" else [], [] if socket == "stdin" else waiting
-            return found, False
-
-        sockets: Any = SimpleNamespace(requests={"stdin": "stdin"}, heartbeat="hb", receive=receive)
-        sockets.all, sockets.close = list, lambda: None
-        self.channels._sockets = sockets
-        self.channels._service()
 
     def say(self, data: bytes) -> None:
         """As the kernel does; it fits the pipe."""
@@ -76,34 +56,17 @@ def watched() -> Iterator[Watched]:
 
 def test_what_was_printed_behind_a_long_display_comes_before_the_request_for_input(watched: Watched) -> None:
     watched.say(frame(b"x" * LONG) + frame(b"short"))
-    watched.ask(b"input?")
+    waiting: list[list[bytes]] = [[b"input?"]]
+
+    def receive(socket: Any, limit: int) -> tuple[list[list[bytes]], bool]:
+        found, waiting[:] = list(waiting) if socket == "stdin" else [], [] if socket == "stdin" else waiting
+        return found, False
+
+    sockets: Any = SimpleNamespace(requests={"stdin": "stdin"}, heartbeat="hb", receive=receive)
+    sockets.all, sockets.close = list, lambda: None
+    watched.channels._sockets = sockets
+    watched.channels._service()
     assert watched.told == [("iopub", LONG), ("iopub", 5), ("stdin", 6)]
-
-
-def test_what_one_read_brings_behind_a_message_that_fills_the_link_waits_until_that_is_on_its_way(
-    watched: Watched,
-) -> None:
-    """The link would drop the large one for it; and a request for input does not overtake what waits."""
-    watched.say(frame(b"x" * 1000) + frame(b"behind") + frame(b"it"))
-    watched.hungry = False
-    watched.channels._look_at_pipe()
-    assert watched.told == [("iopub", 1000)]
-    watched.say(frame(b"later"))
-    watched.ask(b"input?")
-    assert watched.told == [("iopub", 1000)]
-    watched.hungry = True
-    watched.turn_until([("iopub", 1000), ("iopub", 6), ("iopub", 2), ("iopub", 5), ("stdin", 6)])
-
-
-def test_what_waits_for_a_host_far_behind_is_among_a_kernels_last_words(watched: Watched) -> None:
-    watched.say(frame(b"x" * 1000) + b"".join(frame(b"%06d" % number) for number in range(200)))
-    watched.hungry = False
-    watched.channels._look_at_pipe()
-    assert watched.told == [("iopub", 1000)]
-    os.close(watched.writing)
-    assert watched.channels.last_words()
-    assert watched.told == [("iopub", 1000)] + [("iopub", 6)] * 200
-    watched.writing = os.open(os.devnull, os.O_WRONLY)
 
 
 def test_a_kernel_that_ends_in_the_middle_of_a_long_message_has_said_nothing(watched: Watched) -> None:

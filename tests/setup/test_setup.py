@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -36,6 +37,7 @@ mod)
     mkdir -p "$GOPATH/pkg/mod/$3/runsc/boot/filter/config" "$GOPATH/pkg/mod/cache"
     echo before > "$GOPATH/pkg/mod/$3/runsc/boot/filter/filter_precompiled.go"
     cp -r {sources}/. "$GOPATH/pkg/mod/$3"
+    find "$GOPATH/pkg/mod/$3" -type f -exec chmod 444 {{}} +  # as Go does
     touch "$GOPATH/pkg/mod/cache/file" && chmod 500 "$GOPATH/pkg/mod/cache"
     exit 0 ;;
 run) {filters} ;;
@@ -319,6 +321,53 @@ def test_a_build_is_asked_for_where_a_release_could_be_had_or_is_installed(
         assert again.sha256 == built.sha256 and not again.fresh
 
 
+def test_who_built_one_gets_a_build_of_the_next_generation_too(
+    home: Paths, tmp_path: Path, serve: Callable[..., str]
+) -> None:
+    env = offline(tmp_path, go=BUILDS) | {"SANDBOX_GATEWAY_RELEASES": serve(archive(("runsc", STAND_IN)))}
+    ensure_runsc(home, build=True, environment=env)
+    manifest = home.bin / "runsc.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"pin": "an older one"}))
+    assert ensure_runsc(home, environment=env).origin.startswith("built with Go")
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"pin": "an older one"}))
+    unable = offline(tmp_path, go="exit 1") | {"SANDBOX_GATEWAY_RELEASES": env["SANDBOX_GATEWAY_RELEASES"]}
+    assert ensure_runsc(home, environment=unable).origin.startswith("release")
+
+
+def test_what_is_built_again_and_the_same_stays_where_it_is(home: Paths, tmp_path: Path) -> None:
+    """Kernels may be starting from it."""
+    env = offline(tmp_path, go=BUILDS)
+    first = ensure_runsc(home, environment=env)
+    manifest = home.bin / "runsc.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"recipe": "another"}))
+    before = first.path.stat().st_ino
+    assert ensure_runsc(home, environment=env).fresh
+    assert first.path.stat().st_ino == before
+    assert not ensure_runsc(home, environment=env).fresh
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else; and who is not, tries it in each test")
+def test_an_ordinary_user_can_build() -> None:
+    """Go leaves sources that nobody but root may write."""
+    with tempfile.TemporaryDirectory(prefix="sg-") as folder:
+        place = Path(folder)
+        os.chmod(place, 0o777)
+        env = offline(place, go=BUILDS)
+        code = (
+            "import os, sys, json\n"
+            "from pathlib import Path\n"
+            "from sandbox_gateway.host.paths import Paths\n"
+            "from sandbox_gateway.host.setup import ensure_runsc\n"
+            "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+            "home = Path(sys.argv[1]) / 'home'\n"
+            "print(ensure_runsc(Paths(home=home, runtime=home / 'run'), environment=json.loads(sys.argv[2])).origin)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, folder, json.dumps(env)], capture_output=True, text=True, timeout=60
+        )
+    assert done.stdout == "built with Go 1.26.8, filters compiled\n", done.stderr
+
+
 @pytest.mark.parametrize("recorded", ["of another version", None])
 def test_what_another_version_of_the_application_has_built_is_built_anew(
     home: Paths, tmp_path: Path, recorded: str | None
@@ -334,6 +383,8 @@ def test_what_another_version_of_the_application_has_built_is_built_anew(
     kept = ensure_runsc(home, environment=offline(tmp_path, go="exit 1"), progress=lines.append)
     assert kept.sha256 == first.sha256 and not kept.fresh
     assert any("going on with the one that is installed" in line for line in lines)
+    full = "echo 'write: no space left on device' >&2; exit 1"
+    assert not ensure_runsc(home, environment=offline(tmp_path, go=full)).fresh
     assert ensure_runsc(home, environment=offline(tmp_path, go=BUILDS)).fresh
     assert not ensure_runsc(home, environment=offline(tmp_path, go="exit 1")).fresh
     assert left_behind(home) == []

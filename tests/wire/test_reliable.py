@@ -177,20 +177,32 @@ def test_a_single_message_longer_than_the_limit_is_not_dropped_at_once() -> None
     assert numbers(drained(outbox)) == [(2, 2)]
 
 
-def test_it_goes_for_the_next_that_may_be_dropped_and_for_no_status_or_reply() -> None:
+def test_a_message_longer_than_the_limit_goes_for_no_other_below_the_hard_limit_and_others_not_for_it() -> None:
+    """Nor does it count for the limit: what is usual has all of that for itself."""
+    outbox = Outbox(10 * COST, 10_000, streams)
+    outbox.append(4, [b"stream", bytes(5000)])
+    for _ in range(3):
+        outbox.append(4, [b"status"])
+        outbox.append(4, [b"stream"])
+    assert numbers(drained(outbox)) == list(range(1, 8))
+    for _ in range(20):
+        outbox.append(4, [b"stream"])
+    assert outbox.bytes <= 10 * COST + 5000 + 2 * COST
+    outbox.rewind({4: 0})
+    items = drained(outbox)
+    assert numbers(items)[0] == 1 and numbers(items)[-1] == 27
+    outbox.ack(4, 27)
+    assert outbox.bytes == 0
+
+
+def test_beyond_the_hard_limit_the_oldest_go_however_long() -> None:
     outbox = Outbox(1000, 10_000, streams)
     outbox.append(4, [b"stream", bytes(5000)])
     outbox.append(4, [b"status"])
-    assert numbers(drained(outbox)) == [1, 2]
-    outbox = Outbox(1000, 10_000, streams)
-    outbox.append(4, [b"stream", bytes(5000)])
-    outbox.append(4, [b"status"])
+    outbox.append(4, [b"stream", bytes(4900)])
     outbox.append(4, [b"stream"])
-    assert numbers(drained(outbox)) == [(1, 1), 2, 3]
-    outbox = Outbox(1000, 10_000, streams)
-    outbox.append(4, [b"stream", bytes(5000)])
-    outbox.append(4, [b"status", bytes(6000)])
-    assert numbers(drained(outbox)) == [(1, 1), 2]
+    assert numbers(drained(outbox)) == [(1, 1), 2, 3, 4]
+    assert outbox.bytes <= 10_000
 
 
 def test_a_gap_that_was_sent_does_not_grow_over_a_message_that_was_not() -> None:
