@@ -209,7 +209,7 @@ class KernelChannels:
             if self._output is None:
                 return
             self._output.relax()
-            if not self._output.look() or self._pipe is None:
+            if not self._output.look():
                 return
 
     def _look_at_iopub(self) -> tuple[int, bool]:

@@ -16,6 +16,8 @@ from typing import Final
 import zmq
 
 IDENTITY: Final = b"agent"
+MUCH: Final = 4 * 1024 * 1024
+"""Bytes of messages that get on their way before more are taken."""
 MAX_PART: Final = 512 * 1024 * 1024
 """Bytes of one message part; a larger one costs the kernel that connection."""
 
@@ -77,15 +79,20 @@ class KernelSockets:
 
     @staticmethod
     def receive(socket: zmq.Socket[bytes], limit: int) -> tuple[list[list[bytes]], bool]:
-        """At most ``limit`` messages that are there already, and whether there may be more.
+        """Messages that are there already, and whether there may be more: at most ``limit``, and no further one beyond
+        :data:`MUCH`.
 
         ZMQ signals edges: unless this returned ``False``, the socket's descriptor need not become readable again.
         """
         messages: list[list[bytes]] = []
+        size = 0
         take = socket.recv_multipart
         try:
             for _ in range(limit):
                 messages.append(take(zmq.NOBLOCK))
+                size += sum(map(len, messages[-1]))
+                if size > MUCH:
+                    break
         except zmq.Again:
             return messages, False
         return messages, True

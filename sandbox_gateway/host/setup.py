@@ -212,6 +212,10 @@ def _running_from(folder: Path) -> frozenset[str]:
     return frozenset(found)
 
 
+def _files_in(folder: Path) -> set[str]:
+    return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+
+
 def _size_of(folder: Path) -> int:
     return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
 
@@ -238,11 +242,11 @@ def _install(
             else _first_way(staging, ways, env, report, lock)
         )
         _check_runs(staging / "runsc")
-        files = {str(file.relative_to(staging)): _sha256(file) for file in sorted(staging.rglob("*")) if file.is_file()}
+        files = {name: _sha256(staging / name) for name in sorted(_files_in(staging))}
         sha256 = files["runsc"]
         final = paths.bin / sha256
         got = RunscInstall(final / "runsc", sha256, origin, PIN, files, recipe, fresh=True)
-        there = final.is_dir() and not verify(got)  # and perhaps in use
+        there = _files_in(final) == set(files) and not verify(got)  # and perhaps in use
         for file in files:
             with (staging / file).open("rb") as handle:
                 os.fsync(handle.fileno())
@@ -252,8 +256,9 @@ def _install(
         if not there:
             if final.is_dir():
                 remove_tree(final)  # damaged, or without the sidecars that this one brings
-            staging.chmod(0o755)  # a trial sandbox sees this folder as another uid; its parents stay private
             staging.rename(final)
+        for place in (final, *(final / name for name in files)):
+            place.chmod(0o755)  # a trial sandbox sees this folder as another uid; its parents stay private
         manifest.rename(paths.bin / MANIFEST)
     finally:
         _sweep(paths.bin)
@@ -272,6 +277,11 @@ def _first_way(
                 return from_release(staging, env, report), ""
             return from_source(staging, env, report, keep=(lock,)), RECIPE
         except WayClosed as why:
+            closed.append(str(why))
+            report(str(why))
+        except (SandboxGatewayError, OSError) as why:
+            if way == _RELEASE or way == ways[-1]:
+                raise
             closed.append(str(why))
             report(str(why))
     raise SandboxGatewayError(

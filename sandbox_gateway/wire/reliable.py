@@ -69,10 +69,10 @@ class Outbox:
 
     ``limit_bytes`` bounds what is kept (parts and a fixed cost each): beyond it acknowledged messages go first,
     oldest first, then messages that ``droppable(channel, parts)`` allows, oldest first; the newest, and such as are
-    longer than the limit by themselves and do not count for it, only beyond ``hard_limit_bytes``. Other messages are
-    never dropped: beyond the hard limit :attr:`full` asks the caller to stop reading where they come from. With
-    ``keep_acked`` acknowledged messages stay, for a receiver that attaches with older numbers: up to ``keep_bytes`` of
-    them (default: the limit).
+    longer than half the limit, only beyond ``hard_limit_bytes``. Messages of that length, droppable or not, do not
+    count for the limit: nothing else has to go for them. Other messages are never dropped: beyond the hard limit
+    :attr:`full` asks the caller to stop reading where they come from. With ``keep_acked`` acknowledged messages stay,
+    for a receiver that attaches with older numbers: up to ``keep_bytes`` of them (default: the limit).
     """
 
     def __init__(
@@ -94,6 +94,7 @@ class Outbox:
         self._unsent: OrderedDict[int, _Item] = OrderedDict()
         self._may_drop: OrderedDict[int, _Item] = OrderedDict()
         self._long: OrderedDict[int, _Item] = OrderedDict()
+        self._may_drop_long: OrderedDict[int, _Item] = OrderedDict()
         self._long_bytes = 0
         self._kept: OrderedDict[int, _Item] = OrderedDict()
         self._pending: list[OrderedDict[int, _Item]] = [OrderedDict() for _ in range(CHANNELS)]
@@ -117,7 +118,7 @@ class Outbox:
         self._log[item.order] = item
         self._unsent[item.order] = item
         self._pending[channel][seq] = item
-        self._note_droppable(item)
+        self._note(item)
         self.bytes += size
         if self.bytes > self._limit:
             self._shrink(item)
@@ -175,7 +176,7 @@ class Outbox:
     def _acknowledged(self, item: _Item) -> None:
         item.acked = True
         self._unsent.pop(item.order, None)
-        self._no_more_droppable(item)
+        self._forget_notes(item)
         if self._gaps[item.channel] is item:
             self._gaps[item.channel] = None
         if self._keep:
@@ -199,6 +200,7 @@ class Outbox:
         self._unsent.clear()
         self._may_drop.clear()
         self._long.clear()
+        self._may_drop_long.clear()
         self._kept.clear()
         self._pending = [OrderedDict() for _ in range(CHANNELS)]
         self._gaps = [None] * CHANNELS
@@ -254,7 +256,7 @@ class Outbox:
         if item.parts is None:
             self._gaps[item.channel] = item
         else:
-            self._note_droppable(item)
+            self._note(item)
 
     def _place_gap(self, channel: int, first: int, last: int) -> None:
         gap = _Item(0, channel, first, None, 0)
@@ -271,41 +273,47 @@ class Outbox:
         del self._log[item.order]
         self.bytes -= self._charge(item)
 
-    def _note_droppable(self, item: _Item) -> None:
-        if self._droppable is None or item.parts is None or not self._droppable(item.channel, item.parts):
-            return
-        if item.size > self._limit:
+    def _note(self, item: _Item) -> None:
+        assert item.parts is not None
+        long = item.size > self._limit // 2
+        if long:
             self._long[item.order] = item
             self._long_bytes += item.size
-        else:
-            self._may_drop[item.order] = item
+        if self._droppable is not None and self._droppable(item.channel, item.parts):
+            (self._may_drop_long if long else self._may_drop)[item.order] = item
 
-    def _no_more_droppable(self, item: _Item) -> None:
+    def _forget_notes(self, item: _Item) -> None:
+        self._may_drop.pop(item.order, None)
+        self._may_drop_long.pop(item.order, None)
         if self._long.pop(item.order, None) is not None:
             self._long_bytes -= item.size
-        else:
-            self._may_drop.pop(item.order, None)
+
+    @property
+    def _over(self) -> bool:
+        return self.bytes - self._long_bytes > self._limit
 
     def _trim_kept(self) -> None:
-        while self._kept and (self._kept_bytes > self._keep or self.bytes - self._long_bytes > self._limit):
+        while self._kept and (self._kept_bytes > self._keep or self._over or self.bytes > self._hard):
             item = self._kept.popitem(last=False)[1]
             self._kept_bytes -= self._charge(item)
             self._forget(item)
 
     def _shrink(self, newest: _Item) -> None:
         self._trim_kept()
-        while self.bytes - self._long_bytes > self._limit and self._may_drop:
+        while self._over and self._may_drop:
             item = next(iter(self._may_drop.values()))
             if item is newest:
                 break
             self._drop(item)
-        while self.bytes > self._hard and (self._may_drop or self._long):
-            oldest = [next(iter(items.values())) for items in (self._may_drop, self._long) if items]
+        if newest.size > self._hard and newest.order in self._may_drop_long:
+            self._drop(newest)  # nothing else has to go, if that can go
+        while self.bytes > self._hard and (self._may_drop or self._may_drop_long):
+            oldest = [next(iter(items.values())) for items in (self._may_drop, self._may_drop_long) if items]
             self._drop(min(oldest, key=lambda item: item.order))
 
     def _drop(self, item: _Item) -> None:
         """Turn a message into a gap, or let the gap just before it grow over it."""
-        self._no_more_droppable(item)
+        self._forget_notes(item)
         size = item.size - MESSAGE_COST
         self.dropped_messages += 1
         self.dropped_bytes += size

@@ -14,6 +14,7 @@ import pytest
 from sandbox_gateway.agent.channels import ChannelHooks, KernelChannels
 from sandbox_gateway.agent.loop import Loop
 from sandbox_gateway.agent.outpipe import LONGEST, PipeReader
+from sandbox_gateway.agent.sources import Source
 
 LONG = 700_000
 
@@ -67,6 +68,34 @@ def test_what_was_printed_behind_a_long_display_comes_before_the_request_for_inp
     watched.channels._sockets = sockets
     watched.channels._service()
     assert watched.told == [("iopub", LONG), ("iopub", 5), ("stdin", 6)]
+
+
+def test_all_that_was_published_comes_before_the_reply_also_from_sockets(watched: Watched) -> None:
+    """However many looks that takes: one ends when it has brought much."""
+    published = [[b"x" * LONG] for _ in range(20)]
+    waiting: list[list[bytes]] = [[b"reply"]]
+
+    def receive(socket: Any, limit: int) -> tuple[list[list[bytes]], bool]:
+        if socket == "shell":
+            found, waiting[:] = list(waiting), []
+            return found, False
+        if socket == "iopub" and published:
+            return [published.pop(0)], True
+        return [], False
+
+    sockets: Any = SimpleNamespace(requests={"shell": "shell"}, heartbeat="hb", iopub="iopub", receive=receive)
+    sockets.all, sockets.close, sockets.subscribe = list, lambda: None, lambda: None
+    sockets.descriptor = lambda _: silent
+    silent, loud = os.pipe()
+    os.set_blocking(silent, False)
+    watched.channels._close_pipe()
+    watched.channels._sockets = sockets
+    watched.channels._output = Source(watched.loop, silent, watched.channels._look_at_iopub)
+    watched.channels._service()
+    assert watched.told == [("iopub", LONG)] * 20 + [("shell", 5)]
+    watched.channels.close()
+    os.close(silent)
+    os.close(loud)
 
 
 def test_a_kernel_that_ends_in_the_middle_of_a_long_message_has_said_nothing(watched: Watched) -> None:

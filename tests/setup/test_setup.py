@@ -332,6 +332,11 @@ def test_who_built_one_gets_a_build_of_the_next_generation_too(
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"pin": "an older one"}))
     unable = offline(tmp_path, go="exit 1") | {"SANDBOX_GATEWAY_RELEASES": env["SANDBOX_GATEWAY_RELEASES"]}
     assert ensure_runsc(home, environment=unable).origin.startswith("release")
+    ensure_runsc(home, build=True, environment=offline(tmp_path, go=BUILDS))
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"pin": "an older one"}))
+    changed = offline(tmp_path, go=BUILDS, sources=SOURCES | {"pkg/state/encode.go": "not as expected"})
+    unfit = changed | {"SANDBOX_GATEWAY_RELEASES": env["SANDBOX_GATEWAY_RELEASES"]}
+    assert ensure_runsc(home, environment=unfit).origin.startswith("release")
 
 
 def test_what_is_built_again_and_the_same_stays_where_it_is(home: Paths, tmp_path: Path) -> None:
@@ -341,8 +346,11 @@ def test_what_is_built_again_and_the_same_stays_where_it_is(home: Paths, tmp_pat
     manifest = home.bin / "runsc.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"recipe": "another"}))
     before = first.path.stat().st_ino
+    first.path.chmod(0o600)
+    assert find_runsc(home, {}) is None
     assert ensure_runsc(home, environment=env).fresh
     assert first.path.stat().st_ino == before
+    assert find_runsc(home, {}) == first.path
     assert not ensure_runsc(home, environment=env).fresh
 
 

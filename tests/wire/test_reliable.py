@@ -177,22 +177,43 @@ def test_a_single_message_longer_than_the_limit_is_not_dropped_at_once() -> None
     assert numbers(drained(outbox)) == [(2, 2)]
 
 
-def test_a_message_longer_than_the_limit_goes_for_no_other_below_the_hard_limit_and_others_not_for_it() -> None:
+@pytest.mark.parametrize("kind", [b"stream", b"result"])
+@pytest.mark.parametrize("length", [5 * COST, 5000])
+def test_a_long_message_goes_for_no_other_below_the_hard_limit_and_no_other_for_it(kind: bytes, length: int) -> None:
     """Nor does it count for the limit: what is usual has all of that for itself."""
     outbox = Outbox(10 * COST, 10_000, streams)
-    outbox.append(4, [b"stream", bytes(5000)])
+    outbox.append(4, [kind, bytes(length)])
     for _ in range(3):
         outbox.append(4, [b"status"])
         outbox.append(4, [b"stream"])
     assert numbers(drained(outbox)) == list(range(1, 8))
     for _ in range(20):
         outbox.append(4, [b"stream"])
-    assert outbox.bytes <= 10 * COST + 5000 + 2 * COST
+    assert outbox.bytes <= 10 * COST + length + 2 * COST
     outbox.rewind({4: 0})
     items = drained(outbox)
     assert numbers(items)[0] == 1 and numbers(items)[-1] == 27
     outbox.ack(4, 27)
     assert outbox.bytes == 0
+
+
+def test_a_message_longer_than_the_hard_limit_takes_no_other_with_it() -> None:
+    outbox = Outbox(1000, 10_000, streams)
+    outbox.append(4, [b"stream"])
+    outbox.append(4, [b"stream", bytes(20_000)])
+    outbox.append(4, [b"stream"])
+    assert numbers(drained(outbox)) == [1, (2, 2), 3]
+
+
+def test_beyond_the_hard_limit_what_is_acknowledged_goes_first() -> None:
+    outbox = Outbox(1000, 10_000, streams, keep_acked=True, keep_bytes=10_000)
+    for _ in range(3):
+        outbox.append(4, [b"stream", bytes(2500)])
+    drained(outbox)
+    outbox.ack(4, 2)
+    outbox.append(4, [b"stream", bytes(6000)])
+    assert numbers(drained(outbox)) == [4]
+    assert outbox.dropped_messages == 0 and outbox.bytes <= 10_000
 
 
 def test_beyond_the_hard_limit_the_oldest_go_however_long() -> None:
@@ -206,7 +227,7 @@ def test_beyond_the_hard_limit_the_oldest_go_however_long() -> None:
 
 
 def test_a_gap_that_was_sent_does_not_grow_over_a_message_that_was_not() -> None:
-    outbox = Outbox(2 * COST, 100 * COST, streams)
+    outbox = Outbox(4 * COST, 100 * COST, streams)
     for _ in range(6):
         outbox.append(4, [b"stream"])
     first = outbox.next_ready()
