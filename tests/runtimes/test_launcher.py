@@ -53,6 +53,7 @@ async def test_program_runs_on_the_pipes_and_carries_the_mark(directory: Path) -
         finally:
             os.close(fd)
         for ref in (found.process, found.holder):
+            wait_until_executed(ref.pid)
             assert f"{MARKER}={directory}" in processes.environment(ref.pid)
 
 
