@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import os
 import re
@@ -54,12 +55,15 @@ _CHANGES = {
     ),
 }
 """What is added to gVisor, its package, and where that is called: file, text as it is, and text as it is built."""
-RECIPE = hashlib.sha256(
-    b"\0".join([repr(_CHANGES).encode(), *(file.read_bytes() for file in sorted(_ADDED.glob("*.go")))])
-).hexdigest()[:12]
-"""What is done to the sources, by one word."""
 _FLAGS = ("-trimpath", "-buildvcs=false", "-ldflags=-s -w")
 _GO_VERSION = re.compile(r"go(\d+)\.(\d+)(?:\.(\d+))?")
+
+
+@functools.cache
+def recipe() -> str:
+    """What is done to the sources, by one word; reads some files the first time."""
+    added = (file.read_bytes() for file in sorted(_ADDED.glob("*.go")))
+    return hashlib.sha256(b"\0".join([repr(_CHANGES).encode(), *added])).hexdigest()[:12]
 
 
 def from_source(into: Path, environment: Mapping[str, str], report: Report, keep: Sequence[int] = ()) -> str:

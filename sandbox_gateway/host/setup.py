@@ -23,7 +23,8 @@ from typing import Any
 
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host.paths import Paths
-from sandbox_gateway.host.runsc_build import RECIPE, from_source
+from sandbox_gateway.host.runsc_build import from_source
+from sandbox_gateway.host.runsc_build import recipe as recipe_now
 from sandbox_gateway.host.runsc_sources import PIN, Report, WayClosed, from_file, from_release, remove_tree
 
 MANIFEST = "runsc.json"
@@ -143,7 +144,7 @@ def ensure_runsc(
                 trouble = verify(current)
                 if trouble:
                     report(f"the installed runsc is damaged: {trouble}; getting it again")
-                elif current.recipe == RECIPE or not (build or built):
+                elif current.recipe == recipe_now() or not (build or built):
                     return current
                 elif not build:
                     return _renew(paths, current, env, report, lock)
@@ -275,12 +276,10 @@ def _first_way(
         try:
             if way == _RELEASE:
                 return from_release(staging, env, report), ""
-            return from_source(staging, env, report, keep=(lock,)), RECIPE
-        except WayClosed as why:
-            closed.append(str(why))
-            report(str(why))
-        except (SandboxGatewayError, OSError) as why:
-            if way == _RELEASE or way == ways[-1]:
+            return from_source(staging, env, report, keep=(lock,)), recipe_now()
+        except (WayClosed, SandboxGatewayError, OSError) as why:
+            # What is wrong with a release is told; a build that fails in whatever way leaves the next one open.
+            if not isinstance(why, WayClosed) and (way == _RELEASE or way == ways[-1]):
                 raise
             closed.append(str(why))
             report(str(why))

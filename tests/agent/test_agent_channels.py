@@ -10,10 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import zmq
 
 from sandbox_gateway.agent.channels import ChannelHooks, KernelChannels
 from sandbox_gateway.agent.loop import Loop
 from sandbox_gateway.agent.outpipe import LONGEST, PipeReader
+from sandbox_gateway.agent.sockets import MUCH, KernelSockets
 from sandbox_gateway.agent.sources import Source
 
 LONG = 700_000
@@ -96,6 +98,26 @@ def test_all_that_was_published_comes_before_the_reply_also_from_sockets(watched
     watched.channels.close()
     os.close(silent)
     os.close(loud)
+
+
+def test_a_batch_from_a_socket_ends_when_it_is_large() -> None:
+    """The link gets its turn before more is taken."""
+    context = zmq.Context()
+    sending, receiving = context.socket(zmq.PUSH), context.socket(zmq.PULL)
+    try:
+        receiving.bind("inproc://much")
+        sending.connect("inproc://much")
+        for number in range(20):
+            sending.send_multipart([b"%d" % number, b"x" * (MUCH // 4)])
+        first, more = KernelSockets.receive(receiving, 512)
+        assert (len(first), more) == (4, True)
+        found = [*first]
+        while more:
+            taken, more = KernelSockets.receive(receiving, 512)
+            found += taken
+        assert [message[0] for message in found] == [b"%d" % number for number in range(20)]
+    finally:
+        context.destroy(linger=0)
 
 
 def test_a_kernel_that_ends_in_the_middle_of_a_long_message_has_said_nothing(watched: Watched) -> None:
