@@ -2,17 +2,26 @@
 
 Beside :mod:`sandbox_gateway.agent.ipykernel_app`; standard library and what ipykernel brings. Inside gVisor a system
 call after a pause costs some 0.1 ms, where a plain kernel pays less than 0.001: it was 30 of them for a cell that the
-process's id was asked for, and 40 for its line of history.
+process's id was asked for, and 40 for its line of history. Memory that is touched for the first time costs more, too,
+and a large image was made three times over on its way into a message.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
+from uuid import uuid4
 
 _session: Any = import_module("jupyter_client.session")
+
+LONG = 1 << 16
+"""Characters from which on a text is looked at whether it can go into its message as it is."""
+_BLOCK = 1 << 16
+_ESCAPED = bytes(byte < 0x20 or byte in b'"\\' for byte in range(256))
+"""For each byte of a text in ASCII: 1 where JSON writes something else for it (RFC 8259 section 7)."""
 
 HISTORY_LINES = 64
 HISTORY_SECONDS = 2.0
@@ -20,7 +29,10 @@ HISTORY_SECONDS = 2.0
 
 
 class FrugalSession(_session.Session):  # type: ignore[misc]
-    """A session that does not ask for the process's id at each message, and sends nothing from forks, as stock."""
+    """A session that does not ask for the process's id at each message, and sends nothing from forks, as stock.
+
+    Its messages are those that stock makes, byte by byte.
+    """
 
     check_pid: Any
 
@@ -39,6 +51,45 @@ class FrugalSession(_session.Session):  # type: ignore[misc]
         number = self.message_count
         self.message_count += 1
         return f"{self.session}_{self.pid}_{number}"
+
+    def serialize(self, msg: dict[str, Any], ident: Any = None) -> list[bytes]:
+        """As stock; what a display carries goes in as it is where JSON would not change it, as of an image."""
+        content = msg.get("content")
+        if isinstance(content, dict) and self.pack is _session.json_packer:
+            packed = with_plain_texts(content, self.pack)
+            if packed is not None:
+                msg = {**msg, "content": packed}
+        serialized: list[bytes] = super().serialize(msg, ident)
+        return serialized
+
+
+def with_plain_texts(content: dict[str, Any], pack: Callable[[Any], bytes]) -> bytes | None:
+    """A message's content as ``pack`` makes it, without its passing over each character of the long texts that its
+    data hold; None: there are none that could go in as they are."""
+    data = content.get("data")
+    if type(data) is not dict:
+        return None
+    texts = {mime: octets for mime, text in data.items() if (octets := _plain(text)) is not None}
+    if not texts:
+        return None
+    places = {mime: uuid4().hex for mime in texts}
+    left = pack({**content, "data": {**data, **places}})
+    parts = []
+    for mime, place in places.items():
+        before, _, left = left.partition(place.encode())
+        parts += [before, texts[mime]]
+    return b"".join([*parts, left])
+
+
+def _plain(text: Any) -> bytes | None:
+    """The octets of a long text that JSON writes as they are; None of any other value."""
+    if type(text) is not str or len(text) < LONG or not text.isascii():
+        return None
+    octets = text.encode("ascii")
+    for start in range(0, len(octets), _BLOCK):
+        if 1 in octets[start : start + _BLOCK].translate(_ESCAPED):
+            return None
+    return octets
 
 
 def spare(app: Any) -> None:
