@@ -365,10 +365,12 @@ class Lifecycle:
         try:
             if self._attend is not None:
                 self._attend(record.id, seat)
-            sandbox = await self.enter(record, launch, seat)
-            seat.channels.retain()
-            seat.channels.renew(parent.key)
-            await self.made(sandbox, sandbox.restore(saved, identity.fresh(launch)))
+            runtime, _ = await self.runtime(record.runtime)
+            async with runtime.expecting(seat.directory):
+                sandbox = await self.enter(record, launch, seat)
+                seat.channels.retain()
+                seat.channels.renew(parent.key)
+                await self.made(sandbox, sandbox.restore(saved, identity.fresh(launch)))
             if self._attend is None:
                 seat.bridge()
         except BaseException:

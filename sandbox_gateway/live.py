@@ -404,10 +404,11 @@ class LiveSandbox:
         if sealing is not None:
             sealing.cancel()
         try:
-            saved = self._saved or self._as_served(await self._suspension.load(self.record))
-            await self._suspension.fit(saved)
-            await self._ledger.move(State.RESUMING)
-            await self._incarnation.restore(saved)
+            async with self._suspension.expecting(self.seat.directory):
+                saved = self._saved or self._as_served(await self._suspension.load(self.record))
+                await self._suspension.fit(saved)
+                await self._ledger.move(State.RESUMING)
+                await self._incarnation.restore(saved)
         except BaseException as error:
             if sealing is not None and self._saved is not None:
                 self._sealing = asyncio.create_task(self._suspension.seal(self._saved.snapshot))

@@ -163,9 +163,30 @@ class Starts:
         progress: OnProgress | None,
     ) -> LiveSandbox:
         assert look.expected is not None
-        launch, notes = await self.compose(wanted, look.expected)
         runtime, report = await self._maker.runtime(wanted.profile.runtime)
         await self._maker.clear(wanted.id)
+        async with self._expecting(runtime, wanted.profile, seat):
+            return await self._make(wanted, seat, look, runtime, report, progress)
+
+    def _expecting(
+        self, runtime: Runtime, profile: Profile, seat: Seat
+    ) -> contextlib.AbstractAsyncContextManager[None]:
+        """What the runtime can begin already, unless one stands ready that will do."""
+        return (
+            contextlib.nullcontext() if self._maker.pool.sizes.get(profile.name) else runtime.expecting(seat.directory)
+        )
+
+    async def _make(
+        self,
+        wanted: CreateRequest,
+        seat: Seat,
+        look: _Look,
+        runtime: Runtime,
+        report: RuntimeReport,
+        progress: OnProgress | None,
+    ) -> LiveSandbox:
+        assert look.expected is not None
+        launch, notes = await self.compose(wanted, look.expected)
         templates = self._maker.templates
         start = await templates.find(wanted, launch, runtime, report)
         record = replace(record_of(launch, wanted.profile), name=wanted.name, notes=notes, owner=wanted.owner)

@@ -164,6 +164,10 @@ class Suspension:
         """Nobody removes it until the lease is released."""
         return self._snapshots.hold(saved.snapshot)
 
+    def expecting(self, directory: Path) -> contextlib.AbstractAsyncContextManager[None]:
+        """A restore into ``directory`` follows within the block; see :meth:`Runtime.expecting`."""
+        return self._runtime.expecting(directory)
+
     def restore(self, spec: SandboxSpec, directory: Path, saved: Saved) -> AsyncIterator[Handle]:
         """Make a sandbox from it, step by step; see :meth:`Snapshots.restore`."""
         report_progress({"message": "reading memory", "total": saved.snapshot.size})

@@ -10,6 +10,7 @@ The contract suite in :mod:`sandbox_gateway.testing.contract` runs against every
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -125,6 +126,13 @@ class Runtime(Protocol):
 
     async def probe(self) -> RuntimeReport:
         """Try what this machine, user and binary can do. Never raises for something that is merely absent."""
+        ...
+
+    def expecting(self, directory: Path) -> AbstractAsyncContextManager[None]:
+        """Within the block a sandbox will be made in ``directory``, probably: what needs no specification may begin.
+
+        Only a hint, of which nothing is left after the block.
+        """
         ...
 
     def create(self, spec: SandboxSpec, directory: Path) -> AsyncIterator[Handle]:

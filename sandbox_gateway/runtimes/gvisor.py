@@ -72,6 +72,7 @@ class GvisorRuntime:
         self._ending: set[str] = set()
         self._ended: set[ProcessRef] = set()
         self._requirements: dict[Path, Requirements] = {}
+        self._departures: dict[Path, _Departure] = {}
 
     @property
     def tree(self) -> CgroupTree:
@@ -93,6 +94,16 @@ class GvisorRuntime:
 
     # Creation
 
+    @contextlib.asynccontextmanager
+    async def expecting(self, directory: Path) -> AsyncIterator[None]:
+        """Start the launcher."""
+        departure = self._departures[directory] = self._set_out(directory)
+        try:
+            yield
+        finally:
+            self._departures.pop(directory, None)
+            await departure.close()
+
     def create(self, spec: SandboxSpec, directory: Path) -> AsyncIterator[Handle]:
         """Make pipes and bundle, the control group, and the container, each announced before it is made.
 
@@ -101,7 +112,7 @@ class GvisorRuntime:
         return self._make(spec, directory, None)
 
     async def _make(self, spec: SandboxSpec, directory: Path, image: Path | None) -> AsyncIterator[Handle]:
-        async with self._on_its_way(directory) as program:
+        async with self._departure(directory) as departure:
             runsc = self._runsc(None if image is None else await self._binary_for(spec, image))
             tree = self.tree
             grouped = tree.usable
@@ -127,16 +138,20 @@ class GvisorRuntime:
             if grouped:
                 yield replace(handle, step="cgroup")
                 await to_its_end(asyncio.to_thread(tree.create, self.cgroup_parent, spec.id, spec.limits))
+                if tree.version == 1:
+                    # runsc moves into the group and back; in version 2 what it starts begins there.
+                    departure.expect_moves(tree)
             yield replace(handle, step="container")
             pid_file = directory / BUNDLE / "pid"
             command: tuple[str, ...] = ("create", f"--bundle={directory / BUNDLE}", f"--pid-file={pid_file}", spec.id)
             if image is not None:
                 command = (*gvisor_snapshots.restore_command(image), *command[1:])
-            launched = await program.launch(
+            launched = await departure.program.launch(
                 runsc.argv(flags, *command),
                 pid_file=pid_file,
                 environment=runsc.environment(),
-                join=tree.join_files(self.cgroup_parent, spec.id) if grouped else (),
+                # As root runsc puts what it starts into the group that its bundle names.
+                join=tree.join_files(self.cgroup_parent, spec.id) if grouped and self._rootless else (),
                 cores=gvisor_files.cores(spec) if not (grouped and "cpu" in tree.controllers) else None,
                 user_namespace=self._rootless,
                 timeout=TIMEOUT if image is None else gvisor_snapshots.RESTORE_TIMEOUT,
@@ -144,24 +159,20 @@ class GvisorRuntime:
             data = {**data, "holder": launched.holder.as_json(), "sandbox": launched.process.as_json()}
             yield replace(handle, step="created" if image is None else "started", data=data)
 
-    @contextlib.asynccontextmanager
-    async def _on_its_way(self, directory: Path) -> AsyncIterator[launcher.Launcher]:
-        """The launcher, which starts beside the preparations for it, and is gone afterwards."""
-        program = launcher.Launcher(directory)
-        moves = asyncio.create_task(self._expect_moves()) if self.tree.usable else None
-        try:
-            yield program
-        finally:
-            if moves is not None:
-                moves.cancel()
-            await program.close()
+    def _set_out(self, directory: Path) -> _Departure:
+        departure = _Departure(directory)
+        if self._rootless and self.tree.usable:
+            departure.expect_moves(self.tree)  # the launcher moves, as soon as there is a group
+        return departure
 
-    async def _expect_moves(self) -> None:
-        """The launcher moves itself into the control group, and runsc itself back to where it came from: until both
-        have, the wait before a move must not come back."""
-        while True:
-            await asyncio.to_thread(self.tree.expect_moves)
-            await asyncio.sleep(_MOVES)
+    @contextlib.asynccontextmanager
+    async def _departure(self, directory: Path) -> AsyncIterator[_Departure]:
+        """The launcher, where nobody has let it start earlier beside the preparations for it; gone afterwards."""
+        departure = self._departures.pop(directory, None) or self._set_out(directory)
+        try:
+            yield departure
+        finally:
+            await departure.close()
 
     def _init(self) -> tuple[str, ...]:
         if self._argv is not None:
@@ -398,6 +409,31 @@ class GvisorRuntime:
         """The binary that made the sandbox, which need not be ours any more; ours when it is gone."""
         named = handle.data.get("binary")
         return self._runsc(Path(named) if isinstance(named, str) and os.access(named, os.X_OK) else None)
+
+
+class _Departure:
+    """The launcher on its way, and the wait before processes are moved into a control group."""
+
+    def __init__(self, directory: Path) -> None:
+        self.program = launcher.Launcher(directory)
+        self._moves: asyncio.Task[None] | None = None
+
+    def expect_moves(self, tree: CgroupTree) -> None:
+        """Take that wait now, and keep it away until :meth:`close`. Nothing can be done with groups meanwhile."""
+        if self._moves is None:
+            self._moves = asyncio.create_task(_expect_moves(tree))
+
+    async def close(self) -> None:
+        """End both. Idempotent."""
+        if self._moves is not None:
+            self._moves.cancel()
+        await self.program.close()
+
+
+async def _expect_moves(tree: CgroupTree) -> None:
+    while True:
+        await asyncio.to_thread(tree.expect_moves)
+        await asyncio.sleep(_MOVES)
 
 
 def open_link(handle: Handle) -> LinkFds:

@@ -55,6 +55,10 @@ class FakeRuntime:
         saving = Capability("snapshots", True, "into the same id only: the stopped processes are kept, not copied")
         return RuntimeReport("fake", False, "not isolated", (run, Capability("pause", True), saving, *limits))
 
+    def expecting(self, directory: Path) -> contextlib.nullcontext[None]:
+        """There is nothing to begin."""
+        return contextlib.nullcontext()
+
     async def create(self, spec: SandboxSpec, directory: Path) -> AsyncIterator[Handle]:
         """Make the pipes."""
         self._ending.discard(spec.id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -150,7 +151,10 @@ async def test_what_a_resumed_kernel_says_is_for_nobody_before_it_is_on_record_t
 
     sandbox._saved = saved
     sandbox._incarnation.restore = restore  # type: ignore[method-assign, assignment]
-    sandbox._suspension = SimpleNamespace(fit=fit, done_with=lambda found, handle: None)  # type: ignore[assignment]
+    sandbox.seat.directory = Path("/nowhere")
+    sandbox._suspension = SimpleNamespace(  # type: ignore[assignment]
+        fit=fit, expecting=lambda directory: contextlib.nullcontext(), done_with=lambda found, handle: None
+    )
     sandbox._ledger._store = SimpleNamespace(put=lambda record: order.append(str(record.state)))  # type: ignore[assignment]
     sandbox._ledger._events = SimpleNamespace(moved=lambda *what: None)  # type: ignore[assignment]
     sandbox._ledger.record = replace(sandbox.record, state=State.SUSPENDED, snapshot="snap")
