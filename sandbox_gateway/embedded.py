@@ -7,6 +7,7 @@ across restarts and across the death of a sandbox.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 from collections.abc import Callable, Mapping
@@ -25,6 +26,8 @@ from sandbox_gateway.model import LIVE, Death, DeathKind, KernelSpec, OnOwnerExi
 from sandbox_gateway.profiles import load_profiles
 from sandbox_gateway.request import CreateRequest
 from sandbox_gateway.seat import Seat
+
+log = logging.getLogger(__name__)
 
 SAVING = 60.0
 """Seconds that the end of the process is held up at most for each kernel that its profile has suspended then."""
@@ -59,6 +62,7 @@ def lifecycle() -> Lifecycle:
 
         async def close() -> None:
             _lifecycles.pop(paths, None)
+            await asyncio.gather(*(kernel.settle() for kernel in _open_kernels))
             await made.close()
             for kernel in tuple(_open_kernels):
                 kernel.let_go()
@@ -80,6 +84,8 @@ class SandboxedKernel:
         self._key = key
         self._sandbox: LiveSandbox | None = None
         self._seat: Seat | None = None
+        self._starting: asyncio.Task[None] | None = None
+        self._exit_expected = False
         self._closing: asyncio.Task[None] | None = None
 
     async def launch(
@@ -92,7 +98,12 @@ class SandboxedKernel:
         private: tuple[Path, ...] = (),
         progress: Callable[[str], None],
     ) -> Any:
-        """Start the kernel, or boot it again in the sandbox it has; returns jupyter_client's connection info."""
+        """Start the kernel, or boot it again in the sandbox it has; returns jupyter_client's connection info.
+
+        Where the kernel is restored it returns as soon as that runs: while it gets its identity an application can
+        connect, and its requests wait. Should that fail, the kernel starts in another way, and where none is left, it
+        has died.
+        """
         owner = lifecycle()
         profile = load_profiles(owner.paths).get(self._profile_name)
         wanted = CreateRequest(self.id, profile, kernel, self._key, directory, client_environment, name, private)
@@ -119,11 +130,59 @@ class SandboxedKernel:
                 # An application that restarts dead kernels by itself would put an empty one in its place.
                 text = f"kernel {self.id} has expired: {lost.describe()}"
                 raise SandboxGatewayError("expired", text, "Its memory and files are gone; start a new kernel.")
-            self._sandbox = await owner.create(wanted, seat, _phases(progress))
+            await self._created(owner, seat, wanted, progress)
             if lost is not None:
                 seat.channels.notice(f"[sandbox] A new sandbox was made ({lost.describe()}); earlier files are lost\n")
         bridge.publish_endpoints()
         return bridge.connection_info
+
+    async def _created(
+        self, owner: Lifecycle, seat: Seat, wanted: CreateRequest, progress: Callable[[str], None]
+    ) -> None:
+        """Return when there is a sandbox, or one that needs but its identity."""
+        self._exit_expected = False
+        seat.restored.clear()
+        self._starting = starting = asyncio.create_task(self._create(owner, seat, wanted, progress))
+        restored = asyncio.create_task(seat.restored.wait())
+        try:
+            await asyncio.wait({starting, restored}, return_when=asyncio.FIRST_COMPLETED)
+        except BaseException:
+            await self._give_up_start()
+            raise
+        finally:
+            restored.cancel()
+        if starting.done():
+            self._starting = None
+            await starting
+        else:
+            starting.add_done_callback(self._report)
+
+    async def _create(
+        self, owner: Lifecycle, seat: Seat, wanted: CreateRequest, progress: Callable[[str], None]
+    ) -> None:
+        sandbox = await owner.create(wanted, seat, _phases(progress))
+        if self._exit_expected:
+            sandbox.expect_exit()
+        self._sandbox = sandbox
+
+    def _report(self, starting: asyncio.Task[None]) -> None:
+        """A start has ended whose application was told already that it goes well."""
+        error = None if starting.cancelled() else starting.exception()
+        if error is not None:
+            log.error("kernel %s could not be started: %s", self.id, error)
+            if self._seat is not None:
+                self._seat.channels.kernel_died(f"\n[sandbox] The kernel could not be started: {error}\n")
+
+    async def settle(self) -> None:
+        """Return when a start that goes on has ended, well or not."""
+        if self._starting is not None:
+            await asyncio.wait({self._starting})
+
+    async def _give_up_start(self) -> None:
+        """End a start that goes on; nothing of it is left."""
+        if self._starting is not None:
+            self._starting.cancel()
+            await asyncio.wait({self._starting})
 
     async def _rebooted(self, owner: Lifecycle, sandbox: LiveSandbox, wanted: CreateRequest) -> bool:
         """Boot the kernel again in its sandbox; False when that had to be given up, and is gone."""
@@ -145,6 +204,7 @@ class SandboxedKernel:
 
     async def _taken_back(self) -> LiveSandbox | None:
         """The sandbox; one that was handed over to another process is asked back. None when it has ended there."""
+        await self.settle()
         sandbox = self._sandbox
         if sandbox is None or not sandbox.left:
             return sandbox
@@ -161,13 +221,17 @@ class SandboxedKernel:
 
     def poll(self) -> int | None:
         """None while the kernel lives, else its return code. Thread-safe: it only reads."""
-        sandbox = self._sandbox
+        starting = self._starting
+        if starting is not None and not starting.done():
+            return None
+        sandbox = self._sandbox  # set before a start has ended
         if sandbox is None:
             return 0
         return _poll_elsewhere(self.id) if sandbox.left else sandbox.poll()
 
     async def wait(self) -> int:
         """Return when the kernel has ended."""
+        await self.settle()
         while (sandbox := self._sandbox) is not None:
             code = await (asyncio.to_thread(self.poll) if sandbox.left else sandbox.wait_kernel())
             if code is not None:
@@ -176,18 +240,22 @@ class SandboxedKernel:
         return 0
 
     async def signal(self, number: int) -> None:
-        """Send a signal to the kernel's process group inside."""
+        """Send a signal to the kernel's process group inside; nothing while it starts, when nothing of it runs yet."""
+        if self._starting is not None and not self._starting.done():
+            return
         sandbox = await self._taken_back()
         if sandbox is not None:
             await sandbox.signal(number)
 
     def expect_exit(self) -> None:
         """The application asks the kernel to shut down. Thread-safe: it only sets a mark."""
+        self._exit_expected = True
         if self._sandbox is not None:
             self._sandbox.expect_exit()
 
     async def stop(self, grace: float) -> None:
         """End the kernel's processes; the sandbox stays for a restart."""
+        await self._give_up_start()
         if self.poll() is None:
             sandbox = await self._taken_back()
             if sandbox is not None:
@@ -203,6 +271,7 @@ class SandboxedKernel:
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
+        await self._give_up_start()
         if self._sandbox is not None:
             await self._sandbox.destroy(Death(DeathKind.STOPPED, "shut down by its application"))
         self.let_go()

@@ -127,12 +127,14 @@ class Incarnation:
         """Go on with what another one of this process's has :meth:`surrendered <surrender>`."""
         attachment.serve(self._callbacks)
         self.attachment = attachment
+        self._seat.restored.set()
         await asyncio.gather(self.tell_policy(), self._identify(identity))
 
     async def _answers(self, identity: Mapping[str, Any] | None) -> None:
         if identity is None:
             await self._suspension.heartbeat(self.link)
         else:
+            self._seat.restored.set()
             await self._identify(identity)
 
     async def _identify(self, identity: Mapping[str, Any]) -> None:

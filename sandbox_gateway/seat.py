@@ -5,6 +5,7 @@ It outlives the sandboxes that come and go under the kernel's id.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,9 @@ class Seat:
         self.key = key
         self.channels = KernelChannels(key, missing_file_hint=missing_file_hint)
         self.cursors = CursorFile(lock.directory)
+        self.restored = asyncio.Event()
+        """Set while a sandbox is made for it from another one's memory, as soon as that runs and answers: what is left
+        is that it becomes this one. Never set for one that starts cold."""
         self._bridge: ZmqBridge | None = None
         self._closers: list[Callable[[bool], object]] = []
 

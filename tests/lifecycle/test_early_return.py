@@ -1,0 +1,125 @@
+"""A start from a template returns when the restored sandbox runs; what is left of it goes on beside the application."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from acceptance import KERNEL, START, Product, until
+from jupyter_client.blocking.client import BlockingKernelClient
+from jupyter_client.manager import KernelManager
+
+from sandbox_gateway.background import background_loop
+from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.incarnation import Incarnation
+from sandbox_gateway.live import LiveSandbox
+
+
+class Held:
+    """Keeps kernels from getting their identity until they are let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reached = threading.Event()
+        self._gate = asyncio.Event()
+        self._failing = False
+        identify = Incarnation._identify
+
+        async def held(incarnation: Incarnation, identity: Any) -> None:
+            self.reached.set()
+            await self._gate.wait()
+            if self._failing:
+                raise SandboxGatewayError("identity_failed", "the clone is not what it should be")
+            await identify(incarnation, identity)
+
+        monkeypatch.setattr(Incarnation, "_identify", held)
+
+    def go_on(self, *, failing: bool = False) -> None:
+        """Let them have it, or fail in it."""
+
+        async def opened() -> None:
+            self._failing = failing
+            self._gate.set()
+
+        background_loop().run(opened()).result(START)
+
+
+@contextmanager
+def started() -> Iterator[tuple[KernelManager, BlockingKernelClient]]:
+    """A kernel that was just started, and a client that nobody has waited for."""
+    manager = KernelManager(kernel_name=KERNEL)
+    manager.start_kernel()
+    client = manager.blocking_client()
+    client.start_channels()
+    try:
+        yield manager, client
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+@pytest.fixture
+def held(product: Product, monkeypatch: pytest.MonkeyPatch) -> Held:
+    """An installation whose template is there."""
+    assert product.command("template", "build", KERNEL, timeout=300).returncode == 0
+    return Held(monkeypatch)
+
+
+def answer(client: BlockingKernelClient, sent: str) -> dict[str, Any]:
+    """The reply to a request."""
+    while True:
+        reply: dict[str, Any] = client.get_shell_msg(timeout=START)
+        if reply["parent_header"].get("msg_id") == sent:
+            return reply
+
+
+def test_what_an_application_asks_before_the_kernel_is_its_own_is_answered_by_its_own(held: Held) -> None:
+    with started() as (manager, client):
+        assert held.reached.wait(START)
+        assert manager.is_alive()
+        sent = client.execute("import os", user_expressions={"id": "os.environ['SANDBOX_ID']"})
+        held.go_on()
+        told = answer(client, sent)["content"]["user_expressions"]["id"]["data"]["text/plain"]
+        assert told == repr(str(manager.provisioner.kernel_id))  # type: ignore[union-attr]
+
+
+def test_a_clone_that_fails_after_the_return_gives_way_to_a_cold_start(held: Held) -> None:
+    with started() as (manager, client):
+        sent = client.execute("", user_expressions={"answer": "6 * 7"})
+        held.go_on(failing=True)
+        assert answer(client, sent)["content"]["user_expressions"]["answer"]["data"]["text/plain"] == "42"
+        assert manager.is_alive()
+
+
+def test_a_kernel_that_cannot_start_at_all_after_the_return_has_died_and_says_why(
+    product: Product, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refused(*_: Any) -> None:
+        raise SandboxGatewayError("runtime_failed", "there is no other way today")
+
+    with started() as (manager, client):
+        sandbox = str(manager.provisioner.kernel_id)  # type: ignore[union-attr]
+        monkeypatch.setattr(LiveSandbox, "create", refused)
+        held.go_on(failing=True)
+        until(lambda: not manager.is_alive())
+        said: list[dict[str, Any]] = []
+        until(lambda: said.append(client.get_iopub_msg(timeout=START)) or said[-1]["msg_type"] == "status")
+        assert "no other way today" in "".join(message["content"].get("text", "") for message in said)
+        assert said[-1]["content"]["execution_state"] == "dead"
+        assert sandbox not in product.ids()
+        monkeypatch.undo()
+        # Somebody restarts it, as a notebook's user would.
+        manager.restart_kernel(now=True)
+        assert answer(client, client.execute(""))["content"]["status"] == "ok"
+
+
+def test_a_kernel_that_is_ended_before_it_is_its_own_leaves_nothing(product: Product, held: Held) -> None:
+    before = product.ids()
+    with started() as (manager, _):
+        assert held.reached.wait(START)
+        manager.shutdown_kernel(now=True)
+        assert not manager.is_alive()
+    assert product.ids() == before
