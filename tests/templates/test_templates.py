@@ -157,12 +157,13 @@ async def test_modules_are_imported_already_and_one_that_is_missing_is_told(driv
 
 
 async def test_a_template_knows_few_of_the_files_that_its_modules_came_from(driver: Driver, tmp_path: Path) -> None:
-    """gVisor's part of the snapshot has the names of all files that were looked at. What is imported later has them."""
+    """gVisor's part of the snapshot may have the names of all files that were looked at (one that we have built forgets
+    those that are closed). What is imported later has them."""
     profile = driver.profile(KERNEL, preload=("json.tool",))
     template = await driver.template(profile, tmp_path)
     bytecode = f".cpython-{sys.version_info[0]}{sys.version_info[1]}.pyc".encode()
     for name in (b"displayhook", b"kernelapp", b"traitlets"):
-        assert "image/checkpoint.img" not in holds(template, name + bytecode), name
+        assert holds(template, name + bytecode) == ["image/pages.img"], name
     kernel = await driver.warm(profile, tmp_path)
     code = "import json.tool, IPython.core.displayhook as one, inspect\n"
     code += (
@@ -187,9 +188,6 @@ async def test_whatever_the_first_kernel_tells_of_its_imports_there_is_a_templat
 
     monkeypatch.setattr(standby, "imported", tells)
     profile = driver.profile(KERNEL, preload=(preload,))
-    template = await driver.template(profile, tmp_path)
-    bytecode = f"displayhook.cpython-{sys.version_info[0]}{sys.version_info[1]}.pyc"
-    assert "image/checkpoint.img" in holds(template, bytecode.encode()), "so the test above would see it"
     kernel = await driver.warm(profile, tmp_path)
     code = f"import os, sys; print(({preload!r} in sys.modules, os.path.exists('/run/kernel/modules')))"
     assert await kernel.value(code) == (True, False)
