@@ -38,12 +38,12 @@ _ADDED = Path(__file__).parent / "gvisor_build"
 _FILTERS = Path("runsc/boot/filter")
 _ENCODE = "\tl := obj.Len()\n\ta := &wire.Array{"
 _DECODE = "\tswitch x := encoded.(type) {\n\tcase wire.Nil: // Fast path: first.\n"
-_READER = "NewPagesFileFDReader(fd, pagesFileFDDefaultMaxIOBytes, "
+_READER = "*FDReader {\n\treturn NewPagesFileFDReader(fd, pagesFileFDDefaultMaxIOBytes, pagesFileFDDefaultMaxParallel)"
 _CHANGES = {
     "gc.go": (Path("runsc"), ()),
     "reads.go": (
         Path("pkg/sentry/state/stateio"),
-        (("pagesfile.go", f"{_READER}pagesFileFDDefaultMaxParallel)", f"{_READER}parallelReads)"),),
+        (("pagesfile.go", _READER, "AsyncReader {\n\treturn newMemoryReader(fd)"),),
     ),
     "dentries.go": (Path("pkg/sentry/fsimpl/erofs"), ()),
     "octets.go": (

@@ -46,7 +46,7 @@ esac
 """
 SOURCES = {
     "pkg/sentry/state/stateio/pagesfile.go": (
-        "return NewPagesFileFDReader(fd, pagesFileFDDefaultMaxIOBytes, pagesFileFDDefaultMaxParallel)"
+        "*FDReader {\n\treturn NewPagesFileFDReader(fd, pagesFileFDDefaultMaxIOBytes, pagesFileFDDefaultMaxParallel)"
     ),
     "pkg/sentry/fsimpl/erofs/erofs.go": "",
     "pkg/state/encode.go": "(wire.Object) {\n\tl := obj.Len()\n\ta := &wire.Array{\n",
@@ -294,7 +294,7 @@ def test_a_build_whose_filters_cannot_be_compiled_goes_on_without(home: Paths, t
 @pytest.mark.parametrize(
     ("package", "name", "called", "defined"),
     [
-        ("pkg/sentry/state/stateio", "pagesfile.go", "MaxIOBytes,.parallelReads", "var.parallelReads"),
+        ("pkg/sentry/state/stateio", "pagesfile.go", "return.newMemoryReader", "func.newMemoryReader"),
         ("pkg/state", "encode.go", "if.encodeOctets", "func.encodeOctets"),
         ("pkg/state", "decode.go", "if.decodeOctets", "func.decodeOctets"),
         ("pkg/sentry/fsimpl/erofs", "sandbox_gateway.go", "PrepareSave", "PrepareSave"),
