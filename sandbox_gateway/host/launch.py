@@ -5,7 +5,8 @@ seconds; and an embedding application must not be made a subreaper for our sake.
 runs ``runsc create``, reports, ignores SIGCHLD (which makes the kernel reap for it, sigaction(2)) and turns itself by
 ``exec`` into something tiny that ends soon after the sandbox: both settings survive an exec.
 
-It is run as ``python -I -S launch.py``, reads one marshalled dictionary on stdin and writes a JSON object on stdout::
+It is run as ``python -I -S launch.py``, or from its code on stdin, where it would be compiled each time; it reads one
+marshalled dictionary on stdin and writes a JSON object on stdout::
 
     {"argv": [...], "environment": {...}, "marker": "NAME=value", "pid_file": path|null, "stdin": fifo, "stdout": fifo,
      "stderr": fifo, "pipe_size": bytes, "join": [cgroup.procs...], "cores": [n...]|null, "user_namespace": bool,
@@ -15,13 +16,12 @@ It is run as ``python -I -S launch.py``, reads one marshalled dictionary on stdi
 With a ``pid_file`` the command is waited for and the file names the process to hold; without one the command itself
 is that process (the fake runtime). The start time beside each pid is field 22 of ``/proc/<pid>/stat``.
 
-Every start and every restore of a sandbox waits for this program, so it imports little before the command runs:
-``json``, ``signal`` and ``typing`` would take as long again.
+Every start and every restore of a sandbox waits for this program, so it imports little before the command runs
+(``json``, ``signal`` and ``typing`` would take as long again), and what it imports before it is told.
 """
 
 from __future__ import annotations
 
-import fcntl
 import marshal
 import os
 import sys
@@ -42,18 +42,35 @@ _WIDE = 300
 """A descriptor beyond those to which gVisor moves the standard streams (253 to 255)."""
 
 
+_libc: Any = None
+
+
+def libc() -> Any:
+    """The C library."""
+    global _libc
+    if _libc is None:
+        import ctypes
+
+        _libc = ctypes.CDLL(None, use_errno=True)
+    return _libc
+
+
+def _check(result: int, what: str) -> None:
+    """Raise the error of a call of the C library's that has failed."""
+    if result != 0:
+        import ctypes
+
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+
+
 def enter_user_namespace() -> None:
     """Become uid 0 of a new user namespace with a mount namespace, in which only our own uid and gid are mapped.
 
     What ``unshare -Ur -m`` does; raises OSError where the machine does not allow it. Needs a single thread.
     """
-    import ctypes
-
     uid, gid = os.geteuid(), os.getegid()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNS) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"unshare: {os.strerror(number)}")
+    _check(libc().unshare(_CLONE_NEWUSER | _CLONE_NEWNS), "unshare")
     for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
@@ -61,12 +78,7 @@ def enter_user_namespace() -> None:
 
 def become_subreaper() -> None:
     """Adopt the orphans among our descendants (prctl(2))."""
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"PR_SET_CHILD_SUBREAPER: {os.strerror(number)}")
+    _check(libc().prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "PR_SET_CHILD_SUBREAPER")
 
 
 def _ignore_ended_children() -> None:
@@ -74,7 +86,7 @@ def _ignore_ended_children() -> None:
     the sandbox begins to run."""
     import ctypes
 
-    ctypes.CDLL(None).signal(_SIGCHLD, ctypes.c_void_p(_SIG_IGN))
+    libc().signal(_SIGCHLD, ctypes.c_void_p(_SIG_IGN))
 
 
 def _reference(pid: int) -> list[int]:
@@ -90,10 +102,8 @@ def _open_fifos(request: dict[str, Any]) -> list[int]:
         flags = os.O_RDWR | os.O_CLOEXEC | (os.O_NONBLOCK if name == "stderr" else 0)
         fd = os.open(request[name], flags)
         if name != "stderr":
-            try:
-                fcntl.fcntl(fd, _F_SETPIPE_SZ, request["pipe_size"])
-            except OSError:
-                pass  # beyond this user's allowance: the default size works, more slowly
+            # Where it is beyond this user's allowance the default size works, more slowly.
+            libc().fcntl(fd, _F_SETPIPE_SZ, request["pipe_size"])
         fds.append(fd)
     return fds
 
@@ -195,6 +205,7 @@ def main() -> None:
         # ``launch.py command...``: run the command in a user namespace in our place.
         enter_user_namespace()
         os.execv(sys.argv[1], sys.argv[1:])
+    libc()
     text = sys.stdin.buffer.read()
     if not text:
         return  # who was about to ask has no need any more, or is gone

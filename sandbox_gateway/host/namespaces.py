@@ -7,6 +7,7 @@ restriction, container seccomp profiles and security modules can each say no.
 from __future__ import annotations
 
 import functools
+import marshal
 import shutil
 import subprocess
 import sys
@@ -26,14 +27,25 @@ _SWITCHES = (
 )
 
 
+@functools.cache
+def launch_code() -> bytes:
+    """The launcher's code, for the beginning of the input of :func:`launch_program`."""
+    return marshal.dumps(compile(Path(launch.__file__).read_bytes(), launch.__file__, "exec", dont_inherit=True))
+
+
 def launch_program() -> list[str]:
     """The command line of the launcher; isolated, without site packages: it starts in a hundredth of a second."""
-    return [sys.executable or shutil.which("python3") or "python3", "-I", "-S", str(launch.__file__)]
+    load = f"import sys, marshal\nexec(marshal.loads(sys.stdin.buffer.read({len(launch_code())})))"
+    return [*_interpreter(), "-c", load]
 
 
 def wrap_user_namespace(argv: Sequence[str]) -> list[str]:
     """``argv``, to be run inside a new user and mount namespace."""
-    return [*launch_program(), *argv]
+    return [*_interpreter(), str(launch.__file__), *argv]
+
+
+def _interpreter() -> list[str]:
+    return [sys.executable or shutil.which("python3") or "python3", "-I", "-S"]
 
 
 @functools.cache

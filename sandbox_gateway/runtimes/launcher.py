@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sandbox_gateway.errors import SandboxGatewayError, program_error
-from sandbox_gateway.host.namespaces import launch_program
+from sandbox_gateway.host.namespaces import launch_code, launch_program
 from sandbox_gateway.host.processes import ProcessRef
 from sandbox_gateway.runtimes import runsc
 
@@ -73,7 +73,14 @@ class Launcher:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         environment = {**runsc.environment(), MARKER: str(directory)}
-        self._program = asyncio.create_task(runsc.spawn(launch_program(), env=environment))
+        self._program = asyncio.create_task(self._start(environment))
+
+    @staticmethod
+    async def _start(environment: Mapping[str, str]) -> asyncio.subprocess.Process:
+        program = await runsc.spawn(launch_program(), env=environment)
+        assert program.stdin is not None
+        program.stdin.write(launch_code())
+        return program
 
     async def launch(
         self,

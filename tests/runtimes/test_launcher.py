@@ -16,7 +16,7 @@ from executed import wait_until_executed
 
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host import processes
-from sandbox_gateway.host.namespaces import launch_program
+from sandbox_gateway.host.namespaces import launch_code, launch_program
 from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.host.processes import ProcessRef
 from sandbox_gateway.runtimes import launcher
@@ -70,14 +70,16 @@ async def test_a_launcher_that_is_told_nothing_is_gone_when_it_is_closed(directo
 
 def test_a_launcher_whose_application_was_killed_ends_by_itself() -> None:
     """The end of its input is all that it hears of that."""
-    done = subprocess.run(launch_program(), stdin=subprocess.DEVNULL, capture_output=True, timeout=30, check=False)
+    done = subprocess.run(launch_program(), input=launch_code(), capture_output=True, timeout=30, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
 async def test_holder_reaps_what_is_left_to_it(directory: Path) -> None:
     """The ended process is no zombie, and neither is an orphan below it."""
-    code = "import os, time\nif os.fork() == 0:\n    time.sleep(100)\nos._exit(0)"
+    code = "import os, time\nif os.fork() == 0:\n    time.sleep(100)\nos.read(0, 1)\nos._exit(0)"
     async with launched(directory, code) as found:
+        await asyncio.wait_for(_asleep(found.holder), 10)  # one that never saw its process has nothing to hold
+        Fifos.inside(directory).stdin.write_bytes(b"x")
         await asyncio.wait_for(processes.wait_exit(found.process), 10)
         (orphan,) = [pid for pid in processes.descendants([found.holder.pid]) if pid != found.holder.pid]
         ref = ProcessRef.of(orphan)
@@ -89,6 +91,16 @@ async def test_holder_reaps_what_is_left_to_it(directory: Path) -> None:
                 break
             await asyncio.sleep(0.01)
         assert not os.path.exists(f"/proc/{orphan}")
+
+
+async def _asleep(holder: ProcessRef) -> None:
+    """Return when it has become what it stays, and waits."""
+    wait_until_executed(holder.pid)
+    seen = 0
+    while seen < 5:
+        state = Path(f"/proc/{holder.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        seen = seen + 1 if state == "S" else 0
+        await asyncio.sleep(0.01)
 
 
 async def test_without_gnu_tail_python_holds(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
