@@ -7,10 +7,11 @@ across restarts and across the death of a sandbox.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ log = logging.getLogger(__name__)
 
 SAVING = 60.0
 """Seconds that the end of the process is held up at most for each kernel that its profile has suspended then."""
+
+SETTLING = 2.0
+"""Seconds that the end of the process waits for a start that goes on, which takes some hundredths."""
 
 _LOOK = 1.0
 """Seconds between two looks at a kernel that another process owns."""
@@ -62,7 +66,7 @@ def lifecycle() -> Lifecycle:
 
         async def close() -> None:
             _lifecycles.pop(paths, None)
-            await asyncio.gather(*(kernel.settle() for kernel in _open_kernels))
+            await asyncio.gather(*(kernel.settle(SETTLING) for kernel in _open_kernels))
             await made.close()
             for kernel in tuple(_open_kernels):
                 kernel.let_go()
@@ -113,12 +117,11 @@ class SandboxedKernel:
             self._seat = Seat(await owner.claim(self.id), self._key, missing_file_hint=hint)
             _open_kernels.add(self)
         try:
-            return await self._start(owner, self._seat, wanted, progress)
-        except BaseException as error:
+            with _stored(owner):
+                return await self._start(owner, self._seat, wanted, progress)
+        except BaseException:
             if self._sandbox is None:
                 self.let_go()
-            if isinstance(error, OSError):
-                raise storage_error(error, f"the kernel could not be started in {owner.paths.home}") from error
             raise
 
     async def _start(self, owner: Lifecycle, seat: Seat, wanted: CreateRequest, progress: Callable[[str], None]) -> Any:
@@ -131,8 +134,6 @@ class SandboxedKernel:
                 text = f"kernel {self.id} has expired: {lost.describe()}"
                 raise SandboxGatewayError("expired", text, "Its memory and files are gone; start a new kernel.")
             await self._created(owner, seat, wanted, progress)
-            if lost is not None:
-                seat.channels.notice(f"[sandbox] A new sandbox was made ({lost.describe()}); earlier files are lost\n")
         bridge.publish_endpoints()
         return bridge.connection_info
 
@@ -160,10 +161,14 @@ class SandboxedKernel:
     async def _create(
         self, owner: Lifecycle, seat: Seat, wanted: CreateRequest, progress: Callable[[str], None]
     ) -> None:
-        sandbox = await owner.create(wanted, seat, _phases(progress))
+        lost = self._sandbox.death if self._sandbox is not None else None
+        with _stored(owner):
+            sandbox = await owner.create(wanted, seat, _phases(progress))
         if self._exit_expected:
             sandbox.expect_exit()
         self._sandbox = sandbox
+        if lost is not None:
+            seat.channels.notice(f"[sandbox] A new sandbox was made ({lost.describe()}); earlier files are lost\n")
 
     def _report(self, starting: asyncio.Task[None]) -> None:
         """A start has ended whose application was told already that it goes well."""
@@ -173,10 +178,12 @@ class SandboxedKernel:
             if self._seat is not None:
                 self._seat.channels.kernel_died(f"\n[sandbox] The kernel could not be started: {error}\n")
 
-    async def settle(self) -> None:
-        """Return when a start that goes on has ended, well or not."""
+    async def settle(self, patience: float | None = None) -> None:
+        """Return when a start that goes on has ended, well or not; given up after ``patience`` seconds."""
         if self._starting is not None:
-            await asyncio.wait({self._starting})
+            _, going_on = await asyncio.wait({self._starting}, timeout=patience)
+            if going_on:
+                await self._give_up_start()
 
     async def _give_up_start(self) -> None:
         """End a start that goes on; nothing of it is left."""
@@ -275,6 +282,15 @@ class SandboxedKernel:
         if self._sandbox is not None:
             await self._sandbox.destroy(Death(DeathKind.STOPPED, "shut down by its application"))
         self.let_go()
+
+
+@contextlib.contextmanager
+def _stored(owner: Lifecycle) -> Iterator[None]:
+    """What the operating system refuses is told with what to do about it."""
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(error, f"the kernel could not be started in {owner.paths.home}") from error
 
 
 def _poll_elsewhere(sandbox_id: str) -> int | None:

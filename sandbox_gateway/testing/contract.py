@@ -214,6 +214,20 @@ class RuntimeContract:
         assert steps[-1].step == "created"
         assert len({handle.step for handle in steps}) == len(steps)
 
+    async def test_a_sandbox_that_is_expected_is_made_or_not(self, subject: Subject) -> None:
+        """What was begun for it serves the next one in its directory, once, and is gone when none was made."""
+        runtime = subject.make(subject.paths)
+        spec = subject.spec(str(uuid.uuid4()))
+        directory = subject.directory(spec.id)
+        async with runtime.expecting(directory):
+            pass
+        assert (list(directory.iterdir()), await runtime.list()) == ([], [])
+        async with runtime.expecting(directory):
+            for _ in range(2):  # an attempt that failed, and the next one
+                handle = await created(runtime, spec, directory)
+                await runtime.destroy(handle)
+        assert await runtime.list() == []
+
     async def test_second_attach_continues_where_the_first_left(self, subject: Subject) -> None:
         """A link can be given up and taken up again; the agent is the same."""
         runtime = subject.make(subject.paths)

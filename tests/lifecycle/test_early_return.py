@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from acceptance import KERNEL, START, Product, until
+from acceptance import KERNEL, START, Product, let_go, until
 from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.manager import KernelManager
 
 from sandbox_gateway.background import background_loop
-from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.errors import ERRORS, SandboxGatewayError
 from sandbox_gateway.incarnation import Incarnation
 from sandbox_gateway.live import LiveSandbox
 
@@ -76,6 +80,14 @@ def answer(client: BlockingKernelClient, sent: str) -> dict[str, Any]:
             return reply
 
 
+def last_words(client: BlockingKernelClient) -> str:
+    """What is printed until the kernel is dead."""
+    said = ""
+    while (content := client.get_iopub_msg(timeout=START)["content"]).get("execution_state") != "dead":
+        said += content.get("text", "")
+    return said
+
+
 def test_what_an_application_asks_before_the_kernel_is_its_own_is_answered_by_its_own(held: Held) -> None:
     with started() as (manager, client):
         assert held.reached.wait(START)
@@ -105,15 +117,45 @@ def test_a_kernel_that_cannot_start_at_all_after_the_return_has_died_and_says_wh
         monkeypatch.setattr(LiveSandbox, "create", refused)
         held.go_on(failing=True)
         until(lambda: not manager.is_alive())
-        said: list[dict[str, Any]] = []
-        until(lambda: said.append(client.get_iopub_msg(timeout=START)) or said[-1]["msg_type"] == "status")
-        assert "no other way today" in "".join(message["content"].get("text", "") for message in said)
-        assert said[-1]["content"]["execution_state"] == "dead"
+        assert "no other way today" in last_words(client)
         assert sandbox not in product.ids()
         monkeypatch.undo()
         # Somebody restarts it, as a notebook's user would.
         manager.restart_kernel(now=True)
         assert answer(client, client.execute(""))["content"]["status"] == "ok"
+
+
+def test_an_error_of_the_system_after_the_return_is_told_with_what_to_do(
+    held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with started() as (manager, client):
+        monkeypatch.setattr(LiveSandbox, "create", full)
+        held.go_on(failing=True)
+        until(lambda: not manager.is_alive())
+        said = last_words(client)
+        assert "could not be started in" in said and ERRORS["disk_full"].hint in said
+        monkeypatch.undo()
+
+
+def test_a_program_that_ends_while_its_kernel_gets_its_identity_leaves_nothing(product: Product, held: Held) -> None:
+    before = product.ids()
+    with started() as (manager, _):
+        assert held.reached.wait(START)
+        let_go()
+        assert product.ids() == before
+        assert not manager.is_alive()
+
+
+def test_a_program_that_ends_right_after_the_start_leaves_nothing(product: Product) -> None:
+    before = product.ids()
+    code = f"from jupyter_client.manager import KernelManager\nKernelManager(kernel_name={KERNEL!r}).start_kernel()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=START, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "could not be started" not in done.stderr
+    assert product.ids() == before
 
 
 def test_a_kernel_that_is_ended_before_it_is_its_own_leaves_nothing(product: Product, held: Held) -> None:
