@@ -39,6 +39,23 @@ _FILTERS = Path("runsc/boot/filter")
 _ENCODE = "\tl := obj.Len()\n\ta := &wire.Array{"
 _DECODE = "\tswitch x := encoded.(type) {\n\tcase wire.Nil: // Fast path: first.\n"
 _READER = "*FDReader {\n\treturn NewPagesFileFDReader(fd, pagesFileFDDefaultMaxIOBytes, pagesFileFDDefaultMaxParallel)"
+_TIMED = "\t\tencoded: encoded,\n\t}\n\tds.stats.start(ods.typ)\n\tdefer ds.stats.done()\n"
+_TIMED_LATER = (
+    "\tif ods.callbacks != nil && ods.typ != 0 {\n\t\tds.stats.start(ods.typ)\n\t\tdefer ds.stats.done()\n\t}\n"
+)
+_DECODED = "\t\t\t\t\tds.decodeObject(ods, ods.obj, encoded)\n\t\t\t\t} else {\n"
+_DEFERRED = "\t\t\t\t\tds.deferred[id] = encoded\n"
+_LOADED = "\t\tds.Load(reflect.ValueOf(rootPtr).Elem())\n\t})\n"
+_NUMBER = "\tvar (\n\t\tu Uint\n\t\ts uint\n\t)\n"
+_BYTE = "\tn, err := r.Read(r.buf[:])\n\tif n != 1 {\n\t\tpanic(err)\n\t}\n\treturn r.buf[0]\n"
+
+
+def _slab(name: str, kind: str, slab: str) -> tuple[str, str, str]:
+    """What is loaded is one of a slab's."""
+    before = f"\t{name} := load{kind}(r)\n\treturn &{name}\n"
+    return "wire.go", before, f"\t{name} := &r.{slab}.take(1)[0]\n\t*{name} = load{kind}(r)\n\treturn {name}\n"
+
+
 _CHANGES = {
     "gc.go": (Path("runsc"), ()),
     "reads.go": (
@@ -51,6 +68,26 @@ _CHANGES = {
         (
             ("encode.go", _ENCODE, "\tif encodeOctets(obj, dest) {\n\t\treturn\n\t}\n" + _ENCODE),
             ("decode.go", _DECODE, "\tif decodeOctets(obj, encoded) {\n\t\treturn\n\t}\n" + _DECODE),
+            ("decode.go", _TIMED, _TIMED.partition("\tds.stats")[0]),
+            ("decode.go", _TIMED_LATER, ""),
+            ("decode.go", _DECODED, _DECODED.replace("\n", "\n\t\t\t\t\tds.r.Drop()\n", 1)),
+            ("decode.go", _DEFERRED, f"{_DEFERRED}\t\t\t\t\tds.r.Keep()\n"),
+            ("state.go", _LOADED, f"{_LOADED}\tds.r.Done()\n"),
+        ),
+    ),
+    "buffer.go": (Path("pkg/compressio"), ()),
+    "ahead.go": (
+        Path("pkg/state/wire"),
+        (
+            ("wire.go", "\tbuf [1]byte\n", "\tbuf [1]byte\n\tahead\n"),
+            ("wire.go", _NUMBER, "\tif u, ok := r.short(); ok {\n\t\treturn u\n\t}\n" + _NUMBER),
+            ("wire.go", _BYTE, "\treturn r.nextByte()\n"),
+            ("wire.go", "make(multipleObjects, l)\n\tfor", "r.list(l)\n\tfor"),
+            _slab("m", "MultipleObjects", "lists"),
+            _slab("ref", "Ref", "refs"),
+            _slab("s", "Slice", "slices"),
+            _slab("s", "Struct", "structs"),
+            _slab("i", "Interface", "interfaces"),
         ),
     ),
 }
