@@ -436,6 +436,8 @@ class Lifecycle:
             await asyncio.wait({self._sweeping}, timeout=5.0)
         await self.idle.stop()
         await asyncio.gather(*(self._leave(sandbox) for sandbox in tuple(self.live.values())))
+        for runtime, _ in self._runtimes.values():
+            runtime.close()
         await self.events.flush()
         if self._server is not None:
             await self._server.stop()

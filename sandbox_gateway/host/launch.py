@@ -1,12 +1,17 @@
-"""The launcher: a program of its own that starts a sandbox and then stays as its reaper. Standard library only.
+"""The launcher: a process of its own that starts a sandbox and then stays as its reaper. Standard library only.
 
 runsc leaves the sandbox's processes to whoever adopts orphans. Where that is slow to reap, ``runsc delete`` waits for
-seconds; and an embedding application must not be made a subreaper for our sake. So this program becomes the subreaper,
+seconds; and an embedding application must not be made a subreaper for our sake. So the launcher becomes the subreaper,
 runs ``runsc create``, reports, ignores SIGCHLD (which makes the kernel reap for it, sigaction(2)) and turns itself by
 ``exec`` into something tiny that ends soon after the sandbox: both settings survive an exec.
 
-It is run as ``python -I -S launch.py``, or from its code on stdin, where it would be compiled each time; it reads one
-marshalled dictionary on stdin and writes a JSON object on stdout::
+Every start and every restore of a sandbox waits for it, and Python takes ten milliseconds to begin. So this program
+begins once for an application, as ``launch.py --serve FD``, and forks a launcher for each message on that socket
+(``AF_UNIX``, ``SOCK_SEQPACKET``): the launcher's marker (``NAME=value``), and the descriptor of its connection. It ends
+when the application has closed the socket, or is gone. It imports little (``json``, ``signal`` and ``typing`` would
+take as long again).
+
+A launcher reads one marshalled dictionary from its connection, to the end, and writes a JSON object there::
 
     {"argv": [...], "environment": {...}, "marker": "NAME=value", "pid_file": path|null, "stdin": fifo, "stdout": fifo,
      "stderr": fifo, "pipe_size": bytes, "join": [cgroup.procs...], "cores": [n...]|null, "user_namespace": bool,
@@ -15,9 +20,6 @@ marshalled dictionary on stdin and writes a JSON object on stdout::
 
 With a ``pid_file`` the command is waited for and the file names the process to hold; without one the command itself
 is that process (the fake runtime). The start time beside each pid is field 22 of ``/proc/<pid>/stat``.
-
-Every start and every restore of a sandbox waits for this program, so it imports little before the command runs
-(``json``, ``signal`` and ``typing`` would take as long again), and what it imports before it is told.
 """
 
 from __future__ import annotations
@@ -35,9 +37,12 @@ _CLONE_NEWUSER = 0x10000000
 _PR_SET_CHILD_SUBREAPER = 36
 _F_SETPIPE_SZ = 1031
 _SIGCHLD = 17
+_SIG_DFL = 0
 _SIG_IGN = 1
 _DEFAULT_SIGNALS = (2, 13)
 """SIGINT and SIGPIPE, which Python ignores or takes."""
+_MESSAGE = 1 << 13
+"""Bytes that a marker has at most: a path with its name."""
 _WIDE = 300
 """A descriptor beyond those to which gVisor moves the standard streams (253 to 255)."""
 
@@ -81,12 +86,25 @@ def become_subreaper() -> None:
     _check(libc().prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "PR_SET_CHILD_SUBREAPER")
 
 
-def _ignore_ended_children() -> None:
-    """What ``signal(SIGCHLD, SIG_IGN)`` does. The module of that name takes 7 ms of the processor to import, just when
-    the sandbox begins to run."""
+def _on_ended_children(what: int) -> None:
+    """``signal(SIGCHLD, what)``. The module of that name takes 7 ms of the processor to import."""
     import ctypes
 
-    libc().signal(_SIGCHLD, ctypes.c_void_p(_SIG_IGN))
+    libc().signal(_SIGCHLD, ctypes.c_void_p(what))
+
+
+def _mark(marker: str) -> None:
+    """Have ``/proc/<pid>/environ`` say the marker and nothing else, which shows the memory that the environment had at
+    the program's begin (proc(5)); it was made long enough."""
+    import ctypes
+
+    with open("/proc/self/stat", "rb") as file:
+        begin, end = (int(word) for word in file.read().rpartition(b")")[2].split()[47:49])
+    text = os.fsencode(marker)
+    if len(text) >= end - begin:
+        raise ValueError(f"a marker of {len(text)} bytes is too long")
+    ctypes.memset(begin, 0, end - begin)
+    ctypes.memmove(begin, text, len(text))
 
 
 def _reference(pid: int) -> list[int]:
@@ -174,7 +192,7 @@ def _hold(request: dict[str, Any], process: list[int], fds: list[int]) -> NoRetu
     os.dup2(null, 1)
     os.dup2(fds[2], 2)
     os.chdir("/")  # the application's folder may be unmounted while the sandbox lives
-    _ignore_ended_children()
+    _on_ended_children(_SIG_IGN)
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
@@ -199,26 +217,22 @@ def _hold(request: dict[str, Any], process: list[int], fds: list[int]) -> NoRetu
     os._exit(0)
 
 
-def main() -> None:
-    """Read the request, launch in a child that nobody need wait for, and answer."""
-    if len(sys.argv) > 1:
-        # ``launch.py command...``: run the command in a user namespace in our place.
-        enter_user_namespace()
-        os.execv(sys.argv[1], sys.argv[1:])
-    libc()
-    text = sys.stdin.buffer.read()
-    if not text:
-        return  # who was about to ask has no need any more, or is gone
+def _launch_for(connection: int, marker: str) -> None:
+    """Be a launcher: wait for the request, launch, answer, and stay."""
+    _on_ended_children(_SIG_DFL)
+    os.setsid()
+    for number in range(3):
+        os.dup2(connection, number)
+    os.close(connection)
     try:
+        try:
+            _mark(marker)
+        finally:
+            with open(0, "rb", closefd=False) as file:
+                text = file.read()
+        if not text:
+            return  # who was about to ask has no need any more, or is gone
         request = marshal.loads(text)
-    except ValueError:
-        # An application that runs on after its package was renewed asks in JSON, as earlier versions did.
-        import json
-
-        request = json.loads(text)
-    if os.fork():
-        os._exit(0)
-    try:
         pid, fds = _launch(request)
         process = _reference(pid)
         _report(f'{{"holder": {_reference(os.getpid())}, "process": {process}}}')
@@ -228,6 +242,44 @@ def main() -> None:
         _report(json.dumps({"error": str(error)}))
         os._exit(1)
     _hold(request, process, fds)
+
+
+def serve(control: int) -> None:
+    """Fork a launcher for each connection that comes, as nobody's child, until the application is gone."""
+    import _socket
+
+    if os.fork():
+        os._exit(0)
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for number in range(3):
+        os.dup2(null, number)
+    libc()
+    _on_ended_children(_SIG_IGN)  # the kernel reaps the launchers
+    home = _socket.socket(fileno=control)
+    while True:
+        marker, passed, _, _ = home.recvmsg(_MESSAGE, _socket.CMSG_SPACE(4))
+        if not passed:
+            return
+        connection = int.from_bytes(passed[0][2][:4], sys.byteorder)
+        try:
+            launcher = os.fork()
+        except OSError as error:
+            os.write(connection, f'{{"error": "fork: {error.strerror}"}}'.encode())
+            launcher = -1
+        if launcher == 0:
+            home.close()
+            _launch_for(connection, os.fsdecode(marker))
+            return
+        os.close(connection)
+
+
+def main() -> None:
+    """Serve an application; or, as ``launch.py command...``, run the command in a user namespace in our place."""
+    if sys.argv[1] == "--serve":
+        serve(int(sys.argv[2]))
+    else:
+        enter_user_namespace()
+        os.execv(sys.argv[1], sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -29,14 +29,14 @@ _SWITCHES = (
 
 @functools.cache
 def launch_code() -> bytes:
-    """The launcher's code, for the beginning of the input of :func:`launch_program`."""
+    """The input of :func:`launch_program`: its code, which from its file would be compiled each time."""
     return marshal.dumps(compile(Path(launch.__file__).read_bytes(), launch.__file__, "exec", dont_inherit=True))
 
 
-def launch_program() -> list[str]:
-    """The command line of the launcher; isolated, without site packages: it starts in a hundredth of a second."""
-    load = f"import sys, marshal\nexec(marshal.loads(sys.stdin.buffer.read({len(launch_code())})))"
-    return [*_interpreter(), "-c", load]
+def launch_program(control: int) -> list[str]:
+    """The command line of what forks launchers, with its end of the socket; isolated, without site packages."""
+    load = "import sys, marshal\nexec(marshal.loads(sys.stdin.buffer.read()))"
+    return [*_interpreter(), "-c", load, "--serve", str(control)]
 
 
 def wrap_user_namespace(argv: Sequence[str]) -> list[str]:

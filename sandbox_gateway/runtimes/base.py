@@ -62,6 +62,11 @@ class Handle:
     """Name of the creation step that is about to be taken."""
     data: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def linked(self) -> bool:
+        """Whether its pipes are there, before it is: what is written into them waits for it."""
+        return self.data.get("linked") is True
+
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values; :meth:`of` reads them back."""
         return {
@@ -174,6 +179,11 @@ class Runtime(Protocol):
 
         Idempotent; works for a handle of any step.
         """
+        ...
+
+    def close(self) -> None:
+        """End what this process keeps ready to make sandboxes; those that are there stay. Idempotent, and no end: what
+        is needed again is made again."""
         ...
 
 

@@ -33,6 +33,7 @@ from sandbox_gateway.runtimes import (
     launcher,
 )
 from sandbox_gateway.runtimes.base import Handle, LinkFds, RuntimeReport, Stats
+from sandbox_gateway.runtimes.forkserver import Forkserver
 from sandbox_gateway.runtimes.gvisor_files import BUNDLE
 from sandbox_gateway.runtimes.gvisor_requirements import Requirements
 from sandbox_gateway.runtimes.memory import MemoryWatch, end_on_alarm, sandbox_memory
@@ -73,6 +74,11 @@ class GvisorRuntime:
         self._ended: set[ProcessRef] = set()
         self._requirements: dict[Path, Requirements] = {}
         self._departures: dict[Path, _Departure] = {}
+        self._forkserver = Forkserver()
+
+    def close(self) -> None:
+        """End what forks the launchers."""
+        self._forkserver.close()
 
     @property
     def tree(self) -> CgroupTree:
@@ -141,7 +147,8 @@ class GvisorRuntime:
                 if tree.version == 1:
                     # runsc moves into the group and back; in version 2 what it starts begins there.
                     departure.expect_moves(tree)
-            yield replace(handle, step="container")
+            data = {**data, "linked": True}
+            yield replace(handle, step="container", data=data)
             pid_file = directory / BUNDLE / "pid"
             command: tuple[str, ...] = ("create", f"--bundle={directory / BUNDLE}", f"--pid-file={pid_file}", spec.id)
             if image is not None:
@@ -160,7 +167,7 @@ class GvisorRuntime:
             yield replace(handle, step="created" if image is None else "started", data=data)
 
     def _set_out(self, directory: Path) -> _Departure:
-        departure = _Departure(directory)
+        departure = _Departure(directory, self._forkserver)
         if self._rootless and self.tree.usable:
             departure.expect_moves(self.tree)  # the launcher moves, as soon as there is a group
         return departure
@@ -414,8 +421,8 @@ class GvisorRuntime:
 class _Departure:
     """The launcher on its way, and the wait before processes are moved into a control group."""
 
-    def __init__(self, directory: Path) -> None:
-        self.program = launcher.Launcher(directory)
+    def __init__(self, directory: Path, forkserver: Forkserver) -> None:
+        self.program = launcher.Launcher(directory, forkserver)
         self._moves: asyncio.Task[None] | None = None
 
     def expect_moves(self, tree: CgroupTree) -> None:

@@ -95,7 +95,10 @@ async def _try(paths: Paths, binary: Path, make: Callable[[Paths, tuple[str, ...
             handle = await _last(runtime.restore(spec, handle.directory, place / "image"))
             await runtime.loaded(handle)
         finally:
-            await runtime.destroy(handle)
+            try:
+                await runtime.destroy(handle)
+            finally:
+                runtime.close()
 
 
 async def _last(steps: AsyncIterator[Handle]) -> Handle:

@@ -1,9 +1,8 @@
-"""Starting a sandbox through :mod:`sandbox_gateway.host.launch`, a process that outlives us and reaps for it."""
+"""Starting a sandbox through a launcher (:mod:`sandbox_gateway.host.launch`), which outlives us and reaps for it."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import json
 import marshal
@@ -16,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from sandbox_gateway.errors import SandboxGatewayError, program_error
-from sandbox_gateway.host.namespaces import launch_code, launch_program
 from sandbox_gateway.host.processes import ProcessRef
 from sandbox_gateway.runtimes import runsc
+from sandbox_gateway.runtimes.forkserver import Forkserver
 
 MARKER = "SANDBOX_GATEWAY_DIRECTORY"
 """Environment variable by which a process of a sandbox is known, whatever was recorded of it."""
@@ -68,19 +67,16 @@ class Launched:
 
 
 class Launcher:
-    """The launcher's program, on its way while what it shall launch is prepared. It does nothing before it is told."""
+    """A launcher on its way, while what it shall launch is prepared. It does nothing before it is told."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, forkserver: Forkserver) -> None:
         self._directory = directory
-        environment = {**runsc.environment(), MARKER: str(directory)}
-        self._program = asyncio.create_task(self._start(environment))
+        self._marker = f"{MARKER}={directory}"
+        self._connecting = asyncio.create_task(self._connect(forkserver))
+        self._told = False
 
-    @staticmethod
-    async def _start(environment: Mapping[str, str]) -> asyncio.subprocess.Process:
-        program = await runsc.spawn(launch_program(), env=environment)
-        assert program.stdin is not None
-        program.stdin.write(launch_code())
-        return program
+    async def _connect(self, forkserver: Forkserver) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_unix_connection(sock=await forkserver.launcher(self._marker))
 
     async def launch(
         self,
@@ -101,12 +97,11 @@ class Launcher:
         standing for the process (default: :func:`holder_command`).
         """
         fifos = Fifos.inside(self._directory)
-        marker = f"{MARKER}={self._directory}"
         inherited = {**(runsc.environment() if environment is None else environment), MARKER: str(self._directory)}
         request = {
             "argv": list(argv),
             "environment": inherited,
-            "marker": marker,
+            "marker": self._marker,
             "pid_file": str(pid_file) if pid_file is not None else None,
             "stdin": str(fifos.stdin),
             "stdout": str(fifos.stdout),
@@ -117,12 +112,12 @@ class Launcher:
             "user_namespace": user_namespace,
             "holder": list(holder) if holder is not None else holder_command(),
         }
-        program = await asyncio.shield(self._program)
-        outcome = await runsc.finish(program, "the launcher", marshal.dumps(request, _MARSHAL), timeout)
+        said = await self._tell(marshal.dumps(request, _MARSHAL), timeout)
         try:
-            answer = json.loads(outcome.output)
+            answer = json.loads(said)
         except ValueError:
-            raise SandboxGatewayError("runtime_failed", f"the launcher failed: {outcome.reason}") from None
+            reason = runsc.last_line(said) or "it was killed"
+            raise SandboxGatewayError("runtime_failed", f"the launcher failed: {reason}") from None
         if "error" in answer:
             message = runsc.last_line(answer["error"]) or "no reason given"
             raise program_error("runtime_failed", f"{Path(argv[0]).name}: {message}")
@@ -132,15 +127,38 @@ class Launcher:
             raise SandboxGatewayError("runtime_failed", "the launcher gave no process ids")
         return Launched(reaper, process)
 
+    async def _tell(self, request: bytes, timeout: float) -> str:
+        reader, writer = await asyncio.shield(self._connecting)
+        try:
+            async with asyncio.timeout(timeout):
+                self._told = True
+                writer.write(request)
+                writer.write_eof()
+                return (await reader.read()).decode("utf-8", "replace")
+        except TimeoutError as error:
+            raise SandboxGatewayError("timeout", f"the launcher did not answer within {timeout:.0f} s") from error
+        except OSError:
+            return ""
+
     async def close(self) -> None:
-        """End it where it was not told anything, or has not done it."""
-        with contextlib.suppress(SandboxGatewayError):
-            await runsc.end(await self._program)
+        """End it where it was not told anything, and return when it is gone. Idempotent."""
+        try:
+            reader, writer = await self._connecting
+        except SandboxGatewayError:
+            return
+        try:
+            if not self._told:
+                writer.write_eof()
+                await asyncio.wait_for(reader.read(), runsc.TIMEOUT)
+        except OSError:
+            pass
+        finally:
+            writer.close()
 
 
-async def launch(argv: Sequence[str], directory: Path, **options: Any) -> Launched:
-    """As :meth:`Launcher.launch`, by a launcher that is started for it."""
-    program = Launcher(directory)
+async def launch(argv: Sequence[str], directory: Path, forkserver: Forkserver, **options: Any) -> Launched:
+    """As :meth:`Launcher.launch`, by a launcher that is forked for it."""
+    program = Launcher(directory, forkserver)
     try:
         return await program.launch(argv, **options)
     finally:

@@ -74,37 +74,30 @@ async def run(
     env: Mapping[str, str] | None = None,
     stdin: bytes = b"",
     timeout: float = TIMEOUT,
+    pass_fds: Sequence[int] = (),
 ) -> Outcome:
     """Run a short command to its end, without a shell; ends it when the caller is cancelled.
 
     Raises ``runtime_missing`` when there is no such program and ``timeout`` when it does not end.
     """
-    return await finish(await spawn(argv, env=env), Path(argv[0]).name, stdin, timeout)
-
-
-async def spawn(argv: Sequence[str | Path], *, env: Mapping[str, str] | None = None) -> asyncio.subprocess.Process:
-    """Start a command, for :func:`finish`; raises ``runtime_missing`` when there is no such program."""
     try:
-        return await asyncio.create_subprocess_exec(
+        process = await asyncio.create_subprocess_exec(
             *(str(word) for word in argv),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             env=dict(env) if env is not None else environment(),
             start_new_session=True,
+            pass_fds=pass_fds,
         )
     except OSError as error:
         raise SandboxGatewayError("runtime_missing", f"{argv[0]} cannot be run: {error.strerror}") from error
-
-
-async def finish(process: asyncio.subprocess.Process, name: str, stdin: bytes, timeout: float) -> Outcome:
-    """Give a command its input and wait for its end; ends it when the caller is cancelled, or with ``timeout``."""
     try:
         output, errors = await asyncio.wait_for(process.communicate(stdin), timeout)
     except TimeoutError as error:
-        raise SandboxGatewayError("timeout", f"{name} did not end within {timeout:.0f} s") from error
+        raise SandboxGatewayError("timeout", f"{Path(argv[0]).name} did not end within {timeout:.0f} s") from error
     finally:
-        await end(process)
+        await _end(process)
     return Outcome(
         process.returncode or 0,
         output.decode("utf-8", "replace")[-_OUTPUT:],
@@ -112,8 +105,7 @@ async def finish(process: asyncio.subprocess.Process, name: str, stdin: bytes, t
     )
 
 
-async def end(process: asyncio.subprocess.Process) -> None:
-    """End a command that nobody needs any more; nothing where it has ended."""
+async def _end(process: asyncio.subprocess.Process) -> None:
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             process.kill()

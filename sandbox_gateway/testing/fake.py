@@ -25,6 +25,7 @@ from sandbox_gateway.host.processes import ProcessRef
 from sandbox_gateway.model import Death, DeathKind, SandboxSpec
 from sandbox_gateway.runtimes import launcher
 from sandbox_gateway.runtimes.base import Capability, Handle, LinkFds, RuntimeReport, Stats
+from sandbox_gateway.runtimes.forkserver import Forkserver
 from sandbox_gateway.runtimes.gvisor import open_link
 from sandbox_gateway.runtimes.waiting import to_its_end
 from sandbox_gateway.testing import parking
@@ -46,6 +47,11 @@ class FakeRuntime:
         self.paths = paths
         self._ending: set[str] = set()
         self._parked: dict[ProcessRef, asyncio.Event] = {}
+        self._forkserver = Forkserver()
+
+    def close(self) -> None:
+        """End what forks the launchers."""
+        self._forkserver.close()
 
     async def probe(self) -> RuntimeReport:
         """Always able to run, never isolated, without any limit."""
@@ -76,6 +82,7 @@ class FakeRuntime:
         launched = await launcher.launch(
             [sys.executable, "-P", "-m", "sandbox_gateway.agent", "--directory", str(handle.directory / KIND)],
             handle.directory,
+            self._forkserver,
             environment=_environment(handle),
             # Not one that ends with the agent: what the agent leaves behind is found among its children.
             holder=[shutil.which("sleep") or "sleep", "infinity"],

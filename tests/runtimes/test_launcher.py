@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
+import signal
+import socket
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from executed import wait_until_executed
 
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host import processes
-from sandbox_gateway.host.namespaces import launch_code, launch_program
 from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.host.processes import ProcessRef
 from sandbox_gateway.runtimes import launcher
-from sandbox_gateway.runtimes.launcher import MARKER, Fifos, Launched, Launcher, launch
+from sandbox_gateway.runtimes.forkserver import Forkserver
+from sandbox_gateway.runtimes.launcher import MARKER, Fifos, Launched, Launcher
 
 
 @pytest.fixture
@@ -30,6 +31,19 @@ def directory(paths: Paths) -> Path:
     path.mkdir()
     Fifos.inside(path).make()
     return path
+
+
+@pytest.fixture(autouse=True)
+def forkserver() -> Iterator[Forkserver]:
+    """What forks the launchers, one for each test."""
+    global _forkserver
+    with closing(Forkserver()) as _forkserver:
+        yield _forkserver
+
+
+async def launch(argv: list[str], directory: Path, **arguments: Any) -> Launched:
+    """By the test's forkserver."""
+    return await launcher.launch(argv, directory, _forkserver, **arguments)
 
 
 @asynccontextmanager
@@ -57,21 +71,108 @@ async def test_program_runs_on_the_pipes_and_carries_the_mark(directory: Path) -
             assert f"{MARKER}={directory}" in processes.environment(ref.pid)
 
 
-async def test_a_launcher_that_is_told_nothing_is_gone_when_it_is_closed(directory: Path) -> None:
-    """It starts while a sandbox is prepared, which may fail."""
-    program = Launcher(directory)
-    process = await asyncio.shield(program._program)
-    wait_until_executed(process.pid)
-    assert processes.find(lambda argv, environment: f"{MARKER}={directory}" in environment)
+async def test_a_launcher_that_is_told_nothing_is_gone_when_it_is_closed(
+    directory: Path, forkserver: Forkserver
+) -> None:
+    """It starts while a sandbox is prepared, which may fail; meanwhile it is known as the sandbox's."""
+    program = Launcher(directory, forkserver)
+    await asyncio.shield(program._connecting)
+    await asyncio.wait_for(_found(directory), 10)
     await program.close()
-    assert process.returncode is not None
-    assert not processes.find(lambda argv, environment: f"{MARKER}={directory}" in environment)
+    assert not marked(directory)
 
 
-def test_a_launcher_whose_application_was_killed_ends_by_itself() -> None:
-    """The end of its input is all that it hears of that."""
-    done = subprocess.run(launch_program(), input=launch_code(), capture_output=True, timeout=30, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+def marked(directory: Path) -> list[ProcessRef]:
+    """The processes that bear the sandbox's marker."""
+    return processes.find(lambda argv, environment: f"{MARKER}={directory}" in environment)
+
+
+def _parent(ref: ProcessRef) -> int:
+    return int(Path(f"/proc/{ref.pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+async def _found(directory: Path) -> None:
+    while not marked(directory):
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("end", ["closed", "dropped"])
+async def test_what_forks_the_launchers_ends_with_who_has_it_and_what_runs_goes_on(directory: Path, end: str) -> None:
+    """The end of its socket is all that it hears of a killed application, too; it is nobody's child."""
+    mine = Forkserver()
+    found = await launcher.launch([sys.executable, "-S", "-c", "import time; time.sleep(100)"], directory, mine)
+    server = ProcessRef.of(_parent(found.holder))
+    try:
+        assert server is not None
+        assert b"--serve" in Path(f"/proc/{server.pid}/cmdline").read_bytes()
+        assert server.pid not in processes.descendants([os.getpid()])
+        if end == "closed":
+            mine.close()
+        else:
+            del mine
+        await asyncio.wait_for(processes.wait_exit(server), 10)
+        assert found.holder.alive()
+        assert found.process.alive()
+    finally:
+        processes.kill_all([found.process], 10)
+        processes.kill_all([found.holder], 10)
+
+
+async def test_another_one_begins_where_it_was_killed_or_closed(directory: Path, forkserver: Forkserver) -> None:
+    """A killed one costs nothing but the time to begin."""
+    for _ in range(2):
+        async with launched(directory, "import time; time.sleep(100)") as found:
+            parent = _parent(found.holder)
+            server = ProcessRef.of(parent)
+            assert server is not None
+            os.kill(server.pid, signal.SIGKILL)
+            await asyncio.wait_for(processes.wait_exit(server), 10)
+    forkserver.close()
+    async with launched(directory, "import time; time.sleep(100)") as found:
+        assert found.process.alive()
+
+
+async def test_twenty_at_once_have_one_forkserver(paths: Paths, forkserver: Forkserver) -> None:
+    """Whoever comes first begins it, and each gets a launcher of its own."""
+    places = [paths.sandbox(f"kernel-{number}") for number in range(20)]
+    for place in places:
+        place.mkdir()
+    programs = [Launcher(place, forkserver) for place in places]
+    try:
+        await asyncio.gather(*(asyncio.shield(program._connecting) for program in programs))
+        for place in places:
+            await asyncio.wait_for(_found(place), 10)
+        parents = {_parent(ref) for place in places for ref in marked(place)}
+        assert len(parents) == 1
+    finally:
+        for program in programs:
+            await program.close()
+    assert not any(map(marked, places))
+
+
+async def test_a_launcher_that_fails_says_why(directory: Path, forkserver: Forkserver) -> None:
+    """What it cannot read, and a marker that has no room, come back as its last words."""
+    for marker, said in ((f"{MARKER}=x", b"bad marshal data"), ("x" * 8000, b"too long")):
+        connection = await forkserver.launcher(marker)
+        with connection:
+            connection.setblocking(True)
+            connection.settimeout(10)
+            connection.sendall(b"\xff")
+            connection.shutdown(socket.SHUT_WR)
+            with connection.makefile("rb") as answer:
+                assert said in answer.read()
+
+
+async def test_one_that_is_killed_before_it_answers_is_an_error(directory: Path, forkserver: Forkserver) -> None:
+    """Whoever waits for it is not left waiting."""
+    program = Launcher(directory, forkserver)
+    try:
+        await asyncio.wait_for(_found(directory), 10)
+        processes.kill_all(marked(directory), 10)
+        with pytest.raises(SandboxGatewayError, match="the launcher failed: it was killed"):
+            await program.launch([sys.executable, "-c", "pass"])
+    finally:
+        await program.close()
 
 
 async def test_holder_reaps_what_is_left_to_it(directory: Path) -> None:
