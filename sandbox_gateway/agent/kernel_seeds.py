@@ -23,6 +23,8 @@ _STATIC = ("tensorflow", "cupy", "grpc._cython.cygrpc")
 """Modules with generators of their own that cannot be reached from here."""
 
 _found: dict[str, int | None] = {}
+_known: tuple[tuple[int, int], frozenset[int]] | None = None
+"""How often libraries had been loaded and unloaded, and the ``RAND_add`` functions of those that there were."""
 
 # Taken now: programs replace names in modules.
 _seed_random = random.seed
@@ -48,6 +50,9 @@ class Seeds:
 
     def sow(self) -> None:
         """Seed everything there is. A library that is in the middle of a long call is waited for a moment only."""
+        locked: dict[str, Callable[[], object]] = {"numpy": self._numpy, "torch": self._torch}
+        # A thread takes milliseconds to begin in a sandbox: theirs do beside the rest.
+        ends = [self._bounded(name, locked[name]) for name in filter(sys.modules.__contains__, locked)]
         self._try("random", lambda: _seed_random(self.draw("random")))
         self._try("libc", self._libc)
         self._try("openssl", self._openssl)
@@ -56,9 +61,8 @@ class Seeds:
         quick = {"tempfile": _tempfile, "uuid": _uuid, "multiprocessing": self._multiprocessing}
         for name in filter(sys.modules.__contains__, quick):
             self._try(name, quick[name])
-        locked: dict[str, Callable[[], object]] = {"numpy": self._numpy, "torch": self._torch}
-        for name in filter(sys.modules.__contains__, locked):
-            self._bounded(name, locked[name])
+        for end in ends:
+            end()
         self.missing.extend(name for name in _STATIC if name in sys.modules)
 
     def _try(self, name: str, step: Callable[[], object]) -> None:
@@ -68,8 +72,9 @@ class Seeds:
             done = False
         (self.seeded if done else self.missing).append(name)
 
-    def _bounded(self, name: str, step: Callable[[], object]) -> None:
-        """Generators with a lock may be held for as long as a call lasts; the thread then seeds as soon as it can."""
+    def _bounded(self, name: str, step: Callable[[], object]) -> Callable[[], None]:
+        """Begin to seed a generator with a lock, which may be held for as long as a call lasts: the thread then seeds
+        as soon as it can. What is returned waits for it, and notes how far it is."""
         done: list[bool] = []
 
         def run() -> None:
@@ -80,8 +85,12 @@ class Seeds:
 
         thread = threading.Thread(target=run, name=f"sandbox-seed-{name}", daemon=True)
         thread.start()
-        thread.join(PATIENCE)
-        (self.seeded if done and done[0] else self.missing).append(name)
+
+        def end() -> None:
+            thread.join(PATIENCE)
+            (self.seeded if done and done[0] else self.missing).append(name)
+
+        return end
 
     # -- what there is
 
@@ -95,11 +104,10 @@ class Seeds:
         own: Any = sys.modules.get("_ssl")
         if own is not None:  # the interpreter's, which may be a part of it and export nothing
             own.RAND_add(self.draw("ssl", 128), 128.0)
-        for number, address in enumerate({_rand_add(path) for path in mapped_libraries()}):
-            if address is not None:
-                fresh = self.draw(f"openssl {number}", 128)
-                add = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_int, ctypes.c_double)(address)
-                add(fresh, len(fresh), 128.0)
+        for number, address in enumerate(_rand_adds()):
+            fresh = self.draw(f"openssl {number}", 128)
+            add = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_int, ctypes.c_double)(address)
+            add(fresh, len(fresh), 128.0)
 
     def _cryptography(self) -> None:
         """It brings an OpenSSL of its own, which exports nothing but through its binding."""
@@ -133,6 +141,51 @@ def _tempfile() -> None:
 def _uuid() -> None:
     module: Any = sys.modules["uuid"]
     module._node = module._last_timestamp = None
+
+
+def _rand_adds() -> frozenset[int]:
+    """The ``RAND_add`` of every OpenSSL in the process.
+
+    The list of what is mapped takes milliseconds in a kernel with many libraries, and is read again only where one was
+    loaded or unloaded since.
+    """
+    global _known
+    loads = _loads()
+    if _known is None or _known[0] != loads:
+        found = frozenset(address for path in mapped_libraries() if (address := _rand_add(path)) is not None)
+        _known = (loads, found) if loads is not None else None
+        return found
+    return _known[1]
+
+
+class _Loaded(ctypes.Structure):
+    """The beginning of ``struct dl_phdr_info`` (dl_iterate_phdr(3))."""
+
+    _fields_ = (
+        ("address", ctypes.c_void_p),
+        ("name", ctypes.c_char_p),
+        ("headers", ctypes.c_void_p),
+        ("header_count", ctypes.c_uint16),
+        ("loaded", ctypes.c_ulonglong),
+        ("unloaded", ctypes.c_ulonglong),
+    )
+
+
+def _loads() -> tuple[int, int] | None:
+    """How often libraries were loaded and unloaded so far; None where the C library does not count."""
+    counts: list[tuple[int, int]] = []
+
+    def first(info: Any, size: int, _: object) -> int:
+        if size >= ctypes.sizeof(_Loaded):
+            counts.append((info.contents.loaded, info.contents.unloaded))
+        return 1  # which ends the iteration
+
+    callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_Loaded), ctypes.c_size_t, ctypes.c_void_p)(first)
+    try:
+        ctypes.CDLL(None).dl_iterate_phdr(callback, None)
+    except AttributeError:
+        return None
+    return counts[0] if counts else None
 
 
 def _rand_add(path: str) -> int | None:

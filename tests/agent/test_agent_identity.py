@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import ctypes
 import errno
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from agent_host import KEY, AgentError, Host
 from jupyter_client.session import Session
 from test_agent_activity import stop
 
+from sandbox_gateway.agent import kernel_seeds
 from sandbox_gateway.agent.identify import Identification
 from sandbox_gateway.agent.launch import KernelError
 from sandbox_gateway.agent.loop import Loop
@@ -199,6 +202,27 @@ def test_fresh_entropy_reaches_openssl(ours: Host, tmp_path: Path) -> None:
     before = values(ours, "reseeds()")
     assert "openssl" in ours.call("identify", **identity(tmp_path))["seeded"]
     assert values(ours, "reseeds()") > before
+
+
+def test_what_is_mapped_is_looked_at_again_where_a_library_was_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With hundreds of libraries that takes milliseconds, which every clone of a template would wait for."""
+    looked: list[str] = []
+    monkeypatch.setattr(kernel_seeds, "_known", None)
+    monkeypatch.setattr(kernel_seeds, "mapped_libraries", lambda: looked.append("") or [])
+    counted = kernel_seeds._loads()
+    assert counted is not None
+    for _ in range(3):
+        kernel_seeds._rand_adds()
+    assert len(looked) == 1
+    files = (getattr(module, "__file__", None) for module in tuple(sys.modules.values()))
+    library = next((name for name in files if name and ".so" in name), None)
+    if library is None:
+        pytest.skip("this Python has no extension module in a file of its own")
+    ctypes.CDLL(str(shutil.copy(library, tmp_path / "copy.so")))
+    kernel_seeds._rand_adds()
+    assert (len(looked), kernel_seeds._loads()) == (2, (counted[0] + 1, counted[1]))
 
 
 def test_a_library_that_is_busy_is_seeded_as_soon_as_it_can_be(ours: Host, tmp_path: Path) -> None:
