@@ -88,16 +88,11 @@ class Attachment:
         """Whether what comes is kept until :meth:`release`."""
         return self._held is not None
 
-    async def open(
-        self, *, owner: str, received: Mapping[int, int], timeout: float = ATTACH_TIMEOUT
-    ) -> Mapping[str, Any]:
-        """Attach; returns what the agent tells about itself. ``received`` as for :meth:`Link.attach`.
-
-        Raises ``runtime_failed`` when the sandbox ends meanwhile, ``link_failed`` when nobody answers; nothing is then
-        left open.
-        """
+    async def reach(self, *, owner: str, received: Mapping[int, int]) -> None:
+        """Open the link and ask for the agent, before it runs: then it finds the question. :meth:`open`, with the same
+        arguments, goes on from there. Raises ``link_failed`` where there are no pipes."""
         fds = await self._runtime.attach(self.handle)
-        link = Link(
+        self._link = Link(
             fds.read_fd,
             fds.write_fd,
             epoch=self._epoch,
@@ -107,7 +102,19 @@ class Attachment:
             on_lost=lambda error: self._end(Death(DeathKind.AGENT_DIED, f"the sandbox stopped speaking: {error}")),
             outbox=self._outbox,
         )
-        self._link = link
+        self._link.reach(received, owner=owner)
+
+    async def open(
+        self, *, owner: str, received: Mapping[int, int], timeout: float = ATTACH_TIMEOUT
+    ) -> Mapping[str, Any]:
+        """Attach; returns what the agent tells about itself. ``received`` as for :meth:`Link.attach`.
+
+        Raises ``runtime_failed`` when the sandbox ends meanwhile, ``link_failed`` when nobody answers; nothing is then
+        left open.
+        """
+        if self._link is None:
+            await self.reach(owner=owner, received=received)
+        link = self.link
         death = asyncio.ensure_future(self._runtime.wait(self.handle))
         attached = asyncio.ensure_future(link.attach(received, owner=owner, timeout=timeout))
         try:

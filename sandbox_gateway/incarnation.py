@@ -43,6 +43,7 @@ class Incarnation:
     ) -> None:
         self.handle = Handle.of(ledger.record.handle)
         self.attachment: Attachment | None = None
+        self._reaching: Attachment | None = None
         self.policy_told = False
         """Whether the agent knows what becomes of the sandbox when its owner is gone."""
         self._spec = spec
@@ -103,10 +104,12 @@ class Incarnation:
             epoch += 1
             try:
                 first_of_it = {"epoch": epoch, "boot_id": boot_id()}
+                remains = saved.remains or Remains(saved.received, None)
                 async for handle in self._suspension.restore(self._spec, self._seat.directory, saved):
                     await self._is(handle, **first_of_it)
                     first_of_it = {}
-                remains = saved.remains or Remains(saved.received, None)
+                    if handle.linked and self._reaching is None:
+                        await self._reach(epoch, remains)
                 await self.attach(epoch, remains, hold=True, then=lambda: self._answers(identity))
                 return
             except BaseException as error:
@@ -167,12 +170,22 @@ class Incarnation:
         ``then`` asks the agent for something more, without waiting for its answer to what it is told first.
         """
         remains = remains or Remains({}, None)
-        attachment = Attachment(self._runtime, self.made, self._callbacks, epoch=epoch, outbox=remains.outbox)
+        if self._reaching is None:
+            await self._reach(epoch, remains)
+        attachment, self._reaching = self._reaching, None
+        assert attachment is not None
+        attachment.handle = self.made
         await attachment.open(owner=str(self._seat.lock.pid), received=remains.received)
         self.attachment = attachment
         if not hold:
             attachment.release()
         await asyncio.gather(self.tell_policy(), *([then()] if then is not None else ()))
+
+    async def _reach(self, epoch: int, remains: Remains) -> None:
+        """Ask for the agent, whether it runs already or not."""
+        reaching = Attachment(self._runtime, self.made, self._callbacks, epoch=epoch, outbox=remains.outbox)
+        await reaching.reach(owner=str(self._seat.lock.pid), received=remains.received)
+        self._reaching = reaching
 
     def release(self) -> None:
         """Hand out what has come, and what comes."""
@@ -216,6 +229,9 @@ class Incarnation:
 
     async def remove(self) -> None:
         """End the processes and remove what they had on this machine; what cannot be removed is swept later."""
+        reaching, self._reaching = self._reaching, None
+        if reaching is not None:
+            await reaching.close()
         handle, self.handle = self.handle, None
         if handle is None:
             return

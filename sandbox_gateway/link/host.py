@@ -112,6 +112,16 @@ class Link:
 
     # -- attaching
 
+    def reach(self, received: Mapping[int, int] | None = None, *, owner: str) -> None:
+        """Ask for an agent who may not be there yet, once; :meth:`attach`, with the same arguments, then waits for it.
+        Whatever comes meanwhile is taken."""
+        self._check_open()
+        self._loop = asyncio.get_running_loop()
+        self._owner = owner
+        self._loop.add_reader(self._read_fd, self._readable)
+        self._hello = self._loop.create_future()
+        self._send_attach(received, pad=False)
+
     async def attach(self, received: Mapping[int, int] | None = None, *, owner: str, timeout: float) -> Hello:
         """Find the agent, whatever is left in the pipes; return what it says about itself.
 
@@ -119,16 +129,13 @@ class Link:
         after what the last owner acknowledged. ``owner`` tells the agent who attaches. Raises ``link_failed`` after
         ``timeout`` seconds, or when there is no common version.
         """
-        self._check_open()
-        self._loop = loop = asyncio.get_running_loop()
-        self._owner = owner
+        if self._hello is None:
+            self.reach(received, owner=owner)
+        hello, loop = self._hello, asyncio.get_running_loop()
+        assert hello is not None
         deadline = loop.time() + timeout
-        loop.add_reader(self._read_fd, self._readable)
-        hello: asyncio.Future[Hello] = loop.create_future()
-        self._hello = hello
-        delay, pad = ATTACH_RETRY, False
+        delay = ATTACH_RETRY
         try:
-            self._send_attach(received, pad)
             while True:
                 wait = min(delay, deadline - loop.time())
                 done, _ = await asyncio.wait([hello], timeout=max(wait, 0))
@@ -478,6 +485,8 @@ class Link:
         for future in waiting:
             if not future.done():
                 future.set_exception(error)
+        if self._hello is not None and not self._hello.cancelled():
+            self._hello.exception()  # there may be nobody yet who waits for it
         for stream in self._streams.values():
             stream._closed(error.message)
         self._streams.clear()

@@ -189,7 +189,13 @@ class SnapshotContract:
         async with printing(subject) as (runtime, spec, handle, printer):
             image = await saved(subject, runtime, handle)
             await runtime.destroy(handle)
-            steps = [step async for step in _each(runtime, spec, handle.directory, image)]
+            steps = []
+            async for step in runtime.restore(spec, handle.directory, image):
+                if step.linked:
+                    fds = await runtime.attach(step)
+                    os.close(fds.read_fd)
+                    os.close(fds.write_fd)
+                steps.append(step)
             await runtime.destroy(steps[-1])
             assert [step.step for step in steps][-1] == "started"
             assert len({step.step for step in steps}) == len(steps)

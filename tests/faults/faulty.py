@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from model import KernelModel, Request
 from watcher import Watcher
 
 from sandbox_gateway.host.paths import discover
+from sandbox_gateway.runtimes.launcher import Fifos
 from sandbox_gateway.store import Store
 
 WRAPPER = """#!/bin/sh
@@ -121,8 +124,10 @@ class Subject:
         self.watcher.check()
 
     def sleeps(self) -> bool:
-        """Whether no process of it is there."""
-        return not marked(str(discover().sandbox(self.id)), self.id)
+        """Whether no process of it is there, and its owner, which is this process, has none of its pipes open."""
+        directory = discover().sandbox(self.id)
+        pipes = Fifos.inside(directory)
+        return not marked(str(directory), self.id) and not _open_files() & {str(pipes.stdin), str(pipes.stdout)}
 
     def snapshot(self) -> Path:
         """The directory of its only snapshot."""
@@ -157,3 +162,12 @@ def own_kernel(product: Product) -> Iterator[Subject]:
         if watcher is not None:
             watcher.close()
         manager.shutdown_kernel(now=True)
+
+
+def _open_files() -> set[str]:
+    """The paths of what this process has open."""
+    found = set()
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the listing itself
+            found.add(os.readlink(f"/proc/self/fd/{fd}").removesuffix(" (deleted)"))
+    return found

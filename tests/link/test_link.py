@@ -91,6 +91,34 @@ async def test_attach_returns_what_the_agent_says_about_itself() -> None:
     peer.close()
 
 
+async def test_an_agent_that_comes_later_finds_the_question() -> None:
+    """It is asked before it runs, once; what it says before anybody waits for it is kept."""
+    with fifos() as (into, out):
+        host = Host(open_both(out), open_both(into))
+        host.link.reach({}, owner="early")
+        asked = host.link.unread
+        await asyncio.sleep(0)
+        peer = Peer(open_both(into), open_both(out))
+        await peer.until(lambda: peer.count(Attached) == 1)
+        await host.until(lambda: host.link.attached)
+        hello = await host.link.attach({}, owner="early", timeout=5)
+        assert (hello.agent, asked > 0, peer.count(Attached)) == ({"peer": True}, True, 1)
+        assert (await host.link.call("echo", value=1))["value"] == 1
+        await host.link.close()
+        peer.close()
+
+
+async def test_a_question_that_nobody_waits_for_is_given_up_in_silence() -> None:
+    """What was to be made has failed."""
+    with fifos() as (into, out):
+        host = Host(open_both(out), open_both(into))
+        host.link.reach({}, owner="early")
+        await host.link.close(detach=False)
+        assert (host.link.closed, host.lost) == (True, [])
+        with pytest.raises(SandboxGatewayError, match="the link is closed"):
+            host.link.reach({}, owner="early")
+
+
 async def test_messages_of_all_sizes_come_back_in_order() -> None:
     async with pair(echo=True) as (host, _):
         sent = [[b"%d" % number, os.urandom(number**3)] for number in range(0, 130, 3)]
