@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import time
 from dataclasses import dataclass
+from queue import Empty
 from typing import Any
 
 from jupyter_client.blocking.client import BlockingKernelClient
@@ -18,6 +19,10 @@ PATIENCE = 120.0
 
 class BenchError(Exception):
     """A measure that could not be taken, or gave a wrong result."""
+
+
+class Unanswered(BenchError):
+    """A kernel that never answered its first request."""
 
 
 @dataclass
@@ -93,10 +98,15 @@ def start(name: str) -> Kernel:
     client = manager.blocking_client()
     client.start_channels()
     sent = client.execute("", silent=True, user_expressions={"answer": "6 * 7"}, allow_stdin=False)
-    while True:
-        reply = client.get_shell_msg(timeout=PATIENCE)
-        if reply["parent_header"].get("msg_id") == sent:
-            break
+    try:
+        while True:
+            reply = client.get_shell_msg(timeout=PATIENCE)
+            if reply["parent_header"].get("msg_id") == sent:
+                break
+    except Empty:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+        raise Unanswered(f"a kernel of {name} did not answer for {PATIENCE:.0f} s") from None
     seconds = time.perf_counter() - begun
     answer = reply["content"]["user_expressions"]["answer"]
     if answer.get("data", {}).get("text/plain") != "42":
