@@ -248,12 +248,12 @@ def serve(control: int) -> None:
     """Fork a launcher for each connection that comes, as nobody's child, until the application is gone."""
     import _socket
 
+    libc()  # what is missing is said while somebody hears it
     if os.fork():
         os._exit(0)
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     for number in range(3):
         os.dup2(null, number)
-    libc()
     _on_ended_children(_SIG_IGN)  # the kernel reaps the launchers
     home = _socket.socket(fileno=control)
     while True:

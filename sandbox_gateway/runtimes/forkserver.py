@@ -12,6 +12,7 @@ from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host.namespaces import launch_code, launch_program
 from sandbox_gateway.runtimes import runsc
 
+_ATTEMPTS = 3
 _ROOM = 4400
 """Bytes of environment that a launcher has for its marker: the longest path and a name."""
 
@@ -32,10 +33,14 @@ class Forkserver:
         ours, theirs = _pair(socket.SOCK_STREAM)
         try:
             with theirs:
-                while not self._hand(marker, theirs):
+                for _ in range(_ATTEMPTS):
+                    if self._hand(marker, theirs):
+                        break
                     async with self._starting:
                         if self._control is None:  # else somebody else has begun it meanwhile
                             await self._begin()
+                else:
+                    raise SandboxGatewayError("runtime_failed", "what forks the launchers does not stay")
         except BaseException:
             ours.close()
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import marshal
 import os
 import signal
 import socket
@@ -31,6 +32,9 @@ def directory(paths: Paths) -> Path:
     path.mkdir()
     Fifos.inside(path).make()
     return path
+
+
+_forkserver: Forkserver
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +134,19 @@ async def test_another_one_begins_where_it_was_killed_or_closed(directory: Path,
     forkserver.close()
     async with launched(directory, "import time; time.sleep(100)") as found:
         assert found.process.alive()
+
+
+async def test_one_that_cannot_begin_or_does_not_stay_says_so(
+    directory: Path, forkserver: Forkserver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reason reaches who wants a sandbox, and nobody tries for ever."""
+    code = marshal.dumps(compile("import no_such_module", "launch.py", "exec"))
+    monkeypatch.setattr("sandbox_gateway.runtimes.forkserver.launch_code", lambda: code)
+    with pytest.raises(SandboxGatewayError, match="the launcher failed: ModuleNotFoundError"):
+        await forkserver.launcher("marker")
+    code = marshal.dumps(compile("pass", "launch.py", "exec"))
+    with pytest.raises(SandboxGatewayError, match="does not stay"):
+        await forkserver.launcher("marker")
 
 
 async def test_twenty_at_once_have_one_forkserver(paths: Paths, forkserver: Forkserver) -> None:
