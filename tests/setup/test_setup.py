@@ -22,6 +22,7 @@ import pytest
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host import runsc_sources
 from sandbox_gateway.host.paths import Paths
+from sandbox_gateway.host.runsc_build import _CHANGES
 from sandbox_gateway.host.setup import ensure_runsc, find_runsc, installed, verify
 
 STAND_IN = b"#!/bin/sh\necho runsc version VERSION_MISSING\n"
@@ -44,13 +45,10 @@ run) {filters} ;;
 install) {body} ;;
 esac
 """
-SOURCES = {
-    "pkg/sentry/state/stateio/pagesfile.go": (
-        "*FDReader {\n\treturn NewPagesFileFDReader(fd, pagesFileFDDefaultMaxIOBytes, pagesFileFDDefaultMaxParallel)"
-    ),
-    "pkg/sentry/fsimpl/erofs/erofs.go": "",
-    "pkg/state/encode.go": "(wire.Object) {\n\tl := obj.Len()\n\ta := &wire.Array{\n",
-    "pkg/state/decode.go": "{\n\tswitch x := encoded.(type) {\n\tcase wire.Nil: // Fast path: first.\n",
+SOURCES = {f"{package}/other.go": "" for package, _ in _CHANGES.values()} | {
+    f"{package}/{name}": "\n\n".join(before for file, before, _ in calls if file == name)
+    for package, calls in _CHANGES.values()
+    for name in sorted({file for file, _, _ in calls})
 }
 """The places of gVisor's sources that are changed."""
 FILTERS = "cat sandbox_gateway/main.go runsc/boot/filter/config/sandbox_gateway.go > /dev/null"
@@ -297,6 +295,9 @@ def test_a_build_whose_filters_cannot_be_compiled_goes_on_without(home: Paths, t
         ("pkg/sentry/state/stateio", "pagesfile.go", "return.newMemoryReader", "func.newMemoryReader"),
         ("pkg/state", "encode.go", "if.encodeOctets", "func.encodeOctets"),
         ("pkg/state", "decode.go", "if.decodeOctets", "func.decodeOctets"),
+        ("pkg/state", "decode.go", "ds.r.Drop", "func.decodeOctets"),
+        ("pkg/state/wire", "wire.go", "return.r.nextByte", "nextByte...byte"),
+        ("pkg/compressio", "sandbox_gateway.go", "Buffer", "Buffer"),
         ("pkg/sentry/fsimpl/erofs", "sandbox_gateway.go", "PrepareSave", "PrepareSave"),
     ],
 )
