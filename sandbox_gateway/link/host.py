@@ -140,7 +140,7 @@ class Link:
                 wait = min(delay, deadline - loop.time())
                 done, _ = await asyncio.wait([hello], timeout=max(wait, 0))
                 if done:
-                    return hello.result()
+                    return (self._hello or hello).result()
                 if loop.time() >= deadline:
                     raise SandboxGatewayError("link_failed", f"the agent did not answer within {timeout:g} s")
                 delay = min(delay * 2, ATTACH_RETRY_MAX)
@@ -429,8 +429,11 @@ class Link:
             return
         failure = SandboxGatewayError("link_failed", f"the agent breaks the protocol: {error}")
         if self._hello is not None:
-            if not self._hello.done():
-                self._hello.set_exception(failure)
+            if self._hello.done():
+                if self._hello.exception() is not None:
+                    return
+                self._hello = self._loop.create_future()  # an answer that nobody has taken yet is worth nothing
+            self._hello.set_exception(failure)
             return
         if self._recovery is not None and not self._recovery.done():
             return

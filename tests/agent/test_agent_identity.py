@@ -199,9 +199,10 @@ def test_fresh_entropy_reaches_openssl(ours: Host, tmp_path: Path) -> None:
         "    return count.value\n"
     )
     ours.run(counted)
-    before = values(ours, "reseeds()")
-    assert "openssl" in ours.call("identify", **identity(tmp_path))["seeded"]
-    assert values(ours, "reseeds()") > before
+    for _ in range(2):  # the second time its functions are known
+        before = values(ours, "reseeds()")
+        assert "openssl" in ours.call("identify", **identity(tmp_path))["seeded"]
+        assert values(ours, "reseeds()") > before
 
 
 def test_what_is_mapped_is_looked_at_again_where_a_library_was_loaded(

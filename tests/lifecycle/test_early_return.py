@@ -17,6 +17,7 @@ from acceptance import KERNEL, START, Product, let_go, until
 from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.manager import KernelManager
 
+from sandbox_gateway.attachment import Attachment
 from sandbox_gateway.background import background_loop
 from sandbox_gateway.errors import ERRORS, SandboxGatewayError
 from sandbox_gateway.incarnation import Incarnation
@@ -123,6 +124,21 @@ def test_a_kernel_that_cannot_start_at_all_after_the_return_has_died_and_says_wh
         # Somebody restarts it, as a notebook's user would.
         manager.restart_kernel(now=True)
         assert answer(client, client.execute(""))["content"]["status"] == "ok"
+
+
+def test_the_agent_is_asked_before_it_runs(product: Product, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert product.command("template", "build", KERNEL, timeout=300).returncode == 0
+    running: list[bool] = []
+    reach = Attachment.reach
+
+    async def watched(attachment: Attachment, **how: Any) -> None:
+        running.append("sandbox" in attachment.handle.data)
+        await reach(attachment, **how)
+
+    monkeypatch.setattr(Attachment, "reach", watched)
+    with started() as (_, client):
+        assert answer(client, client.execute(""))["content"]["status"] == "ok"
+    assert running == [False]
 
 
 def test_an_error_of_the_system_after_the_return_is_told_with_what_to_do(

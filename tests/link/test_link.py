@@ -16,7 +16,7 @@ from peer import Peer, fifos, open_both
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.link import Link
 from sandbox_gateway.wire.events import Attached, Detached
-from sandbox_gateway.wire.frames import FLAG_FIRST, FLAG_LAST, Frame, Kind, encode
+from sandbox_gateway.wire.frames import FLAG_FIRST, FLAG_LAST, Frame, Kind, WireError, encode
 from sandbox_gateway.wire.messages import pack
 from sandbox_gateway.wire.reliable import Outbox
 
@@ -97,14 +97,38 @@ async def test_an_agent_that_comes_later_finds_the_question() -> None:
         host = Host(open_both(out), open_both(into))
         host.link.reach({}, owner="early")
         asked = host.link.unread
-        await asyncio.sleep(0)
         peer = Peer(open_both(into), open_both(out))
         await peer.until(lambda: peer.count(Attached) == 1)
-        await host.until(lambda: host.link.attached)
+        assert host.link._hello is not None
+        await asyncio.wait_for(asyncio.shield(host.link._hello), 10)
         hello = await host.link.attach({}, owner="early", timeout=5)
         assert (hello.agent, asked > 0, peer.count(Attached)) == ({"peer": True}, True, 1)
         assert (await host.link.call("echo", value=1))["value"] == 1
         await host.link.close()
+        peer.close()
+
+
+async def test_an_agent_that_breaks_the_protocol_before_anybody_waits_for_it_is_not_attached_to() -> None:
+    """It answered, and then it was not to be trusted: whoever comes to wait is told, and not left with a dead link."""
+    with fifos() as (into, out):
+        host = Host(open_both(out), open_both(into))
+        host.link.reach({}, owner="early")
+        peer = Peer(open_both(into), open_both(out))
+        assert host.link._hello is not None
+        await asyncio.wait_for(asyncio.shield(host.link._hello), 10)
+        lost = asyncio.Event()
+        losing = host.link._lost
+
+        def seen(error: WireError) -> None:
+            losing(error)
+            lost.set()
+
+        host.link._lost = seen  # type: ignore[method-assign]
+        os.write(peer.write_fd, b"\xff" * 64)
+        await asyncio.wait_for(lost.wait(), 10)
+        with pytest.raises(SandboxGatewayError, match="breaks the protocol"):
+            await host.link.attach({}, owner="early", timeout=5)
+        await host.link.close(detach=False)
         peer.close()
 
 
