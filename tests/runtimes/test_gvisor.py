@@ -232,6 +232,32 @@ os.execv({AGENT_PYTHON[0]!r}, [*{AGENT_PYTHON!r}, '-u', '-c', show + '; import t
         assert await sandbox.line() == "['0000000000000000', '0000000000000000']"
 
 
+@pytest.mark.parametrize("host_files", [True, False])
+async def test_gvisor_processes_on_the_host_have_nothing_to_fall_back_on(
+    paths: Paths, runsc_binary: Path, agent_image: Image, tmp_path: Path, host_files: bool
+) -> None:
+    """Each thread of each of them is filtered and can gain no privilege by a program that it runs; the host's /proc is
+    out of reach, no descriptor is a directory, and without files of the host there is no capability at all."""
+    image = agent_image if host_files else nobodys(agent_image, tmp_path)
+    async with program(paths, runsc_binary, image, "print('runs'); import time; time.sleep(100)") as sandbox:
+        assert await sandbox.line() == "runs"
+        sentry = ProcessRef.from_json(sandbox.handle.data["sandbox"])
+        assert sentry is not None
+        threads = [task for pid in descendants([sentry.pid]) for task in Path(f"/proc/{pid}/task").iterdir()]
+        root = Path(f"/proc/{sentry.pid}/root")
+        unmounted = not (root / "proc" / "self").exists() and (root / "proc").exists()
+        if not host_files:
+            fds = Path(f"/proc/{sentry.pid}/fd")
+            assert [os.readlink(fd) for fd in fds.iterdir() if fd.is_dir()] == []
+        states = [dict(line.split(":\t", 1) for line in (task / "status").read_text().splitlines()) for task in threads]
+    assert unmounted
+    assert len(states) > 5
+    assert {(state["NoNewPrivs"], state["Seccomp"]) for state in states} == {("1", "2")}
+    if ROOT and not host_files:
+        held = {state[name] for state in states for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")}
+        assert held == {"0" * 16}
+
+
 async def test_gvisor_sees_no_network_and_no_host(paths: Paths, runsc_binary: Path, agent_image: Image) -> None:
     """The only interface is the loopback; the environment and the process list are the sandbox's own."""
     code = """

@@ -22,7 +22,7 @@ import pytest
 from sandbox_gateway.errors import SandboxGatewayError
 from sandbox_gateway.host import runsc_sources
 from sandbox_gateway.host.paths import Paths
-from sandbox_gateway.host.runsc_build import _CHANGES
+from sandbox_gateway.host.runsc_changes import ADDED, EDITS
 from sandbox_gateway.host.setup import ensure_runsc, find_runsc, installed, verify
 
 STAND_IN = b"#!/bin/sh\necho runsc version VERSION_MISSING\n"
@@ -45,10 +45,8 @@ run) {filters} ;;
 install) {body} ;;
 esac
 """
-SOURCES = {f"{package}/other.go": "" for package, _ in _CHANGES.values()} | {
-    f"{package}/{name}": "\n\n".join(before for file, before, _ in calls if file == name)
-    for package, calls in _CHANGES.values()
-    for name in sorted({file for file, _, _ in calls})
+SOURCES = {f"{package}/other.go": "" for package in ADDED.values()} | {
+    file: "\n\n".join(edit.before for edit in EDITS if edit.file == file) for file in sorted({e.file for e in EDITS})
 }
 """The places of gVisor's sources that are changed."""
 FILTERS = "cat sandbox_gateway/main.go runsc/boot/filter/config/sandbox_gateway.go > /dev/null"

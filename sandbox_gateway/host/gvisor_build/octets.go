@@ -1,4 +1,4 @@
-// Added to gVisor's package pkg/state for a build from source; see sandbox_gateway/host/runsc_build.py.
+// Added to gVisor's package pkg/state for a build from source; see sandbox_gateway/host/runsc_changes.py.
 
 package state
 

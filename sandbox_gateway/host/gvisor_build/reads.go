@@ -1,32 +1,35 @@
-// Added to gVisor's package pkg/sentry/state/stateio for a build from source; see sandbox_gateway/host/runsc_build.py.
+// Added to gVisor's package pkg/sentry/state/stateio for a build from source; see sandbox_gateway/host/runsc_changes.py.
 
 package stateio
 
 import (
 	"io"
-	"runtime"
 	"sync"
 
 	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/log"
 	"gvisor.dev/gvisor/pkg/sentry/memmap"
 )
 
-const pieceBytes = 64 << 10
+const (
+	partBytes = 1 << 20 // Bytes that are asked for at once, in the place of gVisor's 256 KiB.
+	partsMax  = 8       // Parts that wait for their turn.
+)
 
-// parallelReads is how many parts of a saved sandbox's memory are read at once, in the place of gVisor's 128. Nearly
-// always it comes out of the page cache: what takes time is the processors that find and copy the pages, and beyond
-// two reads for each the parts only get into each other's way, and into that of what the sandbox waits for.
-var parallelReads = min(pagesFileFDDefaultMaxParallel, 2*runtime.NumCPU())
-
-// memoryReader reads a pages file as FDReader does, but writes what it has read into the file behind the memory instead
-// of reading into a mapping of that. A page that is written whole needs no page fault, is not cleared before, and is
-// mapped when it is used, with those around it.
+// memoryReader reads a pages file as FDReader does, but writes out of a mapping of that into the file behind the memory
+// instead of reading into a mapping of this. A page that is written whole needs no page fault, is not cleared before,
+// and is mapped when it is used, with those around it.
+//
+// It does so on one thread, where gVisor has 128. Nearly always the pages are in the page cache: what takes time is to
+// find and to copy them, under a lock of the file that is written, which others would only turn around on, on the
+// processors that the rest of the sandbox is loaded on.
 type memoryReader struct {
-	fd      int32
-	into    []int
-	parts   chan memoryPart
-	read    chan Completion
-	readers sync.WaitGroup
+	fd     int32
+	pages  []byte
+	into   []int
+	parts  chan memoryPart
+	read   chan Completion
+	reader sync.WaitGroup
 }
 
 var _ AsyncReader = (*memoryReader)(nil)
@@ -45,53 +48,54 @@ type memoryPart struct {
 func newMemoryReader(fd int32) AsyncReader {
 	r := &memoryReader{
 		fd:    fd,
-		parts: make(chan memoryPart, parallelReads),
-		read:  make(chan Completion, parallelReads),
+		pages: mapped(int(fd)),
+		parts: make(chan memoryPart, partsMax),
+		read:  make(chan Completion, partsMax),
 	}
-	for range parallelReads {
-		r.readers.Go(r.work)
-	}
+	r.reader.Go(r.work)
 	return r
 }
 
+// mapped returns what the file holds; nothing where that cannot be had, whose reads then end before they begin.
+func mapped(fd int) []byte {
+	var stat unix.Stat_t
+	if err := unix.Fstat(fd, &stat); err != nil || stat.Size == 0 {
+		return nil
+	}
+	pages, err := unix.Mmap(fd, 0, int(stat.Size), unix.PROT_READ, unix.MAP_SHARED)
+	if err != nil {
+		log.Warningf("pages file: mmap: %v", err)
+		return nil
+	}
+	return pages
+}
+
 func (r *memoryReader) work() {
-	var piece []byte
 	for part := range r.parts {
-		if piece == nil {
-			piece = make([]byte, pieceBytes)
-		}
-		n, err := r.copy(part, piece)
+		n, err := r.copy(part)
 		r.read <- Completion{ID: part.id, N: n, Err: err}
 	}
 }
 
 // copy returns how many bytes of the part are in the memory, and why they are not all.
-func (r *memoryReader) copy(part memoryPart, piece []byte) (uint64, error) {
+func (r *memoryReader) copy(part memoryPart) (uint64, error) {
 	done := uint64(0)
-	frs, begun := part.frs, uint64(0)
-	for done < part.total {
-		got, err := unix.Pread(int(r.fd), piece[:min(uint64(len(piece)), part.total-done)], part.off+int64(done))
-		if err == unix.EINTR {
-			continue
-		}
-		if err != nil {
-			return done, err
-		}
-		if got == 0 {
-			return done, io.EOF
-		}
-		for rest := piece[:got]; len(rest) > 0; {
-			if begun == frs[0].Length() {
-				frs, begun = frs[1:], 0
-			}
-			n, err := unix.Pwrite(part.into, rest[:min(uint64(len(rest)), frs[0].Length()-begun)], int64(frs[0].Start+begun))
+	if part.off < 0 || uint64(part.off)+part.total > uint64(len(r.pages)) {
+		return done, io.EOF
+	}
+	for _, fr := range part.frs {
+		for begun := uint64(0); begun < fr.Length() && done < part.total; {
+			from := r.pages[uint64(part.off)+done:][:min(fr.Length()-begun, part.total-done)]
+			n, err := unix.Pwrite(part.into, from, int64(fr.Start+begun))
 			if err == unix.EINTR {
 				continue
+			}
+			if err == unix.EFAULT { // The file became shorter, or could not be read.
+				return done, io.ErrUnexpectedEOF
 			}
 			if err != nil {
 				return done, err
 			}
-			rest = rest[n:]
 			begun += uint64(n)
 			done += uint64(n)
 		}
@@ -102,21 +106,24 @@ func (r *memoryReader) copy(part memoryPart, piece []byte) (uint64, error) {
 // Close implements AsyncReader.Close.
 func (r *memoryReader) Close() error {
 	close(r.parts)
-	r.readers.Wait()
+	r.reader.Wait()
 	for _, fd := range r.into {
 		unix.Close(fd)
+	}
+	if len(r.pages) > 0 {
+		unix.Munmap(r.pages)
 	}
 	return unix.Close(int(r.fd))
 }
 
 // MaxReadBytes implements AsyncReader.MaxReadBytes.
-func (*memoryReader) MaxReadBytes() uint64 { return pagesFileFDDefaultMaxIOBytes }
+func (*memoryReader) MaxReadBytes() uint64 { return partBytes }
 
 // MaxRanges implements AsyncReader.MaxRanges.
-func (*memoryReader) MaxRanges() int { return pagesFileFDDefaultMaxIOBytes / unix.Getpagesize() }
+func (*memoryReader) MaxRanges() int { return partBytes / unix.Getpagesize() }
 
 // MaxParallel implements AsyncReader.MaxParallel.
-func (*memoryReader) MaxParallel() int { return parallelReads }
+func (*memoryReader) MaxParallel() int { return partsMax }
 
 // NeedRegisterDestinationFD implements AsyncReader.NeedRegisterDestinationFD.
 func (*memoryReader) NeedRegisterDestinationFD() bool { return true }
