@@ -249,6 +249,7 @@ async def test_gvisor_processes_on_the_host_have_nothing_to_fall_back_on(
         if not host_files:
             fds = Path(f"/proc/{sentry.pid}/fd")
             assert [os.readlink(fd) for fd in fds.iterdir() if fd.is_dir()] == []
+            assert not [link for link in map(os.readlink, fds.iterdir()) if link.startswith(("/proc/", "/sys/"))]
         states = [dict(line.split(":\t", 1) for line in (task / "status").read_text().splitlines()) for task in threads]
     assert unmounted
     assert len(states) > 5

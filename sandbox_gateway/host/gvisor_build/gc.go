@@ -1,5 +1,10 @@
 // Added to gVisor's package runsc, the program, for a build from source; see sandbox_gateway/host/runsc_changes.py.
 
+// Go would look at the control group's limit of processors when a process begins, and keep its files open, in a sandbox
+// too, which sets how many processors it uses itself.
+//
+//go:debug containermaxprocs=0
+
 package main
 
 import (

@@ -36,12 +36,17 @@ var _ AsyncReader = (*memoryReader)(nil)
 
 type memoryFile int
 
+// mappedMemory is a memory that is read into its mapping all the same: one in parts of which pages are to be large, or
+// not, which only that knows; and where the file that is read cannot be mapped.
+const mappedMemory = memoryFile(-1)
+
 type memoryPart struct {
 	id    int
 	off   int64
 	total uint64
-	into  int
+	into  memoryFile
 	frs   []memmap.FileRange
+	maps  [][]byte // Where into is mappedMemory.
 }
 
 // newMemoryReader returns an AsyncReader of the given pages file, whose file descriptor it takes.
@@ -56,7 +61,7 @@ func newMemoryReader(fd int32) AsyncReader {
 	return r
 }
 
-// mapped returns what the file holds; nothing where that cannot be had, whose reads then end before they begin.
+// mapped returns what the file holds; nothing where that cannot be had.
 func mapped(fd int) []byte {
 	var stat unix.Stat_t
 	if err := unix.Fstat(fd, &stat); err != nil || stat.Size == 0 {
@@ -64,7 +69,7 @@ func mapped(fd int) []byte {
 	}
 	pages, err := unix.Mmap(fd, 0, int(stat.Size), unix.PROT_READ, unix.MAP_SHARED)
 	if err != nil {
-		log.Warningf("pages file: mmap: %v", err)
+		log.Infof("Reading memory without a mapping of its file: %v", err)
 		return nil
 	}
 	return pages
@@ -72,7 +77,11 @@ func mapped(fd int) []byte {
 
 func (r *memoryReader) work() {
 	for part := range r.parts {
-		n, err := r.copy(part)
+		read := r.copy
+		if part.into == mappedMemory {
+			read = r.fill
+		}
+		n, err := read(part)
 		r.read <- Completion{ID: part.id, N: n, Err: err}
 	}
 }
@@ -86,7 +95,7 @@ func (r *memoryReader) copy(part memoryPart) (uint64, error) {
 	for _, fr := range part.frs {
 		for begun := uint64(0); begun < fr.Length() && done < part.total; {
 			from := r.pages[uint64(part.off)+done:][:min(fr.Length()-begun, part.total-done)]
-			n, err := unix.Pwrite(part.into, from, int64(fr.Start+begun))
+			n, err := unix.Pwrite(int(part.into), from, int64(fr.Start+begun))
 			if err == unix.EINTR {
 				continue
 			}
@@ -97,6 +106,28 @@ func (r *memoryReader) copy(part memoryPart) (uint64, error) {
 				return done, err
 			}
 			begun += uint64(n)
+			done += uint64(n)
+		}
+	}
+	return done, nil
+}
+
+// fill is copy by way of the memory's mapping.
+func (r *memoryReader) fill(part memoryPart) (uint64, error) {
+	done := uint64(0)
+	for _, rest := range part.maps {
+		for len(rest) > 0 {
+			n, err := unix.Pread(int(r.fd), rest, part.off+int64(done))
+			if err == unix.EINTR {
+				continue
+			}
+			if err != nil {
+				return done, err
+			}
+			if n == 0 {
+				return done, io.EOF
+			}
+			rest = rest[n:]
 			done += uint64(n)
 		}
 	}
@@ -129,7 +160,10 @@ func (*memoryReader) MaxParallel() int { return partsMax }
 func (*memoryReader) NeedRegisterDestinationFD() bool { return true }
 
 // RegisterDestinationFD implements AsyncReader.RegisterDestinationFD.
-func (r *memoryReader) RegisterDestinationFD(fd int32, _ uint64, _ []ClientFileRangeSetting) (DestinationFile, error) {
+func (r *memoryReader) RegisterDestinationFD(fd int32, _ uint64, settings []ClientFileRangeSetting) (DestinationFile, error) {
+	if len(settings) > 0 || len(r.pages) == 0 {
+		return mappedMemory, nil
+	}
 	into, err := unix.Dup(int(fd)) // which the sandbox's filter of system calls allows, unlike fcntl(2)'s ways
 	if err != nil {
 		return nil, err
@@ -139,14 +173,24 @@ func (r *memoryReader) RegisterDestinationFD(fd int32, _ uint64, _ []ClientFileR
 }
 
 // AddRead implements AsyncReader.AddRead.
-func (r *memoryReader) AddRead(id int, off int64, into DestinationFile, fr memmap.FileRange, _ []byte) {
-	r.AddReadv(id, off, fr.Length(), into, []memmap.FileRange{fr}, nil)
+func (r *memoryReader) AddRead(id int, off int64, into DestinationFile, fr memmap.FileRange, dst []byte) {
+	part := memoryPart{id: id, off: off, total: fr.Length(), into: into.(memoryFile), frs: []memmap.FileRange{fr}}
+	if part.into == mappedMemory {
+		part.maps = [][]byte{dst}
+	}
+	r.parts <- part
 }
 
 // AddReadv implements AsyncReader.AddReadv.
 func (r *memoryReader) AddReadv(
-	id int, off int64, total uint64, into DestinationFile, frs []memmap.FileRange, _ []unix.Iovec) {
-	r.parts <- memoryPart{id: id, off: off, total: total, into: int(into.(memoryFile)), frs: frs}
+	id int, off int64, total uint64, into DestinationFile, frs []memmap.FileRange, dsts []unix.Iovec) {
+	part := memoryPart{id: id, off: off, total: total, into: into.(memoryFile), frs: frs}
+	if part.into == mappedMemory {
+		for _, dst := range dsts {
+			part.maps = append(part.maps, SliceFromIovec(dst))
+		}
+	}
+	r.parts <- part
 }
 
 // Wait implements AsyncReader.Wait.
