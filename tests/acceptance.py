@@ -104,9 +104,10 @@ def _runsc() -> Path | None:
     if named:
         return Path(named)
     from sandbox_gateway.host.paths import discover
+    from sandbox_gateway.host.setup import installed
 
-    found = sorted(discover().bin.glob("**/runsc"))
-    return found[-1] if found else None
+    found = installed(discover())
+    return found.path if found else None
 
 
 def _take_layers(target: Path) -> None:
