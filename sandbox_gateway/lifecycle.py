@@ -32,6 +32,7 @@ from sandbox_gateway.profiles import Profile
 from sandbox_gateway.registry import make_runtime
 from sandbox_gateway.request import CreateRequest
 from sandbox_gateway.runtimes.base import Runtime, RuntimeReport
+from sandbox_gateway.runtimes.waiting import to_its_end
 from sandbox_gateway.seat import Seat
 from sandbox_gateway.snapshots import Kind, Snapshot, SnapshotStore, collect
 from sandbox_gateway.standby import Standby
@@ -187,7 +188,11 @@ class Lifecycle:
     async def enter(self, record: SandboxRecord, launch: Launch, seat: Seat, **how: Any) -> LiveSandbox:
         """Record a sandbox that is to be made; nothing of it is made yet. ``how`` is told with the event."""
         runtime, report = await self.runtime(record.runtime)
-        await asyncio.to_thread(self.store.enter, record, launch)
+        try:
+            await to_its_end(asyncio.to_thread(self.store.enter, record, launch))
+        except asyncio.CancelledError:
+            await asyncio.shield(self._unrecord(record.id))
+            raise
         made_from = {} if record.parent is None else {"parent": record.parent}
         self.events.note(record.id, EventKind.CREATED, **made_from, **how)
         return self._live(record, launch, seat, runtime, report, LiveSandbox)
@@ -223,21 +228,25 @@ class Lifecycle:
             died = sandbox.death
             if isinstance(error, Otherwise):
                 sandbox.unnoticed()
-            await asyncio.shield(self._undo(sandbox, error))
+            await asyncio.shield(self.undo(sandbox, error))
             if died is not None and isinstance(error, SandboxGatewayError):
                 # What failed is only that nobody answers any more.
                 text = f"the sandbox ended while starting: {died.describe()}"
                 raise SandboxGatewayError("runtime_failed", text) from error
             raise
 
-    async def _undo(self, sandbox: LiveSandbox, error: BaseException) -> None:
+    async def undo(self, sandbox: LiveSandbox, error: BaseException) -> None:
+        """Remove one that was made for nobody, and every trace of it."""
         log.info("creating %s failed (%s); removing what was made", sandbox.id, error)
         try:
             await sandbox.destroy(Death(DeathKind.FAILED, str(error)))
         finally:
             await self.events.flush()
-            with contextlib.suppress(SandboxGatewayError):
-                await asyncio.to_thread(self.store.delete, sandbox.id)
+            await self._unrecord(sandbox.id)
+
+    async def _unrecord(self, sandbox_id: str) -> None:
+        with contextlib.suppress(SandboxGatewayError):
+            await asyncio.to_thread(self.store.delete, sandbox_id)
 
     # Saving and multiplying
 

@@ -73,6 +73,10 @@ class Maker(Protocol):
         """Make it; on any failure nothing is left and the reason is raised."""
         ...
 
+    async def undo(self, sandbox: LiveSandbox, error: BaseException) -> None:
+        """Remove one that was made for nobody."""
+        ...
+
 
 class Otherwise(Exception):
     """The image is not the expected one, or none can be had: a failure of no template and of nothing ready."""
@@ -138,6 +142,17 @@ class Starts:
 
     async def create(self, wanted: CreateRequest, seat: Seat, progress: OnProgress | None) -> LiveSandbox:
         """As :meth:`Lifecycle.create <sandbox_gateway.lifecycle.Lifecycle.create>`."""
+        before = self._maker.live.get(wanted.id)
+        try:
+            return await self._begun(wanted, seat, progress)
+        except BaseException as error:
+            # Who asked for it may have given up when it was made, and what was begun for it was being put away.
+            unclaimed = self._maker.live.get(wanted.id)
+            if unclaimed is not None and unclaimed is not before:
+                await asyncio.shield(self._maker.undo(unclaimed, error))
+            raise
+
+    async def _begun(self, wanted: CreateRequest, seat: Seat, progress: OnProgress | None) -> LiveSandbox:
         await self._check(wanted.profile)
         uid = self._who(wanted).uid
         look = _Look(

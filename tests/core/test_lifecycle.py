@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from sandbox_gateway.profiles import Profile
 from sandbox_gateway.request import CreateRequest
 from sandbox_gateway.runtimes.base import Handle
 from sandbox_gateway.seat import Seat
+from sandbox_gateway.starts import _Look
 from sandbox_gateway.testing.fake import FakeRuntime
 
 ID = "a-kernel"
@@ -96,6 +98,51 @@ async def test_a_caller_who_gives_up_does_not_stop_a_removal(slow: tuple[Lifecyc
     await sandbox.ended.wait()
     assert lifecycle.store.get(ID).state is State.TERMINATED
     assert await runtime.list() == []
+
+
+async def test_a_start_whose_caller_gives_up_while_it_is_recorded_leaves_no_record(
+    quick: Lifecycle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter, begun, go, entered = quick.store.enter, asyncio.Event(), threading.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def slowly(*arguments: Any) -> None:
+        loop.call_soon_threadsafe(begun.set)
+        go.wait(30)
+        enter(*arguments)
+        loop.call_soon_threadsafe(entered.set)
+
+    monkeypatch.setattr(quick.store, "enter", slowly)
+    asked = asyncio.create_task(started(quick))
+    await begun.wait()
+    asked.cancel()
+    loop.call_later(0.05, go.set)
+    with pytest.raises(asyncio.CancelledError):
+        await asked
+    await entered.wait()
+    assert not quick.store.list() and ID not in quick.live
+
+
+async def test_a_start_whose_caller_gives_up_when_it_is_made_leaves_nothing(
+    slow: tuple[Lifecycle, SlowToRemove], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of the tidying up after it, of which nobody knows how long it takes."""
+    lifecycle, runtime = slow
+    runtime.go.set()
+    ready = asyncio.Event()
+
+    async def close(look: _Look) -> None:
+        ready.set()
+        await asyncio.sleep(0.2)
+
+    monkeypatch.setattr(_Look, "close", close)
+    asked = asyncio.create_task(started(lifecycle))
+    await ready.wait()
+    assert ID in lifecycle.live
+    asked.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asked
+    assert ID not in lifecycle.live and not lifecycle.store.list() and await runtime.list() == []
 
 
 async def test_a_sandbox_that_died_counts_as_live_until_all_of_it_is_gone(slow: tuple[Lifecycle, SlowToRemove]) -> None:
