@@ -116,7 +116,7 @@ async def test_a_start_whose_caller_gives_up_while_it_is_recorded_leaves_no_reco
     asked = asyncio.create_task(started(quick))
     await begun.wait()
     asked.cancel()
-    loop.call_later(0.05, go.set)
+    go.set()
     with pytest.raises(asyncio.CancelledError):
         await asked
     await entered.wait()
@@ -133,7 +133,7 @@ async def test_a_start_whose_caller_gives_up_when_it_is_made_leaves_nothing(
 
     async def close(look: _Look) -> None:
         ready.set()
-        await asyncio.sleep(0.2)
+        await asyncio.Event().wait()  # until it is cancelled
 
     monkeypatch.setattr(_Look, "close", close)
     asked = asyncio.create_task(started(lifecycle))
